@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Backup sets: segments in files, found, opened and stored durably; formats/backup-set.md has the layout."""
+
+import contextlib
+import fcntl
+import os
+import secrets
+
+from vnb import chain, index, stream
+from vnb import frame as f
+from vnb.errors import Error, StreamError, os_error
+from vnb.frame import FrameError
+
+SUFFIX = ".vnb"
+PARTIAL = ".partial"
+
+
+class SavedSegment:
+    """
+    A segment in a file. head (dict), disks (list of dict); name (str): the file's path.
+
+    start, length (int): where it is in the file, in bytes. fd (int): opened when first needed, see close().
+    """
+
+    def __init__(self, path, fd, start, length, last_index):
+        self.name = path
+        self.start = start
+        self.length = length
+        self._last_index = last_index
+        self._fd = None
+        segment = self._read(fd)
+        self.head = segment.head
+        self.disks = segment.disks
+
+    @property
+    def fd(self):
+        """The file, open for reading. Raises Error."""
+        if self._fd is None:
+            self._fd = open_file(self.name)
+        return self._fd
+
+    def close(self):
+        """Close the file; it is opened again when needed."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def open(self):
+        """This segment as vnb.stream.Reader gives it, from its first byte. Raises Error if it was replaced."""
+        segment = self._read(self.fd)
+        if segment.head != self.head or segment.disks != self.disks:
+            raise Error(self.name, "the file has changed since it was opened")
+        return segment
+
+    def _read(self, fd):
+        try:
+            os.lseek(fd, self.start, os.SEEK_SET)
+        except OSError as error:
+            raise os_error(self.name, error) from None
+        reader = stream.Reader(fd, self.name)
+        reader.input.offset = self.start
+        return next(iter(reader))
+
+    def rows(self):
+        """A list of vnb.index.Rows, one a disk: from the index, or from the frames where there is none."""
+        payloads = self._index_payloads() if self._last_index else self._scan()
+        return [
+            index.rows_of(payloads[number], self.length, disk["size"], self.name)
+            for number, disk in enumerate(self.disks)
+        ]
+
+    def frame_at(self, position, size):
+        """The bytes (bytearray) of the frame at a position in this segment, size bytes of it. Any thread."""
+        frame = bytearray(size)
+        try:
+            have = os.preadv(self.fd, [frame], self.start + position)
+        except OSError as error:
+            raise os_error(self.name, error, f"stream offset {self.start + position}") from None
+        if have != size:
+            raise self._error("short record", position)
+        return frame
+
+    def _index_payloads(self):
+        payloads = [[] for _ in self.disks]
+        position = self._last_index
+        while True:
+            window = memoryview(self.frame_at(position, min(64, self.length - position)))
+            try:
+                fields, sum_, size, payload_size = f.decode(window)
+                if fields[0] != "index" or payload_size is None or len(fields) != 4:
+                    raise FrameError("no index frame where one is said to be")
+                _, disk, rows, back = fields
+                if not (type(disk) is int and 0 <= disk < len(self.disks) and type(back) is int):
+                    raise FrameError("an index of no disk")
+                if payload_size != rows * index.ROW_SIZE or size + payload_size > self.length - position:
+                    raise FrameError("an index of the wrong size")
+                whole = self.frame_at(position, size + payload_size)
+                f.check_payload_sum("index", bytes(whole[:size]), sum_, whole[size:])
+            except (FrameError, f.Incomplete) as error:
+                raise self._error(error or "short record", position) from None
+            payloads[disk].append(whole[size:])
+            if back == 0:
+                break
+            if not 0 < back < position:
+                raise self._error("an index that points outside", position)
+            position -= back
+        for list_ in payloads:
+            list_.reverse()
+        return payloads
+
+    def _scan(self):
+        """Index payloads made from the headers of the frames; payloads are passed over, not read."""
+        collected = _Collected(len(self.disks))
+        builder = index.Builder(collected)
+        position = 0
+        while position < self.length - f.TAIL.size:
+            want = f.MAX_DATA_HEADER
+            while True:
+                window = memoryview(self.frame_at(position, min(want, self.length - position)))
+                try:
+                    fields, _sum, size, payload = f.decode(window)
+                    break
+                except f.Incomplete:
+                    if len(window) < want:
+                        raise self._error("short record", position) from None
+                    want = min(2 * want, f.MAX_HEAD)
+                except FrameError as error:
+                    raise self._error(error, position) from None
+            whole = size + (payload or 0)
+            if fields[0] == "data" and 0 <= fields[1] < len(self.disks):
+                builder.data(fields[1], fields[2], fields[3], position, whole)
+            elif fields[0] == "extent":
+                self._check_runs(fields, position)
+                builder.extents(fields[1], fields[2])
+            position += whole
+        builder.finish()
+        return collected.payloads
+
+    def _check_runs(self, fields, position):
+        runs = fields[2] if len(fields) == 3 else None
+        if not (
+            type(fields[1]) is int and 0 <= fields[1] < len(self.disks) and isinstance(runs, list)
+            and len(runs) % 3 == 0 and all(type(word) is int and 0 <= word <= f.MAX_OFFSET for word in runs)
+        ):
+            raise self._error('malformed frame "extent"', position)
+
+    def _error(self, reason, position):
+        return StreamError(self.name, reason, f"stream offset {self.start + position}")
+
+
+class _Collected:
+    """Takes index frames in the place of a SegmentWriter, in memory."""
+
+    def __init__(self, disks):
+        self.payloads = [[] for _ in range(disks)]
+
+    def index(self, disk, _rows, payload):
+        self.payloads[disk].append(payload)
+
+
+def segments_in_file(path):
+    """The segments (list of SavedSegment) of one file, first to last, found from their tails. Raises Error."""
+    fd = open_file(path)
+    try:
+        return [SavedSegment(path, fd, *place) for place in _places(path, fd)]
+    finally:
+        os.close(fd)
+
+
+def open_file(path):
+    """A descriptor of a file with segments, for reading. Raises Error."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise os_error(path, error) from None
+
+
+def _places(path, fd):
+    """(start, length, position of the last index frame or 0) of each segment in a file, first to last."""
+    end = os.fstat(fd).st_size
+    if end == 0:
+        raise StreamError(path, "empty file, expected a stream")
+    places = []
+    while end > 0:
+        size = min(end, f.TAIL.size)
+        try:
+            tail = os.pread(fd, size, end - size)
+            length, back = f.decode_tail(memoryview(tail))
+        except OSError as error:
+            raise os_error(path, error) from None
+        except FrameError as error:
+            raise StreamError(path, f"cut short or not a stream ({error})", f"stream offset {end}") from None
+        if not f.TAIL.size < length <= end or back > length - f.TAIL.size:
+            raise StreamError(path, "the tail points outside", f"stream offset {end}")
+        last_index = length - f.TAIL.size - back if back else 0
+        places.append((end - length, length, last_index))
+        end -= length
+    places.reverse()
+    return places
+
+
+def segments(operands):
+    """
+    The segments of sets (directories) and files, in no order that means anything. Raises Error.
+
+    A file in a set that is not ours is passed over; one that is ours and damaged is an error.
+    """
+    found = []
+    for operand in operands:
+        if os.path.isdir(operand):
+            for path in paths(operand):
+                found += segments_in_file(path)
+        else:
+            found += segments_in_file(operand)
+    return found
+
+
+def paths(directory):
+    """The paths of a set's segments, sorted by name."""
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        raise os_error(directory, error) from None
+    return [os.path.join(directory, name) for name in names if name.endswith(SUFFIX) and not name.startswith(".")]
+
+
+def file_name(head):
+    """The name of a segment's file: its point, whose middle part is a time, and its level."""
+    name = f'{head["point"]}.{head["level"]}{SUFFIX}'
+    if not stream.is_safe_name(name):
+        raise Error("stdin", f'a point must not be named {head["point"]!r}')
+    return name
+
+
+def admit(directory, held, head, disks):
+    """Raise Error unless a set that holds these segments may take one with this head and these disks."""
+    for segment in held:
+        if segment.head["id"] == head["id"]:
+            raise Error(directory, f'segment {head["id"]} is already here ({segment.name})')
+        if segment.head["uuid"] != head["uuid"]:
+            raise Error(
+                directory, f'this is a set of {segment.head["domain"]} ({segment.head["uuid"]}), '
+                f'the stream is of {head["domain"]} ({head["uuid"]})',
+            )
+        if segment.head["point"] == head["point"] and segment.head["level"] == head["level"]:
+            raise Error(directory, f'point {head["point"]} is already here ({segment.name})')
+    parent = head["parent"]
+    if parent is not None:
+        before = chain.points(held).get(parent)
+        if before is None:
+            raise Error(directory, f'does not hold {parent}, the parent of {head["point"]}')
+        follow = chain.Follow(directory)
+        for segment in chain.path(held, directory, parent):
+            follow.accept(segment.head, segment.disks)
+        follow.accept(head, disks)
+
+
+@contextlib.contextmanager
+def locked(directory):
+    """Keep other writers out of a set for as long as this lasts."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise os_error(directory, error) from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+class Store:
+    """
+    A segment on its way into a set: a temporary file, that commit() makes durable and names.
+
+        with Store(directory, head, disks) as store:
+            ... write to store.fd ...
+            store.commit()
+
+    Without commit() the temporary file is removed. The constructor refuses what the set may not take, before
+    any data is read; commit() asks again, since another writer may have been faster.
+    """
+
+    def __init__(self, directory, head, disks):
+        self.directory = directory
+        self.head = head
+        self.disks = disks
+        self.name = file_name(head)
+        make_private_directory(directory)
+        remove_abandoned(directory)
+        admit(directory, segments([directory]), head, disks)
+        self.path = os.path.join(directory, self.name)
+        self.partial = os.path.join(directory, f".{self.name}.{secrets.token_hex(4)}{PARTIAL}")
+        try:
+            self.fd = os.open(self.partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise os_error(self.partial, error) from None
+        fcntl.flock(self.fd, fcntl.LOCK_EX)  # says that somebody still writes it, see remove_abandoned()
+
+    def __enter__(self):
+        return self
+
+    def commit(self):
+        """Sync, name, and sync the directory: after this the segment is in the set. Returns its path."""
+        try:
+            os.fsync(self.fd)
+            with locked(self.directory) as directory_fd:
+                admit(self.directory, segments([self.directory]), self.head, self.disks)
+                os.rename(self.partial, self.path)
+                self.partial = None
+                os.fsync(directory_fd)
+        except OSError as error:
+            raise os_error(self.path, error) from None
+        return self.path
+
+    def __exit__(self, *_):
+        if self.partial is not None:
+            os.unlink(self.partial)
+        os.close(self.fd)
+
+
+def make_private_directory(path):
+    """Make a directory, and those above it, with mode 0700, unless it is there."""
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise os_error(path, error) from None
+
+
+def remove_abandoned(directory):
+    """Remove temporary files whose writer was killed: the lock of a living one can't be had."""
+    for name in os.listdir(directory):
+        if not _is_partial(name):
+            continue
+        path = os.path.join(directory, name)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue  # its writer was faster
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between open and flock its writer may have given it a final name: then it is not at path any more.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.lstat(path)):
+                    os.unlink(path)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(fd)
+
+
+def _is_partial(name):
+    return name.startswith(".") and name.endswith(PARTIAL) and SUFFIX + "." in name

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Chains: which segment follows which. Pure logic on heads and disks; it opens nothing.
+
+A segment here is any object with head (dict), disks (list of dict) and name (str, for messages). Order comes
+from the parent links in the heads, never from file names or file times.
+"""
+
+from vnb.errors import Error
+
+
+class Follow:
+    """
+    Accept the segments of a stream one by one, each only if it may come after those before it.
+
+    force (bool): accept a segment whose parent is not the point before it.
+    """
+
+    def __init__(self, name, force=False):
+        self.name = name
+        self.force = force
+        self.head = None
+        self.disks = {}
+
+    def accept(self, head, disks):
+        """Take a segment's head and disks. Raises Error, and stays as it was, if it does not follow."""
+        before = self.head
+        if before is None:
+            if head["parent"] is not None and not self.force:
+                raise Error(self.name, f'{head["point"]} is an increment to {head["parent"]}, which is not here')
+        else:
+            if head["uuid"] != before["uuid"]:
+                raise Error(
+                    self.name,
+                    f'{head["point"]} is of another domain ({head["domain"]}, {head["uuid"]}) '
+                    f'than {before["point"]} ({before["domain"]}, {before["uuid"]})',
+                )
+            if head["parent"] != before["point"] and not self.force:
+                does = f'follows {head["parent"]}' if head["parent"] else "is a full backup of its own"
+                raise Error(self.name, f'{head["point"]} {does}, it does not come after {before["point"]}')
+        for disk in disks:
+            known = self.disks.get(disk["name"])
+            if disk["level"] == "inc" and known is None and not (self.force and before is not None):
+                raise Error(self.name, f'{head["point"]} has changes of disk {disk["name"]}, but nothing before it has')
+            if disk["level"] == "inc" and known is not None and disk["size"] < known["size"]:
+                raise Error(
+                    self.name,
+                    f'{head["point"]} has changes of disk {disk["name"]} with {disk["size"]} bytes, '
+                    f'less than the {known["size"]} before',
+                )
+        self.head = head
+        self.disks = {disk["name"]: disk for disk in disks}
+
+
+def check(segments, name):
+    """Raise Error unless all segments are of one domain, with an id of their own and no circle of parents."""
+    ids = {}
+    for segment in segments:
+        head = segment.head
+        first = segments[0]
+        if head["uuid"] != first.head["uuid"]:
+            raise Error(
+                name,
+                f'two domains: {first.name} is of {first.head["domain"]} ({first.head["uuid"]}), '
+                f'{segment.name} of {head["domain"]} ({head["uuid"]})',
+            )
+        other = ids.setdefault(head["id"], segment)
+        if other is not segment:
+            raise Error(name, f'{other.name} and {segment.name} claim the same id {head["id"]}')
+    by_point = points(segments)
+    sound = set()
+    for point in by_point:
+        trail = []
+        while point is not None and point not in sound and point in by_point:
+            if point in trail:
+                raise Error(name, f'a circle of parents: {" -> ".join([*trail[trail.index(point):], point])}')
+            trail.append(point)
+            point = by_point[point].head["parent"]
+        sound.update(trail)
+
+
+def points(segments):
+    """
+    {point: segment that brings one there}: of alternatives the full one, and of these the newest.
+
+    A merged full and the increment it replaces may stand side by side: they have the same point.
+    """
+    chosen = {}
+    for segment in segments:
+        other = chosen.get(segment.head["point"])
+        if other is None or _preference(segment) > _preference(other):
+            chosen[segment.head["point"]] = segment
+    return chosen
+
+
+def path(segments, name, until=None):
+    """
+    The segments to apply, in order, for a point: a full, then increments.
+
+    until (str or None): the name of a point, or a time (see latest); None for the latest point.
+    Raises Error for a gap, a circle, segments of two domains, or a point that is not there.
+    """
+    if not segments:
+        raise Error(name, "no segment here")
+    check(segments, name)
+    by_point = points(segments)
+    point = latest(segments, name, until)
+    found = []
+    while point is not None:
+        segment = by_point.get(point)
+        if segment is None:
+            raise Error(name, f'gap: {found[-1].head["point"]} needs {point}, which is not here')
+        found.append(segment)
+        point = segment.head["parent"]
+    found.reverse()
+    follow = Follow(name)
+    for segment in found:
+        follow.accept(segment.head, segment.disks)
+    return found
+
+
+def latest(segments, name, until=None):
+    """
+    The name of the point meant by until: itself, or the last one created by that time, or the latest.
+
+    The latest is, among the points that are nobody's parent, the one created last.
+    A time is written as heads have it, 2026-01-31T12:00:00Z, or cut short after any part.
+    """
+    by_point = points(segments)
+    if until is None:
+        parents = {segment.head["parent"] for segment in by_point.values()}
+        leaves = [segment for point, segment in by_point.items() if point not in parents]
+        return max(leaves, key=_age).head["point"]
+    if until in by_point:
+        return until
+    if _is_time(until):
+        # "2026-01-31" means the whole of that day: compare as much of a time as was given.
+        stem = until.rstrip("Z")
+        before = [segment for segment in by_point.values() if segment.head["created"][: len(stem)] <= stem]
+        if not before:
+            raise Error(name, f"no point as old as {until}")
+        return max(before, key=_age).head["point"]
+    raise Error(name, f"no point {until} (vnb-dump lists them)")
+
+
+def off_path(segments, chosen):
+    """Segments that path() left out, oldest first, without those that a chosen one is an alternative to."""
+    on = {segment.head["point"] for segment in chosen}
+    return sorted((segment for segment in segments if segment.head["point"] not in on), key=_age)
+
+
+def tip(segments, checkpoints=None):
+    """
+    The segment whose checkpoint the next increment may start from, or None.
+
+    checkpoints (set of str or None): names that libvirt still has; None: any will do. The newest point that
+    has one is taken, along the path of the latest point first.
+    """
+    candidates = [
+        segment
+        for segment in points(segments).values()
+        if segment.head["checkpoint"] is not None
+        and (checkpoints is None or segment.head["checkpoint"] in checkpoints)
+    ]
+    return max(candidates, key=_age, default=None)
+
+
+def _preference(segment):
+    return (segment.head["parent"] is None, segment.head["created"], segment.head["id"])
+
+
+def _age(segment):
+    return (segment.head["created"], segment.head["point"])
+
+
+def _is_time(text):
+    import re
+
+    return re.fullmatch(r"\d{4}(-\d\d(-\d\d(T\d\d(:\d\d(:\d\d(\.\d{1,6})?)?)?)?)?)?Z?", text) is not None

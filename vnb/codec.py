@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Compression of data frames and the hash of their plain bytes. This module owns all lz4 and zstd settings."""
+
+import re
+
+from xxhash import xxh3_64_intdigest
+
+from vnb.errors import Error, UsageError
+
+LZ4_MAX_LEVEL = 16  # lz4's LZ4HC_CLEVEL_MAX is 12, the library takes up to 16; 0 is the fast mode
+ZSTD_MAX_LEVEL = 22
+ZSTD_WINDOW = 4 << 20  # a frame is never longer than this, so neither is what it looks back on
+
+
+def compressor(codec, level=None):
+    """
+    A function (plain bytes) -> (codec, payload): payload is shorter than plain, or plain itself ("none").
+
+    It may be called from several threads at once. Raises UsageError for a codec that is not there.
+    """
+    if codec == "none":
+        return lambda plain: ("none", plain)
+    compress = _lz4(level) if codec == "lz4" else _zstd(level)
+
+    def pack(plain):
+        packed = compress(plain)
+        return (codec, packed) if len(packed) < len(plain) else ("none", plain)
+
+    return pack
+
+
+def parse(text):
+    """(codec, level or None) of an argument CODEC[:LEVEL]; UsageError."""
+    match = re.fullmatch(r"(none|lz4|zstd)(?::([0-9]{1,2}))?", text)
+    if match is None or (match[1] == "none" and match[2]):
+        raise UsageError("--compress", f'"{text}" is not none, lz4[:LEVEL] or zstd[:LEVEL]')
+    level = None if match[2] is None else int(match[2])
+    top = LZ4_MAX_LEVEL if match[1] == "lz4" else ZSTD_MAX_LEVEL
+    if level is not None and level > top:
+        raise UsageError("--compress", f"level {level} is not within 0-{top}")
+    return match[1], level
+
+
+def plain(data, where):
+    """
+    The plain bytes (bytes-like) of a Data frame, decompressed and held against the hash of their source.
+
+    where (str): the disk, for messages. Raises Error: these bytes are not what was read from the source.
+    """
+    if data.codec == "none":
+        payload = data.payload
+    else:
+        payload = _decompress(data, where)
+    if len(payload) != data.length or xxh3_64_intdigest(payload) != data.hash:
+        raise Error(where, f"{data.length} bytes differ from what was read from the source", f"offset {data.offset}")
+    return payload
+
+
+def _lz4(level):
+    from lz4.block import compress
+
+    if level:
+        return lambda plain: compress(plain, mode="high_compression", compression=level, store_size=False)
+    return lambda plain: compress(plain, store_size=False)
+
+
+def _zstd(level):
+    zstandard = _zstandard()
+    level = 3 if level is None else level
+    # A compressor object serves one thread at a time; making one is cheap beside a frame.
+    return lambda plain: zstandard.ZstdCompressor(level=level, write_content_size=True).compress(plain)
+
+
+def _zstandard():
+    try:
+        import zstandard
+    except ImportError:
+        raise Error("zstd", "this codec needs the Python package zstandard (Debian: python3-zstandard)") from None
+    return zstandard
+
+
+def _decompress(data, where):
+    if data.codec == "lz4":
+        from lz4.block import LZ4BlockError, decompress
+
+        try:
+            return decompress(data.payload, uncompressed_size=data.length)
+        except (LZ4BlockError, ValueError) as error:
+            reason = error
+    else:
+        zstandard = _zstandard()
+        try:
+            if zstandard.get_frame_parameters(data.payload).content_size != data.length:
+                raise zstandard.ZstdError("length differs")
+            decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
+            return decompressor.decompress(data.payload, max_output_size=data.length)
+        except zstandard.ZstdError as error:
+            reason = error
+    raise Error(where, f"damaged {data.codec} data ({reason})", f"offset {data.offset}")

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What can go wrong, as facts; vnb.run turns them into a line on stderr and an exit status."""
+
+
+class Error(Exception):
+    """
+    An expected failure: exit status 1 and one line, `command: object: where: reason`.
+
+    what (str or None): the object, as the user typed it.
+    where (str or None): a place in it, such as "offset 1048576" or "stream offset 4194304".
+    reason (str): lower case, no full stop; the system's own words for an errno.
+    """
+
+    def __init__(self, what, reason, where=None):
+        super().__init__(what, reason, where)
+        self.what = what
+        self.where = where
+        self.reason = reason
+
+    def __str__(self):
+        return ": ".join(one_line(part) for part in (self.what, self.where, self.reason) if part)
+
+
+class StreamError(Error):
+    """The input is not a sound stream."""
+
+
+class UsageError(Error):
+    """The command line makes no sense: exit status 2, the reason and then the usage."""
+
+
+class Interrupted(BaseException):
+    """A signal that asks us to end. Not an Exception, so that nothing takes it for a failure."""
+
+    def __init__(self, signum):
+        super().__init__(signum)
+        self.signum = signum
+
+
+class OutputClosed(BaseException):
+    """Whoever read our standard output has closed it: clean up, then die by SIGPIPE."""
+
+
+def one_line(text):
+    """The text with what would break the line or steer a terminal made visible: it may come from a stream."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text).strip())
+
+
+def os_error(what, error, where=None):
+    """An OSError as an Error, with the system's words."""
+    return Error(what, error.strerror or str(error), where)

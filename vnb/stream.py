@@ -1,0 +1,639 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Streams: segments of frames from and to file descriptors, in bounded memory.
+
+    for segment in Reader(0, "stdin"):        head and disks are read and checked
+        out = writer.segment(segment.head, segment.disks)
+        for frame in segment:                 File, Extents, Data, Other, in stream order
+            ...
+        out.end()                             only when all before it succeeded
+
+A Reader yields nothing that it did not check: sums, digest, counts, order, that extents ascend, stay
+inside their disk and do not overlap, and that those of a full disk leave nothing out. What it does not
+check is the hash of a data frame: that is for whoever uses the bytes (vnb.codec.plain).
+"""
+
+import fcntl
+import os
+
+from xxhash import xxh3_64
+
+from vnb import frame as f
+from vnb.errors import Error, OutputClosed, StreamError, os_error
+from vnb.frame import DATA, HOLE, STATE_NAMES, ZERO, FrameError, Incomplete
+
+AHEAD = 4096  # read beyond a payload, so that the next header costs no system call; it is copied once more
+PIPE_SIZE = 1 << 20  # the most that a user may ask for (fs.pipe-max-size); see formats/extent-stream.md
+SMALL = 64 << 10  # frames are gathered up to this many bytes before they are written
+
+# What a segment holds: disks alone, their extents, or their data. Each stage needs one and makes the next.
+STAGES = ("disks", "extents", "data")
+LEVELS = ("full", "copy", "inc", "diff")
+DISK_LEVELS = ("full", "inc")  # all of the disk, or what changed since the parent
+LONGEST_NAME = 255  # characters: a disk's, domain's, checkpoint's
+
+
+class File:
+    """A part of a file that belongs to the domain. fields: role, path, mode, size, offset."""
+
+    __slots__ = ("fields", "payload")
+
+    def __init__(self, fields, payload):
+        self.fields = fields
+        self.payload = payload
+
+
+class Extents:
+    """Extents of one disk. runs: flat list offset, length, state, offset, length, state, ... ascending."""
+
+    __slots__ = ("disk", "runs")
+
+    def __init__(self, disk, runs):
+        self.disk = disk
+        self.runs = runs
+
+    def __iter__(self):
+        return zip(self.runs[0::3], self.runs[1::3], self.runs[2::3])
+
+
+class Data:
+    """
+    Bytes [offset, offset + length) of one disk.
+
+    hash (int): xxh3-64 of the plain bytes, made where they were read from the source.
+    payload (memoryview): the bytes as codec left them. Valid until the next frame is asked for, unless
+    the Reader has a pool: then until they are given back to it.
+    position (int): where the frame starts, in bytes from the start of its segment. size (int): of the frame.
+    """
+
+    __slots__ = ("codec", "disk", "hash", "length", "offset", "payload", "position", "size")
+
+    def __init__(self, disk, offset, length, codec, hash_, payload, position=0, size=0):
+        self.disk = disk
+        self.offset = offset
+        self.length = length
+        self.codec = codec
+        self.hash = hash_
+        self.payload = payload
+        self.position = position
+        self.size = size
+
+
+class Other:
+    """A frame of a type that this version does not know: passed on by filters, refused by consumers."""
+
+    __slots__ = ("fields", "payload")
+
+    def __init__(self, fields, payload):
+        self.fields = fields
+        self.payload = payload
+
+    @property
+    def optional(self):
+        """Consumers may skip it."""
+        return self.fields[0].startswith("+")
+
+
+class Counts:
+    """What the end frame says of a segment: frames before it, bytes of each state, bytes stored of data."""
+
+    def __init__(self):
+        self.frames = 0
+        self.bytes = {DATA: 0, ZERO: 0, HOLE: 0}
+        self.stored = 0
+        self._digest = xxh3_64()
+
+    def add(self, sum_):
+        self.frames += 1
+        self._digest.update(sum_.to_bytes(8, "big"))
+
+    def fields(self):
+        counts = {STATE_NAMES[state]: count for state, count in self.bytes.items()}
+        return {"frames": self.frames, **counts, "stored": self.stored, "digest": self._digest.intdigest()}
+
+
+class Input:
+    """
+    Bytes of a file descriptor, with a small window to look ahead in. No payload is copied twice.
+
+    name (str): for messages. offset (int): of the next byte, in the stream.
+    """
+
+    def __init__(self, fd, name):
+        self.fd = fd
+        self.name = name
+        self.offset = 0
+        self._buffer = bytearray(2 * AHEAD)
+        self._start = self._end = 0
+
+    def fill(self, size):
+        """Have at least size bytes in the window, fewer only at the end of file; the window (memoryview)."""
+        while self._end - self._start < size:
+            if self._start + size > len(self._buffer):
+                kept = self._buffer[self._start : self._end]
+                self._buffer = bytearray(max(2 * AHEAD, 2 * size))
+                self._buffer[: len(kept)] = kept
+                self._start, self._end = 0, len(kept)
+            count = self._readv([memoryview(self._buffer)[self._end :]])
+            if count == 0:
+                break
+            self._end += count
+        return memoryview(self._buffer)[self._start : self._end]
+
+    def skip(self, size):
+        """Leave size bytes of the window behind."""
+        self._start += size
+        self.offset += size
+        if self._start == self._end:
+            self._start = self._end = 0
+
+    def read_into(self, view):
+        """Fill view; returns how many bytes were there before the end of file."""
+        have = min(len(view), self._end - self._start)
+        view[:have] = memoryview(self._buffer)[self._start : self._start + have]
+        self.skip(have)
+        while have < len(view):
+            # The window is empty here: the same call fetches the header that follows the payload.
+            count = self._readv([view[have:], memoryview(self._buffer)[:AHEAD]])
+            if count == 0:
+                break
+            self._end = max(0, count - (len(view) - have))
+            self.offset += count - self._end
+            have += count - self._end
+        return have
+
+    def _readv(self, views):
+        try:
+            return os.readv(self.fd, views)
+        except OSError as error:
+            raise os_error(self.name, error, f"stream offset {self.offset}") from None
+
+
+class Reader:
+    """
+    Iterate over the segments of a stream.
+
+    fd (int): any file descriptor. name (str): for messages.
+    stage (str or None): refuse a segment that is not at this stage, see STAGES.
+    consumer (bool): refuse frames of a required type that this version does not know.
+    pool (object with take(size) and give(view), or None): where payloads go; see Data.
+    Raises StreamError for all that is wrong with the input, Error for the operating system's failures.
+    """
+
+    def __init__(self, fd, name, stage=None, consumer=False, pool=None):
+        self.input = Input(fd, name)
+        self.stage = stage
+        self.consumer = consumer
+        self.pool = pool
+        self._own = bytearray()
+
+    def __iter__(self):
+        while True:
+            first = self.input.offset
+            window = self.input.fill(len(f.HEAD_MAGIC))
+            if not window:
+                if first == 0:
+                    raise StreamError(self.input.name, "empty input, expected a stream")
+                return
+            if window[: len(f.HEAD_MAGIC)] != f.HEAD_MAGIC:
+                expected = "a stream" if first == 0 else "another segment"
+                raise self.error(f"not {expected} of vnb (it starts with {bytes(window[:5]).hex(' ')})")
+            del window
+            segment = Segment(self)
+            yield segment
+            segment.finish()
+
+    def error(self, reason, offset=None):
+        """A StreamError at a stream offset (int), by default that of the next byte."""
+        return StreamError(self.input.name, reason, f"stream offset {self.input.offset if offset is None else offset}")
+
+    def next_frame(self):
+        """(fields, sum, size, payload size or None, header bytes or None): the next frame up to its payload."""
+        want = f.MAX_DATA_HEADER
+        while True:
+            window = self.input.fill(want)
+            try:
+                fields, sum_, size, payload = f.decode(window)
+            except Incomplete:
+                if len(window) < want:
+                    raise self.error(
+                        f"short record: the input ends after {len(window)} bytes of it" if window else
+                        "the input ends before the end of the segment"
+                    ) from None
+                want = min(2 * len(window), f.MAX_HEAD)
+                continue
+            except FrameError as error:
+                raise self.error(error) from None
+            header = None if payload is None or fields[0] == "data" else bytes(window[:size])
+            window.release()
+            self.input.skip(size)
+            return fields, sum_, size, payload, header
+
+    def payload(self, size, start):
+        """The payload (memoryview) that comes next. start: of its frame, for messages."""
+        if self.pool is not None:
+            view = self.pool.take(size)
+        else:
+            if len(self._own) < size:
+                self._own = bytearray(size)
+            view = memoryview(self._own)[:size]
+        have = self.input.read_into(view)
+        if have < size:
+            raise self.error(f"short record: expected {size} bytes, got {have}", start)
+        return view
+
+
+class Segment:
+    """
+    One segment: head (dict), disks (list of dict) at once; iterate, once, for its frames.
+
+    end (dict) and length (int, bytes of the whole segment) are there after them. Index frames are checked
+    for their place and not passed on: a stage that keeps an index makes its own.
+    """
+
+    def __init__(self, reader):
+        self.reader = reader
+        self.start = reader.input.offset
+        self.counts = Counts()
+        self.end = None
+        self.length = None
+        self._last_index = 0
+        self._cursors = []
+        self.head = self._read_head()
+        self.disks = []
+        self._pending = self._read_disks()
+        self._cursors = [0] * len(self.disks)
+        self._covered = [0] * len(self.disks)
+        self._frames = self._iterate()
+
+    def __iter__(self):
+        return self._frames
+
+    def _iterate(self):
+        item = self._pending
+        self._pending = None
+        in_files = True
+        while item is not None:
+            fields, sum_, start, payload = item
+            kind = fields[0]
+            frame = None
+            if kind == "data":
+                frame = self._data(fields, start, payload)
+            elif kind == "extent":
+                frame = self._extents(fields, start)
+            elif kind == "file":
+                if not in_files:
+                    raise self.reader.error('frame "file" after the first extent', start)
+                frame = File(checked_file(fields, payload, lambda reason: self.reader.error(reason, start)), payload)
+            elif kind == "index":
+                self._index(fields, start, payload)
+            elif kind == "end":
+                self._end(fields, sum_, start)
+                return
+            elif kind in ("vnb", "disk", "tail"):
+                raise self.reader.error(f'frame "{kind}" out of order', start)
+            else:
+                frame = Other(fields, payload)
+                if self.reader.consumer and not frame.optional:
+                    raise self.reader.error(f'unknown frame type "{kind}"', start)
+            self.counts.add(sum_)
+            in_files = in_files and kind in ("file", "index") or frame.__class__ is Other
+            if frame is not None:
+                yield frame
+            item = self._next()
+
+    def finish(self):
+        """Read and check what was not iterated over."""
+        for _ in self:
+            pass
+
+    def _next(self):
+        start = self.reader.input.offset
+        fields, sum_, _size, size, header = self.reader.next_frame()
+        payload = None
+        if size is not None:
+            payload = self.reader.payload(size, start)
+            if header is not None:
+                try:
+                    f.check_payload_sum(fields[0], header, sum_, payload)
+                except FrameError as error:
+                    raise self.reader.error(error, start) from None
+        return fields, sum_, start, payload
+
+    def _read_head(self):
+        fields, sum_, start, payload = self._next()
+        head = checked_head(fields, payload, lambda reason: self.reader.error(reason, start))
+        stage = self.reader.stage
+        if stage is not None and head["stage"] != stage:
+            needed = {"disks": "vnb-checkpoint", "extents": "vnb-extents", "data": "vnb-read"}[stage]
+            raise self.reader.error(
+                f'the segment holds {head["stage"]} where {stage} are needed: is {needed} missing before this stage'
+                if STAGES.index(head["stage"]) < STAGES.index(stage)
+                else f'the segment holds {head["stage"]} already, where {stage} are needed',
+                start,
+            )
+        self.counts.add(sum_)
+        return head
+
+    def _read_disks(self):
+        while True:
+            fields, sum_, start, payload = item = self._next()
+            if fields[0] != "disk":
+                return item
+            self.disks.append(
+                checked_disk(fields, payload, self.disks, lambda reason: self.reader.error(reason, start))  # noqa: B023
+            )
+            self.counts.add(sum_)
+
+    def _place(self, disk, offset, length, start):
+        """Check that [offset, offset + length) of a disk is where it may be, and move that disk's cursor."""
+        if not (type(disk) is type(offset) is type(length) is int and 0 <= disk < len(self.disks)):
+            raise self.reader.error("an extent of no disk", start)
+        size = self.disks[disk]["size"]
+        if not (0 <= offset <= size and 0 < length <= size - offset):
+            raise self.reader.error(
+                f'{self.disks[disk]["name"]}: extent at offset {offset} of {length} bytes '
+                f"is not in the disk of {size} bytes",
+                start,
+            )
+        if offset < self._cursors[disk]:
+            raise self.reader.error(
+                f'{self.disks[disk]["name"]}: extent at offset {offset} comes after offset {self._cursors[disk]}',
+                start,
+            )
+        self._cursors[disk] = offset + length
+        self._covered[disk] += length
+
+    def _data(self, fields, start, payload):
+        _, disk, offset, length, codec, hash_ = fields
+        if self.head["stage"] != "data":
+            raise self.reader.error(f'frame "data" in a segment of {self.head["stage"]}', start)
+        self._place(disk, offset, length, start)
+        self.counts.bytes[DATA] += length
+        self.counts.stored += len(payload)
+        size = self.reader.input.offset - start
+        return Data(disk, offset, length, codec, hash_, payload, start - self.start, size)
+
+    def _extents(self, fields, start):
+        if len(fields) != 3 or not isinstance(fields[2], list) or not fields[2] or len(fields[2]) % 3:
+            raise self.reader.error('malformed frame "extent"', start)
+        if self.head["stage"] == "disks":
+            raise self.reader.error('frame "extent" in a segment of disks', start)
+        frame = Extents(fields[1], fields[2])
+        totals = self.counts.bytes
+        for offset, length, state in frame:
+            if state.__class__ is not int or state not in totals:
+                raise self.reader.error(f"unknown state {state!r} of an extent", start)
+            if state == DATA and self.head["stage"] == "data":
+                raise self.reader.error(f"offset {offset}: {length} bytes of data were never read", start)
+            self._place(frame.disk, offset, length, start)
+            totals[state] += length
+        return frame
+
+    def _index(self, fields, start, payload):
+        if len(fields) != 4 or payload is None:
+            raise self.reader.error('malformed frame "index"', start)
+        back = start - self._last_index if self._last_index else 0
+        if fields[3] != back:
+            raise self.reader.error('frame "index" does not point to the one before it', start)
+        self._last_index = start
+
+    def _end(self, fields, sum_, start):
+        if len(fields) != 2 or not isinstance(fields[1], dict):
+            raise self.reader.error('malformed frame "end"', start)
+        for key, value in self.counts.fields().items():
+            if fields[1].get(key) != value:
+                raise self.reader.error(
+                    "frames are missing, doubled, swapped or replaced: the digest differs" if key == "digest" else
+                    f"the end frame says {fields[1].get(key)} {key}, there were {value}",
+                    start,
+                )
+        if self.head["stage"] != "disks":
+            for disk, covered in zip(self.disks, self._covered):
+                if disk["level"] == "full" and covered != disk["size"]:
+                    missing = disk["size"] - covered
+                    raise self.reader.error(f'{disk["name"]}: {missing} bytes of a full disk are missing', start)
+        tail_at = self.reader.input.offset
+        window = self.reader.input.fill(f.TAIL.size)[: f.TAIL.size]
+        try:
+            length, back = f.decode_tail(window)
+        except FrameError as error:
+            if len(window) < f.TAIL.size:
+                error = "the input ends before the tail of the segment"
+            raise self.reader.error(error, tail_at) from None
+        window.release()
+        self.reader.input.skip(f.TAIL.size)
+        self.length = self.reader.input.offset - self.start
+        if length != self.length or back != (tail_at - self._last_index if self._last_index else 0):
+            raise self.reader.error("the tail does not fit the segment", tail_at)
+        self.end = fields[1]
+
+
+class Writer:
+    """
+    Write segments to a file descriptor.
+
+    name (str): for messages. stdout (bool): its reader may close it, which raises OutputClosed.
+    """
+
+    def __init__(self, fd, name="stdout"):
+        self.fd = fd
+        self.name = name
+        self.stdout = fd == 1
+        self.offset = 0
+        self._small = bytearray()
+
+    def segment(self, head, disks):
+        """Begin a segment: write head and disks (dicts); returns its SegmentWriter."""
+        return SegmentWriter(self, head, disks)
+
+    def write(self, header, payload=None):
+        """Write a frame's bytes; small ones may wait for flush()."""
+        self._small += header
+        self.offset += len(header)
+        if payload is not None:
+            self.offset += len(payload)
+            if len(payload) < SMALL:
+                self._small += payload
+            else:
+                parts = [memoryview(self._small), memoryview(payload)]
+                self._small = bytearray()
+                self._writev(parts)
+        if len(self._small) >= SMALL:
+            self.flush()
+
+    def flush(self):
+        """Hand all bytes to the operating system."""
+        if self._small:
+            parts = [memoryview(self._small)]
+            self._small = bytearray()
+            self._writev(parts)
+
+    def _writev(self, parts):
+        try:
+            while parts:
+                count = os.writev(self.fd, parts)
+                while parts and count >= len(parts[0]):
+                    count -= len(parts.pop(0))
+                if parts:
+                    parts[0] = parts[0][count:]
+        except BrokenPipeError as error:
+            if self.stdout:
+                raise OutputClosed from None
+            raise os_error(self.name, error) from None
+        except OSError as error:
+            raise os_error(self.name, error) from None
+
+
+class SegmentWriter:
+    """The frames of one segment, in order; end() makes it whole."""
+
+    def __init__(self, writer, head, disks):
+        self.writer = writer
+        self.start = writer.offset
+        self.counts = Counts()
+        self.last_index = None
+        self._frame(["vnb", f.VERSION, head])
+        for number, disk in enumerate(disks):
+            self._frame(["disk", number, disk])
+        writer.flush()
+
+    def file(self, fields, payload):
+        """A part of a file, at most MAX_PAYLOAD bytes of it. fields: role, path, mode, size, offset."""
+        self._frame(["file", fields], payload)
+
+    def extents(self, disk, runs):
+        """Extents of a disk, at most MAX_EXTENTS. runs: flat list of offset, length, state."""
+        for length, state in zip(runs[1::3], runs[2::3]):
+            self.counts.bytes[state] += length
+        self._frame(["extent", disk, runs])
+
+    def data(self, disk, offset, length, codec, hash_, payload):
+        """A data frame; returns (position in the segment, size) in bytes. payload may be reused afterwards."""
+        position = self.writer.offset - self.start
+        header, sum_ = f.encode_data(disk, offset, length, codec, hash_, len(payload))
+        self.writer.write(header, payload)
+        self.counts.add(sum_)
+        self.counts.bytes[DATA] += length
+        self.counts.stored += len(payload)
+        return position, len(header) + len(payload)
+
+    def index(self, disk, rows, payload):
+        """An index frame of rows (int) entries of one disk; see vnb.index."""
+        start = self.writer.offset
+        self._frame(["index", disk, rows, start - self.last_index if self.last_index else 0], payload)
+        self.last_index = start
+
+    def frame(self, frame):
+        """Pass on a frame that a Reader gave."""
+        if frame.__class__ is Data:
+            self.data(frame.disk, frame.offset, frame.length, frame.codec, frame.hash, frame.payload)
+        elif frame.__class__ is Extents:
+            self.extents(frame.disk, frame.runs)
+        else:
+            fields = ["file", frame.fields] if frame.__class__ is File else frame.fields
+            self._frame(fields, frame.payload)
+
+    def end(self):
+        """All went well: write end and tail, and flush."""
+        header, _sum = f.encode(["end", self.counts.fields()])
+        self.writer.write(header)
+        tail_at = self.writer.offset
+        length = tail_at + f.TAIL.size - self.start
+        self.writer.write(f.encode_tail(length, tail_at - self.last_index if self.last_index else 0))
+        self.writer.flush()
+
+    def _frame(self, fields, payload=None):
+        try:
+            header, sum_ = f.encode(fields, payload)
+        except FrameError as error:
+            raise Error(self.writer.name, error) from None
+        self.writer.write(header, payload)
+        self.counts.add(sum_)
+
+
+def stdin(stage=None, consumer=False, pool=None):
+    """A Reader of standard input; see Reader. A terminal is refused: nobody types a stream."""
+    if os.isatty(0):
+        raise Error("stdin", "is a terminal, expected a stream")
+    set_pipe_size(0)
+    return Reader(0, "stdin", stage, consumer, pool)
+
+
+def stdout():
+    """A Writer to standard output, which must not be a terminal."""
+    if os.isatty(1):
+        raise Error("stdout", "is a terminal: will not write a binary stream to it (vnb-dump prints one)")
+    set_pipe_size(1)
+    return Writer(1)
+
+
+def set_pipe_size(fd):
+    """Make a pipe larger, if fd is one and the system lets us: only speed depends on it."""
+    try:
+        if fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) < PIPE_SIZE:
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+    except OSError:
+        return
+
+
+def checked_head(fields, payload, error):
+    """The head of a "vnb" frame's fields, or raise error(reason)."""
+    if fields[0] != "vnb" or len(fields) != 3 or payload is not None or not isinstance(fields[2], dict):
+        raise error("malformed head")
+    if fields[1] != f.VERSION:
+        raise error(f"format version {fields[1]}, this vnb knows version {f.VERSION}: a newer vnb is needed")
+    head = fields[2]
+    for key in ("id", "point", "domain", "uuid", "created"):
+        if not _is_name(head.get(key)):
+            raise error(f'malformed head: "{key}"')
+    for key in ("parent", "checkpoint"):
+        if head.get(key) is not None and not _is_name(head[key]):
+            raise error(f'malformed head: "{key}"')
+    if head.get("stage") not in STAGES or head.get("level") not in LEVELS:
+        raise error("malformed head: stage or level")
+    if (head["level"] in ("inc", "diff")) != (head.get("parent") is not None):
+        raise error(f'malformed head: level {head["level"]} and parent {head.get("parent")}')
+    if head.get("parent") == head["point"]:
+        raise error("malformed head: the segment is its own parent")
+    return head
+
+
+def checked_disk(fields, payload, before, error):
+    """The disk of a "disk" frame's fields, or raise error(reason). before: the disks of earlier frames."""
+    if len(fields) != 3 or payload is not None or not isinstance(fields[2], dict) or fields[1] != len(before):
+        raise error('malformed frame "disk"')
+    if len(before) >= f.MAX_DISKS:
+        raise error(f"more than {f.MAX_DISKS} disks")
+    disk = fields[2]
+    name = disk.get("name")
+    if not is_safe_name(name):
+        raise error(f"a disk must not be named {name!r}")
+    if any(other["name"] == name for other in before):
+        raise error(f"two disks are named {name}")
+    size = disk.get("size")
+    if type(size) is not int or not 0 <= size <= f.MAX_OFFSET or disk.get("level") not in DISK_LEVELS:
+        raise error(f"{name}: malformed size or level")
+    return disk
+
+
+def checked_file(fields, payload, error):
+    """The fields of a "file" frame, or raise error(reason)."""
+    if len(fields) != 2 or payload is None or not isinstance(fields[1], dict):
+        raise error('malformed frame "file"')
+    file = fields[1]
+    numbers = [file.get(key) for key in ("size", "offset", "mode")]
+    if not (_is_name(file.get("role")) and isinstance(file.get("path"), str)):
+        raise error('malformed frame "file"')
+    if any(type(number) is not int or number < 0 for number in numbers) or file["offset"] + len(payload) > file["size"]:
+        raise error(f'malformed frame "file": {file["path"]}')
+    return file
+
+
+def is_safe_name(name):
+    """Whether a name from a stream may become a part of a file name: nothing that leaves a directory or hides."""
+    return _is_name(name) and "/" not in name and not name.startswith(".")
+
+
+def _is_name(name):
+    return isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable()
