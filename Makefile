@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+#
+# make setup    what is missing on this machine, and .venv with the commands in .venv/bin
+# make demo     the main job on a real virtual machine, shown
+# make check    the fast tests and the linters: seconds
+# make test     all tests, those on a real libvirtd and QEMU too: minutes
+# make bench    beside nbdcopy, qemu-img, virtnbdbackup; JSON=1 prints JSON
+# make clean
+
+PYTEST = .venv/bin/python -m pytest
+SCRIPTS = $(shell grep -rlE '^\#!/bin/(ba)?sh' .ci bin examples)
+PAGES = $(wildcard man/*.[1-9])
+
+.PHONY: setup demo check test bench clean
+
+setup:
+	@.ci/setup
+
+demo: setup
+	@examples/demo
+
+check: setup
+	.venv/bin/ruff check --quiet .
+	shellcheck $(SCRIPTS)
+	$(if $(PAGES),mandoc -T lint -W warning $(PAGES))
+	$(PYTEST) tests --ignore tests/live
+
+test: check
+	$(PYTEST) tests/live
+
+bench: setup
+	@.venv/bin/python tests/bench/bench.py $(if $(JSON),--json)
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
