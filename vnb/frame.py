@@ -12,6 +12,7 @@ from xxhash import xxh3_64_intdigest as xxh3
 
 KiB = 1 << 10
 MiB = 1 << 20
+GiB = 1 << 30
 
 VERSION = 1
 MAX_DATA = 4 * MiB  # plain bytes of one data frame: a stage holds a few of them in 64 MiB

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Values of command line options, checked before anything is opened."""
+
+import re
+
+from vnb.errors import UsageError
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def integer(args, option, low, high):
+    """The value of an option as an integer within [low, high]; UsageError."""
+    text = args[option]
+    if not re.fullmatch(r"[0-9]{1,18}", text) or not low <= int(text) <= high:
+        raise UsageError(option, f'"{text}" is not a number within {low}-{high}')
+    return int(text)
+
+
+def size(args, option, low, high):
+    """The value of an option as bytes: a number with k, M, G or T (powers of 1024) behind it, or none."""
+    text = args[option]
+    match = re.fullmatch(r"([0-9]{1,15})([kmgt]?)(?:ib)?", text.lower())
+    value = int(match[1]) * _UNITS[match[2]] if match else -1
+    if not low <= value <= high:
+        raise UsageError(option, f'"{text}" is not a size within {low}-{high}')
+    return value
+
+
+def seconds(args, option):
+    """The value of an option as seconds: a number with s, m, h or d behind it, or none (seconds)."""
+    text = args[option]
+    match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text)
+    if not match:
+        raise UsageError(option, f'"{text}" is not a time such as 90s, 10m, 4h or 1d')
+    return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""New heads of segments: names that are unique for ever, and times that never run backwards."""
+
+import datetime
+import os
+import secrets
+import uuid
+
+DEFAULT_CHAIN = "main"
+
+
+def now():
+    """The time as heads have it, UTC with microseconds."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def new(domain, uuid, level, stage, parent=None, chain=DEFAULT_CHAIN, after=None, **fields):
+    """
+    A head (dict) with an id and a point of its own.
+
+    after (str or None): the parent's `created`: the new one is later, whatever the clock says.
+    """
+    created = now()
+    if after is not None and created <= after:
+        created = _next(after)
+    compact = created[:19].replace("-", "").replace(":", "")
+    return {
+        "id": secrets.token_hex(16),
+        "stage": stage,
+        "level": level,
+        "point": f"vnb.{chain}.{compact}Z.{secrets.token_hex(3)}",
+        "parent": parent,
+        "checkpoint": None,
+        "chain": chain,
+        "domain": domain,
+        "uuid": uuid,
+        "created": created,
+        "run": os.environ.get("VNB_RUN") or secrets.token_hex(4),
+        **fields,
+    }
+
+
+def uuid_of(name):
+    """A UUID for something that has none but its name."""
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, f"vnb:{name}"))
+
+
+def _next(created):
+    moment = datetime.datetime.strptime(created, "%Y-%m-%dT%H:%M:%S.%fZ") + datetime.timedelta(microseconds=1)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
