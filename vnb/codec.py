@@ -11,6 +11,10 @@ LZ4_MAX_LEVEL = 16  # lz4's LZ4HC_CLEVEL_MAX is 12, the library takes up to 16; 
 ZSTD_MAX_LEVEL = 22
 ZSTD_WINDOW = 4 << 20  # a frame is never longer than this, so neither is what it looks back on
 
+# A packed payload starts with the xxh3-64 of what follows. The hash of the plain bytes is not enough: damaged lz4 or
+# zstd often gives the right bytes all the same, and would stay in a set unseen. And no decompressor gets damaged input.
+_CHECK_SIZE = 8
+
 
 def compressor(codec, level=None):
     """
@@ -24,7 +28,9 @@ def compressor(codec, level=None):
 
     def pack(plain):
         packed = compress(plain)
-        return (codec, packed) if len(packed) < len(plain) else ("none", plain)
+        if len(packed) + _CHECK_SIZE >= len(plain):
+            return "none", plain
+        return codec, xxh3_64_intdigest(packed).to_bytes(_CHECK_SIZE, "big") + packed
 
     return pack
 
@@ -80,20 +86,23 @@ def _zstandard():
 
 
 def _decompress(data, where):
+    packed = memoryview(data.payload)[_CHECK_SIZE:]
+    if len(packed) == 0 or xxh3_64_intdigest(packed) != int.from_bytes(data.payload[:_CHECK_SIZE], "big"):
+        raise Error(where, f"damaged {data.codec} data (its checksum differs)", f"offset {data.offset}")
     if data.codec == "lz4":
         from lz4.block import LZ4BlockError, decompress
 
         try:
-            return decompress(data.payload, uncompressed_size=data.length)
+            return decompress(packed, uncompressed_size=data.length)
         except (LZ4BlockError, ValueError) as error:
             reason = error
     else:
         zstandard = _zstandard()
         try:
-            if zstandard.get_frame_parameters(data.payload).content_size != data.length:
+            if zstandard.get_frame_parameters(packed).content_size != data.length:
                 raise zstandard.ZstdError("length differs")
             decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
-            return decompressor.decompress(data.payload, max_output_size=data.length)
+            return decompressor.decompress(packed, max_output_size=data.length)
         except zstandard.ZstdError as error:
             reason = error
     raise Error(where, f"damaged {data.codec} data ({reason})", f"offset {data.offset}")
