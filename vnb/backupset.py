@@ -278,17 +278,20 @@ class Store:
             store.commit()
 
     Without commit() the temporary file is removed. The constructor refuses what the set may not take, before
-    any data is read; commit() asks again, since another writer may have been faster.
+    any data is read; commit() asks again, since another writer may have been faster. check (bool): False for
+    a ledger of heads, which need not hold a whole chain.
     """
 
-    def __init__(self, directory, head, disks):
+    def __init__(self, directory, head, disks, check=True):
         self.directory = directory
         self.head = head
         self.disks = disks
+        self.check = check
         self.name = file_name(head)
         make_private_directory(directory)
         remove_abandoned(directory)
-        admit(directory, segments([directory]), head, disks)
+        if check:
+            admit(directory, segments([directory]), head, disks)
         self.path = os.path.join(directory, self.name)
         self.partial = os.path.join(directory, f".{self.name}.{secrets.token_hex(4)}{PARTIAL}")
         try:
@@ -305,7 +308,8 @@ class Store:
         try:
             os.fsync(self.fd)
             with locked(self.directory) as directory_fd:
-                admit(self.directory, segments([self.directory]), self.head, self.disks)
+                if self.check:
+                    admit(self.directory, segments([self.directory]), self.head, self.disks)
                 os.rename(self.partial, self.path)
                 self.partial = None
                 os.fsync(directory_fd)

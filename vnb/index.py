@@ -10,14 +10,14 @@ extent position is 0 and size is the state. Rows of one disk ascend and do not o
 import sys
 from array import array
 from bisect import bisect_right
-from itertools import repeat
-from operator import gt
+from struct import Struct
 
 from vnb import frame as f
 from vnb.errors import StreamError
 
 ROW_WORDS = 4
 ROW_SIZE = 8 * ROW_WORDS
+_ROW = Struct(f"={ROW_WORDS}Q")
 FRAME_ROWS = 4096  # rows of one index frame: 128 KiB, gathered for each disk
 MAX_WAITING = 8 * FRAME_ROWS  # rows gathered over all disks: 1 MiB
 
@@ -74,56 +74,127 @@ class Rows:
     """
     The rows of one disk in one segment, ascending: what this segment says of any range.
 
-    words (memoryview of 64-bit words): ROW_WORDS a row.
+    They come in pages, one an index frame, and a page is fetched when it is needed: a disk of ten million
+    extents is there at once and takes no more memory than the pages that its readers are at.
+
+    name (str): of the segment, for messages. firsts (sequence of int): the offset of the first row of each page.
+    load: function (page number) -> its rows as they are stored (bytes-like); it may be called from any thread.
+    cache (vnb.cache.Cache or None): keeps pages; without one they are fetched for each lookup.
+    A row is checked when it is used. A StreamError says that it overlaps, descends or points outside.
     """
 
-    def __init__(self, words):
-        self.words = words
-        self.offsets = words[0::ROW_WORDS]
-        self.count = len(words) // ROW_WORDS
+    def __init__(self, name, disk_size, segment_length, firsts, load, cache=None):
+        self.name = name
+        self.disk_size = disk_size
+        self.segment_length = segment_length
+        self.firsts = firsts
+        self._load = load
+        self._cache = cache
 
-    def __len__(self):
-        return self.count
+    def cursor(self):
+        """A Cursor, to look up ascending offsets."""
+        return Cursor(self)
 
     def lookup(self, offset, end):
         """Yield (offset, length, position, size) of all rows that meet [offset, end), ascending and whole."""
-        words = self.words
-        at = max(0, bisect_right(self.offsets, offset) - 1)
-        for row in range(at, self.count):
-            word = row * ROW_WORDS
-            start, length, position, size = words[word : word + ROW_WORDS]
-            if start >= end:
+        cursor = Cursor(self)
+        row = cursor.at(offset)
+        while row is not None and row[0] < end:
+            yield row
+            row = cursor.at(row[0] + row[1])
+
+    def page(self, number):
+        """The rows (memoryview of bytes) of a page, in the machine's byte order."""
+        if self._cache is None:
+            return self._fetch(number)
+        return self._cache.get((self, number), lambda: self._fetch(number))
+
+    def _fetch(self, number):
+        return memoryview(_native(self._load(number))).cast("B")
+
+
+class Cursor:
+    """
+    Where in the rows of one disk in one segment a reader is that goes forwards.
+
+    at() costs little when the next offset is in this row or the next one, and a bisection when it is not.
+    """
+
+    __slots__ = ("_at", "_end", "_number", "_page", "_row", "_rows")
+
+    def __init__(self, rows):
+        self._rows = rows
+        self._page = memoryview(b"")
+        self._number = -1  # of the page
+        self._at = 0  # bytes into it
+        self._row = None
+        self._end = -1  # where the row ends, in the disk
+
+    def at(self, offset):
+        """
+        The first row that ends after offset, as (offset, length, position, size), or None if there is none.
+
+        offset must not be less than it was the last time.
+        """
+        if offset < self._end:
+            return self._row
+        if self._row is not None:
+            self._step()
+        if offset >= self._end:
+            self._seek(offset)
+        while offset >= self._end:
+            self._step()
+        return self._row
+
+    def _seek(self, offset):
+        number = bisect_right(self._rows.firsts, offset, max(0, self._number)) - 1
+        if number > self._number or self._number < 0:
+            if not self._open(max(0, number)):
                 return
-            if start + length > offset:
-                yield start, length, position, size
+        at = bisect_right(self._page.cast("Q")[::ROW_WORDS], offset) - 1
+        self._at = max(self._at, at * ROW_SIZE)
+        self._take()
+
+    def _step(self):
+        self._at += ROW_SIZE
+        if self._at < len(self._page) or self._open(self._number + 1):
+            self._take()
+
+    def _open(self, number):
+        if number >= len(self._rows.firsts):
+            self._row = None
+            self._end = f.MAX_OFFSET + 1  # nothing is sought after this
+            return False
+        self._page = self._rows.page(number)
+        self._number = number
+        self._at = 0
+        return True
+
+    def _take(self):
+        offset, length, position, size = row = _ROW.unpack_from(self._page, self._at)
+        end = offset + length
+        if (
+            end <= self._end
+            or length == 0
+            or end > self._rows.disk_size
+            or not (position + size < self._rows.segment_length if position else size in (f.ZERO, f.HOLE))
+        ):
+            raise StreamError(self._rows.name, "the index is not sound", f"offset {offset}")
+        self._row = row
+        self._end = end
 
 
 def rows_of(payloads, segment_length, disk_size, name):
-    """
-    Rows of one disk from the payloads (list of bytes, in stream order) of its index frames.
+    """Rows of one disk from the payloads (list of bytes, in stream order) of its index frames, all of them here."""
+    firsts = array("Q", (_ROW.unpack_from(_native(payload))[0] for payload in payloads))
+    return Rows(name, disk_size, segment_length, firsts, payloads.__getitem__)
 
-    disk_size (int): the disk's size. Raises StreamError for rows that overlap, descend or point outside.
-    """
+
+def _native(payload):
+    """Rows in the machine's own byte order."""
+    if sys.byteorder == "little":
+        return payload
     words = array("Q")
-    for payload in payloads:
-        words.frombytes(payload)
-    if sys.byteorder == "big":
-        words.byteswap()
-    view = memoryview(words)
-    offsets, lengths, positions, sizes = (view[column::ROW_WORDS] for column in range(ROW_WORDS))
-    if len(offsets):
-        ends = array("Q", map(int.__add__, offsets, lengths)) if _fits(offsets, lengths) else None
-        if (
-            ends is None
-            or min(lengths) == 0
-            or ends[-1] > disk_size
-            or any(map(gt, ends, offsets[1:]))
-            or any(map(gt, positions, repeat(segment_length)))
-            or max(sizes) > f.MAX_HEADER + f.MAX_PAYLOAD
-        ):
-            raise StreamError(name, "the index is not sound")
-    return Rows(view)
-
-
-def _fits(offsets, lengths):
-    return max(offsets) <= f.MAX_OFFSET and max(lengths) <= f.MAX_OFFSET
+    words.frombytes(payload)
+    words.byteswap()
+    return words

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Domain, checkpoint and backup XML: what libvirt says and what we ask of it. Pure: text in, text out."""
+
+from xml.etree import ElementTree  # noqa: S405 - parse() lets no document type in
+
+from vnb.errors import Error
+
+
+class Disk:
+    """
+    A disk of a domain.
+
+    name (str): the target, as vda. device (str): disk, cdrom, floppy, lun. type (str): file, block, network, ...
+    format (str): of the image. path (str or None): of the image, if it is a local file or block device.
+    readonly, empty, encrypted (bool).
+    """
+
+    def __init__(self, element):
+        source = element.find("source")
+        driver = element.find("driver")
+        self.name = element.find("target").get("dev")
+        self.device = element.get("device", "disk")
+        self.type = element.get("type", "file")
+        self.format = "raw" if driver is None else driver.get("type", "raw")
+        self.path = None if source is None else source.get("file") or source.get("dev")
+        self.readonly = element.find("readonly") is not None
+        self.empty = source is None or not (source.attrib or len(source))
+        self.encrypted = source is not None and source.find("encryption") is not None
+
+    @property
+    def left_out_because(self):
+        """Why this is no disk to back up, or None."""
+        if self.device != "disk":
+            return f"is a {self.device}"
+        if self.empty:
+            return "is empty"
+        if self.readonly:
+            return "is read-only"
+        return None
+
+
+def parse(text, what):
+    """The root element of XML that has no document type, so no entities; Error."""
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
+        raise Error(what, "XML with a document type is not accepted")
+    try:
+        return ElementTree.fromstring(text)  # noqa: S314
+    except ElementTree.ParseError as error:
+        raise Error(what, f"malformed XML: {error}") from None
+
+
+def disks(domain_xml):
+    """The disks (list of Disk) of a domain's XML, in its order."""
+    return [Disk(element) for element in parse(domain_xml, "domain XML").iterfind("./devices/disk")]
+
+
+def bitmaps(checkpoint_xml):
+    """{disk name: bitmap name} of a checkpoint's XML: the disks that it can give changes for."""
+    return {
+        disk.get("name"): disk.get("bitmap") or disk.get("name")
+        for disk in parse(checkpoint_xml, "checkpoint XML").iterfind("./disks/disk")
+        if disk.get("checkpoint") == "bitmap"
+    }
+
+
+def backup_socket(backup_xml):
+    """The socket of the server of a running backup job, or None."""
+    server = parse(backup_xml, "backup XML").find("server")
+    return None if server is None else server.get("socket")
+
+
+def backup(socket, wanted, others):
+    """
+    The XML of a pull-mode backup job.
+
+    wanted: list of (disk name, checkpoint its changes are counted from or None for all of it, scratch path).
+    others: names of the domain's disks that take no part.
+    """
+    root = ElementTree.Element("domainbackup", mode="pull")
+    ElementTree.SubElement(root, "server", transport="unix", socket=socket)
+    disks_ = ElementTree.SubElement(root, "disks")
+    for name, since, scratch in wanted:
+        mode = {"backupmode": "incremental", "incremental": since} if since else {"backupmode": "full"}
+        disk = ElementTree.SubElement(disks_, "disk", name=name, backup="yes", type="file", exportname=name, **mode)
+        ElementTree.SubElement(disk, "driver", type="qcow2")
+        ElementTree.SubElement(disk, "scratch", file=scratch)
+    for name in others:
+        ElementTree.SubElement(disks_, "disk", name=name, backup="no")
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def checkpoint(name, description, wanted, others):
+    """The XML of a checkpoint with bitmaps on the disks named in wanted and none on others."""
+    root = ElementTree.Element("domaincheckpoint")
+    ElementTree.SubElement(root, "name").text = name
+    ElementTree.SubElement(root, "description").text = description
+    disks_ = ElementTree.SubElement(root, "disks")
+    for disk in wanted:
+        ElementTree.SubElement(disks_, "disk", name=disk, checkpoint="bitmap", bitmap=name)
+    for disk in others:
+        ElementTree.SubElement(disks_, "disk", name=disk, checkpoint="no")
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def description(checkpoint_xml):
+    """The text of a checkpoint's description, "" where it has none."""
+    return parse(checkpoint_xml, "checkpoint XML").findtext("description") or ""

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+The state directory: what this host knows of its running backups, and the heads of what it sent elsewhere.
+
+    DIR/jobs/UUID/lock        held by the keeper of the domain's backup for as long as it lives
+    DIR/jobs/UUID/job.json    the job, on disk before anything is asked of libvirt
+    DIR/jobs/UUID/control     the keeper's socket
+    DIR/jobs/UUID/keeper.log  what the keeper did on its own
+    DIR/ledgers/UUID/         heads of committed segments that went to no set this host can see
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+
+from vnb.backupset import make_private_directory
+from vnb.errors import Error, os_error
+
+
+def default_directory():
+    """/var/lib/vnb for root, a directory of their own for others; VNB_STATE_DIR overrides."""
+    if os.environ.get("VNB_STATE_DIR"):
+        return os.environ["VNB_STATE_DIR"]
+    if os.geteuid() == 0:
+        return "/var/lib/vnb"
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return os.path.join(home, "vnb")
+
+
+def owner():
+    """Who we are, in terms that another process can hold against what lives: host, boot, pid, start of the process."""
+    return {
+        "host": socket.gethostname(),
+        "boot": boot_id(),
+        "pid": os.getpid(),
+        "start": _start_of(os.getpid()),
+    }
+
+
+def is_dead(owner_):
+    """Whether an owner is provably dead: of this host, and of an earlier boot or without a process."""
+    if owner_.get("host") != socket.gethostname():
+        return False
+    if owner_.get("boot") != boot_id():
+        return True
+    return _start_of(owner_.get("pid")) != owner_.get("start")
+
+
+def boot_id():
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def _start_of(pid):
+    """When a process started, in ticks since boot, or None where there is none: pids are used again."""
+    try:
+        with open(f"/proc/{int(pid)}/stat", encoding="utf-8", errors="replace") as file:
+            return int(file.read().rpartition(")")[2].split()[19])
+    except (OSError, TypeError, ValueError):
+        return None
+
+
+class JobDirectory:
+    """The directory of a domain's job."""
+
+    def __init__(self, state, uuid):
+        self.path = os.path.join(state, "jobs", uuid)
+        make_private_directory(self.path)
+        self.log = os.path.join(self.path, "keeper.log")
+        self._record = os.path.join(self.path, "job.json")
+
+    @contextlib.contextmanager
+    def locked(self, wait=False):
+        """Hold the domain's lock; yields False where somebody else does and wait is false."""
+        fd = os.open(os.path.join(self.path, "lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+        finally:
+            os.close(fd)
+
+    def load(self):
+        """The job's record (dict), or None. Raises Error where it is damaged."""
+        try:
+            with open(self._record, encoding="utf-8") as file:
+                return json.load(file)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise Error(self._record, f"cannot be read: {error}") from None
+
+    def save(self, record):
+        """Write the record durably: after a crash it is the old one or the new one."""
+        partial = self._record + ".new"
+        try:
+            with open(partial, "w", encoding="utf-8", opener=_private) as file:
+                json.dump(record, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(partial, self._record)
+            self._sync()
+        except OSError as error:
+            raise os_error(self._record, error) from None
+
+    def remove(self):
+        """Forget the record."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._record)
+            self._sync()
+
+    def listen(self):
+        """The keeper's listening socket. The caller holds the lock, so what is at its path is a dead keeper's."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.path, "control"))
+        listener = socket.socket(socket.AF_UNIX)
+        with self._short_path() as path:
+            listener.bind(path)
+        listener.listen(8)
+        return listener
+
+    def connect(self):
+        """A connection to the keeper, or None where none lives."""
+        client = socket.socket(socket.AF_UNIX)
+        try:
+            with self._short_path() as path:
+                client.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            client.close()
+            return None
+        return client
+
+    def hang_up(self):
+        """Remove the keeper's socket."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.path, "control"))
+
+    @contextlib.contextmanager
+    def _short_path(self):
+        """A path of the socket that fits into the 108 bytes of sun_path, however long the directory's is."""
+        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            yield f"/proc/self/fd/{fd}/control"
+        finally:
+            os.close(fd)
+
+    def _sync(self):
+        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _private(path, flags):
+    return os.open(path, flags, 0o600)
