@@ -21,6 +21,11 @@ MAX_HEAD = 1 * MiB  # all of a "vnb" frame: domain and checkpoint XML are in it
 MAX_HEADER = 256 * KiB  # all of any other frame but its payload
 MAX_EXTENTS = 4096  # in one frame: 80 KiB at most, decoded in a few milliseconds
 MAX_DISKS = 1024  # libvirt's own limit is lower; a stream of a million disks is an attack
+MAX_ELEMENTS = 31  # of a frame
+MAX_MAP = 1024  # keys of a map
+MAX_NESTING = 16  # arrays and maps in a field: every encoder, and every reader of JSON, gives up at some depth
+MAX_NAME = 255  # characters of a frame's type, and of any name
+MAX_INTEGER = (1 << 64) - 1
 MAX_OFFSET = (1 << 63) - 1  # NBD's own limit
 
 # States of an extent are the flags of base:allocation in the NBD protocol.
@@ -60,9 +65,13 @@ def encode(fields, payload=None):
     The bytes of a frame up to its payload's first byte, and its sum.
 
     fields (list): all before the sum. payload (bytes-like or None): covered by the sum too.
+    Raises FrameError for what no decoder accepts.
     """
-    body = _array(len(fields) + (1 if payload is None else 2))
-    body += b"".join(map(msgpack.packb, fields))
+    _check_fields(fields, payload is not None)
+    try:
+        body = _body(fields, payload is not None)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise FrameError(f'frame "{fields[0]}": {error}') from None
     if len(body) > (MAX_HEAD if fields[0] == "vnb" else MAX_HEADER) - SUM_SIZE - BIN_SIZE:
         raise FrameError(f'frame "{fields[0]}" is too large: {len(body)} bytes')
     if payload is None:
@@ -89,16 +98,25 @@ def encode_tail(segment_length, back):
     return body + struct.pack(">Q", xxh3(body[:-1]))
 
 
+def _body(fields, has_payload):
+    count = len(fields) + (2 if has_payload else 1)
+    return _array(count) + b"".join(map(msgpack.packb, fields))
+
+
 def decode_tail(view):
     """(segment length, distance to the last index frame or 0) of a tail's bytes; FrameError."""
-    if len(view) != TAIL.size:
+    if len(view) != TAIL.size or view[:6] != _TAIL_MAGIC:
         raise FrameError("no tail at the end")
-    magic, t1, length, t2, back, t3, sum_ = TAIL.unpack(view)
-    if magic != _TAIL_MAGIC or (t1, t2, t3) != (_U64, _U64, _U64):
-        raise FrameError("no tail at the end")
-    if xxh3(bytes(view[: -SUM_SIZE])) != sum_:
+    return _decode_tail(view)[:2]
+
+
+def _decode_tail(view):
+    _, t1, length, t2, back, t3, sum_ = TAIL.unpack(view)
+    if (t1, t2, t3) != (_U64, _U64, _U64):
+        raise FrameError('frame "tail" is not encoded as it must be')
+    if xxh3(bytes(view[:-SUM_SIZE])) != sum_:
         raise FrameError('bad sum in frame "tail"')
-    return length, back
+    return length, back, sum_
 
 
 def decode(view):
@@ -108,12 +126,18 @@ def decode(view):
     fields: all before the sum; those of a data frame are checked. The sum is checked here where there
     is no payload, or where it does not cover the payload (data). Raises FrameError or Incomplete.
     """
-    if view[:6] == _DATA_MAGIC:
+    magic = view[:6]
+    if magic == _DATA_MAGIC:
         return _decode_data(view)
+    if magic == _TAIL_MAGIC:
+        if len(view) < TAIL.size:
+            raise Incomplete
+        length, back, sum_ = _decode_tail(view[: TAIL.size])
+        return ["tail", length, back], sum_, TAIL.size, None
     unpacker = msgpack.Unpacker(
         max_buffer_size=MAX_HEAD,
         max_array_len=3 * MAX_EXTENTS,
-        max_map_len=1024,
+        max_map_len=MAX_MAP,
         max_bin_len=0,
         max_ext_len=0,
         ext_hook=_refuse_ext,
@@ -134,10 +158,10 @@ def decode(view):
 
 def _decode(view, unpacker):
     count = unpacker.read_array_header()
-    if not 2 < count < 32:
+    if not 2 < count <= MAX_ELEMENTS:
         raise FrameError(f"not a frame (an array of {count})")
     kind = unpacker.unpack()
-    if not isinstance(kind, str):
+    if not is_name(kind):
         raise FrameError("not a frame (no type)")
     fields = [kind]
     limit = MAX_HEAD if kind == "vnb" else MAX_HEADER
@@ -171,8 +195,13 @@ def _decode(view, unpacker):
         raise FrameError(f'frame "{kind}" has no sum')
     if size > limit:
         raise FrameError(f'frame "{kind}" is too large: {size} bytes')
-    if payload is None and xxh3(bytes(view[:sum_at])) != sum_:
+    body = bytes(view[:sum_at])
+    if payload is None and xxh3(body) != sum_:
         raise FrameError(f'bad sum in frame "{kind}"')
+    _check_fields(fields, payload is not None)
+    # One frame has one form. Else two readers could differ on it: of a key that is there twice, each takes another.
+    if _body(fields, payload is not None) != body:
+        raise FrameError(f'frame "{kind}" is not encoded as it must be')
     return fields, sum_, size, payload
 
 
@@ -201,6 +230,48 @@ def _decode_data(view):
     if payload != length if codec == "none" else not 0 < payload < length:
         raise FrameError(f'frame "data" of {length} bytes has a payload of {payload} ({codec})')
     return ["data", disk, offset, length, codec, hash_], sum_, size, payload
+
+
+def is_name(value):
+    """Whether a value is a string that may name something, and may be printed as it is."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable()
+
+
+def _check_fields(fields, has_payload):
+    if not fields or not is_name(fields[0]):
+        raise FrameError("a frame without a type")
+    kind = fields[0]
+    if not 2 < len(fields) + (2 if has_payload else 1) <= MAX_ELEMENTS:
+        raise FrameError(f'frame "{kind}" has too few or too many elements')
+    if kind == "extent" and len(fields) == 3 and fields[1].__class__ is int and fields[2].__class__ is list:
+        # The many: whoever uses them looks at each anyway.
+        if len(fields[2]) > 3 * MAX_EXTENTS:
+            raise FrameError(f'more than {MAX_EXTENTS} extents in frame "extent"')
+        return
+    for value in fields:
+        _check_value(kind, value, MAX_NESTING)
+
+
+def _check_value(kind, value, room):
+    """Raise FrameError for a value that not everybody reads alike, or that can't be said in JSON."""
+    if isinstance(value, str) or value is None or value is True or value is False:
+        return
+    if isinstance(value, int):
+        if not 0 <= value <= MAX_INTEGER:
+            raise FrameError(f'an integer in frame "{kind}" is out of range')
+    elif isinstance(value, (list, tuple, dict)):
+        if room == 0:
+            raise FrameError(f'frame "{kind}" is nested more than {MAX_NESTING} deep')
+        if isinstance(value, dict):
+            if len(value) > MAX_MAP or not all(isinstance(key, str) for key in value):
+                raise FrameError(f'a map in frame "{kind}" is too large, or a key is no string')
+            value = value.values()
+        elif len(value) > 3 * MAX_EXTENTS:
+            raise FrameError(f'an array in frame "{kind}" is too long')
+        for element in value:
+            _check_value(kind, element, room - 1)
+    else:
+        raise FrameError(f'frame "{kind}" has a value of a type that the format does not know')
 
 
 def sum_over(header, payload):

@@ -15,12 +15,15 @@ check is the hash of a data frame: that is for whoever uses the bytes (vnb.codec
 
 import fcntl
 import os
+import re
+import select
 
 from xxhash import xxh3_64
 
 from vnb import frame as f
 from vnb.errors import Error, OutputClosed, StreamError, os_error
 from vnb.frame import DATA, HOLE, STATE_NAMES, ZERO, FrameError, Incomplete
+from vnb.index import ROW_SIZE
 
 AHEAD = 4096  # read beyond a payload, so that the next header costs no system call; it is copied once more
 PIPE_SIZE = 1 << 20  # the most that a user may ask for (fs.pipe-max-size); see formats/extent-stream.md
@@ -30,7 +33,26 @@ SMALL = 64 << 10  # frames are gathered up to this many bytes before they are wr
 STAGES = ("disks", "extents", "data")
 LEVELS = ("full", "copy", "inc", "diff")
 DISK_LEVELS = ("full", "inc")  # all of the disk, or what changed since the parent
-LONGEST_NAME = 255  # characters: a disk's, domain's, checkpoint's
+LONGEST_PATH = 4096  # characters of a file's path: Linux's PATH_MAX
+_CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)  # so it sorts as text
+
+
+class Raw:
+    """
+    A frame as it stands in the stream. fields (list): all before the sum. start (int): its stream offset.
+
+    header (bytes): all of it up to its payload's first byte. payload (memoryview or None): valid as long as
+    that of Data is.
+    """
+
+    __slots__ = ("fields", "header", "payload", "start", "sum")
+
+    def __init__(self, fields, sum_, start, header, payload):
+        self.fields = fields
+        self.sum = sum_
+        self.start = start
+        self.header = header
+        self.payload = payload
 
 
 class File:
@@ -163,10 +185,13 @@ class Input:
         return have
 
     def _readv(self, views):
-        try:
-            return os.readv(self.fd, views)
-        except OSError as error:
-            raise os_error(self.name, error, f"stream offset {self.offset}") from None
+        while True:
+            try:
+                return os.readv(self.fd, views)
+            except BlockingIOError:
+                _wait(self.fd, select.POLLIN)
+            except OSError as error:
+                raise os_error(self.name, error, f"stream offset {self.offset}") from None
 
 
 class Reader:
@@ -177,38 +202,44 @@ class Reader:
     stage (str or None): refuse a segment that is not at this stage, see STAGES.
     consumer (bool): refuse frames of a required type that this version does not know.
     pool (object with take(size) and give(view), or None): where payloads go; see Data.
+    passed (callable or None): is given each frame (Raw), head, disks, index, end and tail too, once it was checked
+    and before it is yielded: for whoever passes on the very bytes.
     Raises StreamError for all that is wrong with the input, Error for the operating system's failures.
     """
 
-    def __init__(self, fd, name, stage=None, consumer=False, pool=None):
+    def __init__(self, fd, name, stage=None, consumer=False, pool=None, passed=None):
         self.input = Input(fd, name)
         self.stage = stage
         self.consumer = consumer
         self.pool = pool
+        self.passed = passed
         self._own = bytearray()
 
     def __iter__(self):
-        while True:
-            first = self.input.offset
-            window = self.input.fill(len(f.HEAD_MAGIC))
-            if not window:
-                if first == 0:
-                    raise StreamError(self.input.name, "empty input, expected a stream")
-                return
-            if window[: len(f.HEAD_MAGIC)] != f.HEAD_MAGIC:
-                expected = "a stream" if first == 0 else "another segment"
-                raise self.error(f"not {expected} of vnb (it starts with {bytes(window[:5]).hex(' ')})")
-            del window
+        while self.more():
             segment = Segment(self)
             yield segment
             segment.finish()
+
+    def more(self):
+        """Whether a segment starts here: the end of the input is no segment, and all else a StreamError."""
+        first = self.input.offset
+        window = self.input.fill(len(f.HEAD_MAGIC))
+        if not window:
+            if first == 0:
+                raise StreamError(self.input.name, "empty input, expected a stream")
+            return False
+        if window[: len(f.HEAD_MAGIC)] != f.HEAD_MAGIC:
+            expected = "a stream" if first == 0 else "another segment"
+            raise self.error(f"not {expected} of vnb (it starts with {bytes(window[:5]).hex(' ')})")
+        return True
 
     def error(self, reason, offset=None):
         """A StreamError at a stream offset (int), by default that of the next byte."""
         return StreamError(self.input.name, reason, f"stream offset {self.input.offset if offset is None else offset}")
 
     def next_frame(self):
-        """(fields, sum, size, payload size or None, header bytes or None): the next frame up to its payload."""
+        """(fields, sum, size, payload size or None, header bytes): the next frame up to its payload."""
         want = f.MAX_DATA_HEADER
         while True:
             window = self.input.fill(want)
@@ -224,10 +255,24 @@ class Reader:
                 continue
             except FrameError as error:
                 raise self.error(error) from None
-            header = None if payload is None or fields[0] == "data" else bytes(window[:size])
+            header = bytes(window[:size])
             window.release()
             self.input.skip(size)
             return fields, sum_, size, payload, header
+
+    def raw(self):
+        """The next frame (Raw) with a sound sum. Whether it may stand here, Segment tells."""
+        start = self.input.offset
+        fields, sum_, _size, payload_size, header = self.next_frame()
+        payload = None
+        if payload_size is not None:
+            payload = self.payload(payload_size, start)
+            if fields[0] != "data":
+                try:
+                    f.check_payload_sum(fields[0], header, sum_, payload)
+                except FrameError as error:
+                    raise self.error(error, start) from None
+        return Raw(fields, sum_, start, header, payload)
 
     def payload(self, size, start):
         """The payload (memoryview) that comes next. start: of its frame, for messages."""
@@ -258,7 +303,7 @@ class Segment:
         self.end = None
         self.length = None
         self._last_index = 0
-        self._cursors = []
+        self._file = None  # the file of which a part was seen, and more are to come
         self.head = self._read_head()
         self.disks = []
         self._pending = self._read_disks()
@@ -270,59 +315,53 @@ class Segment:
         return self._frames
 
     def _iterate(self):
-        item = self._pending
+        raw = self._pending
         self._pending = None
         in_files = True
-        while item is not None:
-            fields, sum_, start, payload = item
-            kind = fields[0]
+        while True:
+            kind = raw.fields[0]
             frame = None
+            if self._file is not None and kind != "file":
+                raise self.reader.error(f'file {self._file["path"]}: a part is missing', raw.start)
             if kind == "data":
-                frame = self._data(fields, start, payload)
+                frame = self._data(raw)
             elif kind == "extent":
-                frame = self._extents(fields, start)
+                frame = self._extents(raw)
             elif kind == "file":
                 if not in_files:
-                    raise self.reader.error('frame "file" after the first extent', start)
-                frame = File(checked_file(fields, payload, lambda reason: self.reader.error(reason, start)), payload)
+                    raise self.reader.error('frame "file" after the first extent', raw.start)
+                frame = self._part_of_file(raw)
             elif kind == "index":
-                self._index(fields, start, payload)
+                self._index(raw)
             elif kind == "end":
-                self._end(fields, sum_, start)
+                self._end(raw)
                 return
             elif kind in ("vnb", "disk", "tail"):
-                raise self.reader.error(f'frame "{kind}" out of order', start)
+                raise self.reader.error(f'frame "{kind}" out of order', raw.start)
             else:
-                frame = Other(fields, payload)
+                frame = Other(raw.fields, raw.payload)
                 if self.reader.consumer and not frame.optional:
-                    raise self.reader.error(f'unknown frame type "{kind}"', start)
-            self.counts.add(sum_)
-            in_files = in_files and kind in ("file", "index") or frame.__class__ is Other
+                    raise self.reader.error(f'unknown frame type "{kind}"', raw.start)
+            self._accept(raw)
+            in_files = in_files and kind not in ("extent", "data")
             if frame is not None:
                 yield frame
-            item = self._next()
+            raw = self.reader.raw()
 
     def finish(self):
         """Read and check what was not iterated over."""
         for _ in self:
             pass
 
-    def _next(self):
-        start = self.reader.input.offset
-        fields, sum_, _size, size, header = self.reader.next_frame()
-        payload = None
-        if size is not None:
-            payload = self.reader.payload(size, start)
-            if header is not None:
-                try:
-                    f.check_payload_sum(fields[0], header, sum_, payload)
-                except FrameError as error:
-                    raise self.reader.error(error, start) from None
-        return fields, sum_, start, payload
+    def _accept(self, raw, counted=True):
+        if counted:
+            self.counts.add(raw.sum)
+        if self.reader.passed is not None:
+            self.reader.passed(raw)
 
     def _read_head(self):
-        fields, sum_, start, payload = self._next()
-        head = checked_head(fields, payload, lambda reason: self.reader.error(reason, start))
+        raw = self.reader.raw()
+        head = checked_head(raw.fields, raw.payload, lambda reason: self.reader.error(reason, raw.start))
         stage = self.reader.stage
         if stage is not None and head["stage"] != stage:
             needed = {"disks": "vnb-checkpoint", "extents": "vnb-extents", "data": "vnb-read"}[stage]
@@ -330,20 +369,31 @@ class Segment:
                 f'the segment holds {head["stage"]} where {stage} are needed: is {needed} missing before this stage'
                 if STAGES.index(head["stage"]) < STAGES.index(stage)
                 else f'the segment holds {head["stage"]} already, where {stage} are needed',
-                start,
+                raw.start,
             )
-        self.counts.add(sum_)
+        self._accept(raw)
         return head
 
     def _read_disks(self):
+        room = f.MAX_HEAD
         while True:
-            fields, sum_, start, payload = item = self._next()
-            if fields[0] != "disk":
-                return item
-            self.disks.append(
-                checked_disk(fields, payload, self.disks, lambda reason: self.reader.error(reason, start))  # noqa: B023
-            )
-            self.counts.add(sum_)
+            raw = self.reader.raw()
+            if raw.fields[0] != "disk":
+                return raw
+
+            def error(reason, start=raw.start):
+                return self.reader.error(reason, start)
+
+            disk = checked_disk(raw.fields, raw.payload, self.disks, error)
+            if disk["level"] == "inc" and self.head["parent"] is None:
+                raise error(f'{disk["name"]}: changes only, in a segment of level {self.head["level"]}')
+            if "source" in disk and self.head["stage"] == "data":
+                raise error(f'{disk["name"]}: a source, in a segment that holds its data')
+            room -= len(raw.header)
+            if room < 0:
+                raise error(f"the disks take more than {f.MAX_HEAD} bytes")
+            self.disks.append(disk)
+            self._accept(raw)
 
     def _place(self, disk, offset, length, start):
         """Check that [offset, offset + length) of a disk is where it may be, and move that disk's cursor."""
@@ -364,18 +414,21 @@ class Segment:
         self._cursors[disk] = offset + length
         self._covered[disk] += length
 
-    def _data(self, fields, start, payload):
-        _, disk, offset, length, codec, hash_ = fields
+    def _data(self, raw):
+        _, disk, offset, length, codec, hash_ = raw.fields
         if self.head["stage"] != "data":
-            raise self.reader.error(f'frame "data" in a segment of {self.head["stage"]}', start)
-        self._place(disk, offset, length, start)
+            raise self.reader.error(f'frame "data" in a segment of {self.head["stage"]}', raw.start)
+        self._place(disk, offset, length, raw.start)
         self.counts.bytes[DATA] += length
-        self.counts.stored += len(payload)
-        size = self.reader.input.offset - start
-        return Data(disk, offset, length, codec, hash_, payload, start - self.start, size)
+        self.counts.stored += len(raw.payload)
+        size = len(raw.header) + len(raw.payload)
+        return Data(disk, offset, length, codec, hash_, raw.payload, raw.start - self.start, size)
 
-    def _extents(self, fields, start):
-        if len(fields) != 3 or not isinstance(fields[2], list) or not fields[2] or len(fields[2]) % 3:
+    def _extents(self, raw):
+        fields, start = raw.fields, raw.start
+        if len(fields) != 3 or raw.payload is not None or not isinstance(fields[2], list):
+            raise self.reader.error('malformed frame "extent"', start)
+        if not fields[2] or len(fields[2]) % 3:
             raise self.reader.error('malformed frame "extent"', start)
         if self.head["stage"] == "disks":
             raise self.reader.error('frame "extent" in a segment of disks', start)
@@ -383,29 +436,49 @@ class Segment:
         totals = self.counts.bytes
         for offset, length, state in frame:
             if state.__class__ is not int or state not in totals:
-                raise self.reader.error(f"unknown state {state!r} of an extent", start)
+                raise self.reader.error("unknown state of an extent", start)
             if state == DATA and self.head["stage"] == "data":
                 raise self.reader.error(f"offset {offset}: {length} bytes of data were never read", start)
             self._place(frame.disk, offset, length, start)
             totals[state] += length
         return frame
 
-    def _index(self, fields, start, payload):
-        if len(fields) != 4 or payload is None:
+    def _part_of_file(self, raw):
+        file = checked_file(raw.fields, raw.payload, lambda reason: self.reader.error(reason, raw.start))
+        before = self._file
+        if before is None:
+            fits = file["offset"] == 0
+        else:
+            fits = file["offset"] == before["end"] and all(file[key] == before[key] for key in ("role", "path", "size"))
+        end = file["offset"] + len(raw.payload)
+        if not fits or (end < file["size"] and not raw.payload):
+            raise self.reader.error(f'file {file["path"]}: a part is missing', raw.start)
+        self._file = {**file, "end": end} if end < file["size"] else None
+        return File(file, raw.payload)
+
+    def _index(self, raw):
+        fields, start = raw.fields, raw.start
+        if len(fields) != 4 or raw.payload is None or not all(type(field) is int for field in fields[1:]):
             raise self.reader.error('malformed frame "index"', start)
-        back = start - self._last_index if self._last_index else 0
-        if fields[3] != back:
+        _, disk, rows, back = fields
+        if not (disk < len(self.disks) and rows > 0 and rows * ROW_SIZE == len(raw.payload)):
+            raise self.reader.error("an index of no disk, or of the wrong size", start)
+        if back != (start - self._last_index if self._last_index else 0):
             raise self.reader.error('frame "index" does not point to the one before it', start)
         self._last_index = start
 
-    def _end(self, fields, sum_, start):
-        if len(fields) != 2 or not isinstance(fields[1], dict):
+    def _end(self, raw):
+        fields, start = raw.fields, raw.start
+        if len(fields) != 2 or raw.payload is not None or not isinstance(fields[1], dict):
             raise self.reader.error('malformed frame "end"', start)
+        end = fields[1]
         for key, value in self.counts.fields().items():
-            if fields[1].get(key) != value:
+            if type(end.get(key)) is not int:
+                raise self.reader.error(f'malformed frame "end": "{key}"', start)
+            if end[key] != value:
                 raise self.reader.error(
                     "frames are missing, doubled, swapped or replaced: the digest differs" if key == "digest" else
-                    f"the end frame says {fields[1].get(key)} {key}, there were {value}",
+                    f"the end frame says {end[key]} {key}, there were {value}",
                     start,
                 )
         if self.head["stage"] != "disks":
@@ -413,20 +486,16 @@ class Segment:
                 if disk["level"] == "full" and covered != disk["size"]:
                     missing = disk["size"] - covered
                     raise self.reader.error(f'{disk["name"]}: {missing} bytes of a full disk are missing', start)
-        tail_at = self.reader.input.offset
-        window = self.reader.input.fill(f.TAIL.size)[: f.TAIL.size]
-        try:
-            length, back = f.decode_tail(window)
-        except FrameError as error:
-            if len(window) < f.TAIL.size:
-                error = "the input ends before the tail of the segment"
-            raise self.reader.error(error, tail_at) from None
-        window.release()
-        self.reader.input.skip(f.TAIL.size)
-        self.length = self.reader.input.offset - self.start
-        if length != self.length or back != (tail_at - self._last_index if self._last_index else 0):
-            raise self.reader.error("the tail does not fit the segment", tail_at)
-        self.end = fields[1]
+        self._accept(raw, counted=False)
+        tail = self.reader.raw()
+        if tail.fields[0] != "tail":
+            raise self.reader.error(f'frame "{tail.fields[0]}" where the tail must be', tail.start)
+        _, length, back = tail.fields
+        self.length = tail.start + f.TAIL.size - self.start
+        if length != self.length or back != (tail.start - self._last_index if self._last_index else 0):
+            raise self.reader.error("the tail does not fit the segment", tail.start)
+        self._accept(tail, counted=False)
+        self.end = end
 
 
 class Writer:
@@ -472,7 +541,11 @@ class Writer:
     def _writev(self, parts):
         try:
             while parts:
-                count = os.writev(self.fd, parts)
+                try:
+                    count = os.writev(self.fd, parts)
+                except BlockingIOError:
+                    _wait(self.fd, select.POLLOUT)
+                    continue
                 while parts and count >= len(parts[0]):
                     count -= len(parts.pop(0))
                 if parts:
@@ -581,39 +654,53 @@ def checked_head(fields, payload, error):
     """The head of a "vnb" frame's fields, or raise error(reason)."""
     if fields[0] != "vnb" or len(fields) != 3 or payload is not None or not isinstance(fields[2], dict):
         raise error("malformed head")
+    if type(fields[1]) is not int:
+        raise error("malformed head: version")
     if fields[1] != f.VERSION:
         raise error(f"format version {fields[1]}, this vnb knows version {f.VERSION}: a newer vnb is needed")
     head = fields[2]
-    for key in ("id", "point", "domain", "uuid", "created"):
-        if not _is_name(head.get(key)):
+    for key in ("id", "point", "domain", "uuid"):
+        if not f.is_name(head.get(key)):
             raise error(f'malformed head: "{key}"')
     for key in ("parent", "checkpoint"):
-        if head.get(key) is not None and not _is_name(head[key]):
+        if key not in head or not (head[key] is None or f.is_name(head[key])):
             raise error(f'malformed head: "{key}"')
+    for key in ("chain", "run"):
+        if key in head and not f.is_name(head[key]):
+            raise error(f'malformed head: "{key}"')
+    for key in ("domain_xml", "checkpoint_xml"):
+        if not isinstance(head.get(key), (str, type(None))):
+            raise error(f'malformed head: "{key}"')
+    if not isinstance(head.get("created"), str) or not _CREATED.fullmatch(head["created"]):
+        raise error('malformed head: "created"')
     if head.get("stage") not in STAGES or head.get("level") not in LEVELS:
         raise error("malformed head: stage or level")
-    if (head["level"] in ("inc", "diff")) != (head.get("parent") is not None):
-        raise error(f'malformed head: level {head["level"]} and parent {head.get("parent")}')
-    if head.get("parent") == head["point"]:
+    if (head["level"] in ("inc", "diff")) != (head["parent"] is not None):
+        raise error(f'malformed head: level {head["level"]} and parent {head["parent"]}')
+    if head["parent"] == head["point"]:
         raise error("malformed head: the segment is its own parent")
     return head
 
 
 def checked_disk(fields, payload, before, error):
     """The disk of a "disk" frame's fields, or raise error(reason). before: the disks of earlier frames."""
-    if len(fields) != 3 or payload is not None or not isinstance(fields[2], dict) or fields[1] != len(before):
+    if len(fields) != 3 or payload is not None or not isinstance(fields[2], dict):
         raise error('malformed frame "disk"')
+    if type(fields[1]) is not int or fields[1] != len(before):
+        raise error('malformed frame "disk": its number')
     if len(before) >= f.MAX_DISKS:
         raise error(f"more than {f.MAX_DISKS} disks")
     disk = fields[2]
     name = disk.get("name")
     if not is_safe_name(name):
-        raise error(f"a disk must not be named {name!r}")
+        raise error("a disk without a name that may be a part of a file name")
     if any(other["name"] == name for other in before):
         raise error(f"two disks are named {name}")
     size = disk.get("size")
     if type(size) is not int or not 0 <= size <= f.MAX_OFFSET or disk.get("level") not in DISK_LEVELS:
         raise error(f"{name}: malformed size or level")
+    if not all(isinstance(disk.get(key, {}), dict) for key in ("image", "source")):
+        raise error(f"{name}: malformed image or source")
     return disk
 
 
@@ -622,18 +709,22 @@ def checked_file(fields, payload, error):
     if len(fields) != 2 or payload is None or not isinstance(fields[1], dict):
         raise error('malformed frame "file"')
     file = fields[1]
-    numbers = [file.get(key) for key in ("size", "offset", "mode")]
-    if not (_is_name(file.get("role")) and isinstance(file.get("path"), str)):
+    path = file.get("path")
+    if not (f.is_name(file.get("role")) and isinstance(path, str) and len(path) <= LONGEST_PATH):
         raise error('malformed frame "file"')
-    if any(type(number) is not int or number < 0 for number in numbers) or file["offset"] + len(payload) > file["size"]:
-        raise error(f'malformed frame "file": {file["path"]}')
+    numbers = [file.get(key) for key in ("size", "offset", "mode")]
+    if any(type(number) is not int for number in numbers) or file["offset"] + len(payload) > file["size"]:
+        raise error(f'malformed frame "file": {path}')
     return file
 
 
 def is_safe_name(name):
     """Whether a name from a stream may become a part of a file name: nothing that leaves a directory or hides."""
-    return _is_name(name) and "/" not in name and not name.startswith(".")
+    return f.is_name(name) and "/" not in name and not name.startswith(".")
 
 
-def _is_name(name):
-    return isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable()
+def _wait(fd, event):
+    # ssh makes its standard streams non-blocking, and whoever shares them with it gets the same.
+    poll = select.poll()
+    poll.register(fd, event)
+    poll.poll()

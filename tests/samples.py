@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Small streams for tests, from their parts, in memory."""
+
+import contextlib
+import os
+
+from xxhash import xxh3_64_intdigest
+
+from vnb import codec, index, stream
+from vnb import frame as f
+from vnb.frame import HOLE, ZERO
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@contextlib.contextmanager
+def memory(content=b""):
+    """A file descriptor of a file in memory with this content, at its start."""
+    fd = os.memfd_create("sample", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, content)
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def written():
+    """(writer, function that returns the bytes written so far)."""
+    with memory() as fd:
+        writer = stream.Writer(fd, "sample")
+
+        def content():
+            writer.flush()
+            return os.pread(fd, os.fstat(fd).st_size, 0)
+
+        yield writer, content
+
+
+def head(point="p0", parent=None, **fields):
+    return {
+        "id": f"id-{point}", "stage": "data", "level": "inc" if parent else "full", "point": point, "parent": parent,
+        "checkpoint": point, "chain": "main", "domain": "vm", "uuid": "u-1", "created": "2026-01-31T12:00:00.000000Z",
+        "run": "r", **fields,
+    }
+
+
+def disk(name="vda", size=4096, level="full", **fields):
+    return {"name": name, "size": size, "level": level, "image": {}, **fields}
+
+
+def data(out, number, offset, plain, name="none", builder=None):
+    """Write a data frame with these plain bytes into a SegmentWriter."""
+    packed_as, payload = codec.compressor(name)(plain)
+    place = out.data(number, offset, len(plain), packed_as, xxh3_64_intdigest(plain), payload)
+    if builder is not None:
+        builder.data(number, offset, len(plain), *place)
+
+
+def extents(out, number, runs, builder=None):
+    out.extents(number, runs)
+    if builder is not None:
+        builder.extents(number, runs)
+
+
+def part(role="nvram", path="/v", size=3, offset=0, mode=0o600):
+    return {"role": role, "path": path, "mode": mode, "size": size, "offset": offset}
+
+
+def every_kind(required=True):
+    """Two segments, a full and an increment, with every kind of frame in few bytes. required: an unknown one too."""
+    with written() as (writer, content):
+        out = writer.segment(head(), [disk("a", 300), disk("b", 64)])
+        out.file(part(), b"ab")
+        out.file(part(offset=2), b"c")
+        index_ = index.Builder(out)
+        data(out, 0, 0, b"xyz" * 33 + b"x", "lz4", index_)
+        out.frame(stream.Other(["+x", {"k": [1, None, True]}], None))
+        extents(out, 1, [0, 64, HOLE], index_)
+        data(out, 0, 100, b"12345678" * 5, "none", index_)
+        extents(out, 0, [140, 100, ZERO, 240, 60, HOLE], index_)
+        index_.finish()
+        out.frame(stream.Other(["+y", 7], b"payload"))
+        out.end()
+        out = writer.segment(head("p1", "p0"), [disk("a", 300, "inc")])
+        if required:
+            out.frame(stream.Other(["x", "q"], None))
+        data(out, 0, 10, b"q" * 20)
+        out.end()
+        return content()
+
+
+def segment(head_, disks, *frames):
+    """One segment with these frames as they are: lists (fields), or tuples of a list and a payload."""
+    with written() as (writer, content):
+        out = writer.segment(head_, disks)
+        for frame in frames:
+            fields, payload = frame if isinstance(frame, tuple) else (frame, None)
+            header, sum_ = f.encode(fields, payload)
+            writer.write(header, payload)
+            out.counts.add(sum_)
+        out.end()
+        return content()
+
+
+def read(content, check_plain=True, **options):
+    """All that a Reader gives for these bytes, as lists that can be compared; raises what it raises."""
+    found = []
+    with memory(content) as fd:
+        for segment_ in stream.Reader(fd, "sample", **options):
+            frames = []
+            for frame in segment_:
+                kind = frame.__class__
+                if kind is stream.Data:
+                    name = segment_.disks[frame.disk]["name"]
+                    plain = bytes(codec.plain(frame, name)) if check_plain else None
+                    frames.append(("data", frame.disk, frame.offset, frame.length, frame.codec, frame.hash,
+                                   bytes(frame.payload), plain))
+                elif kind is stream.Extents:
+                    frames.append(("extent", frame.disk, frame.runs))
+                else:
+                    payload = None if frame.payload is None else bytes(frame.payload)
+                    frames.append((kind.__name__, frame.fields, payload))
+            found.append((segment_.head, segment_.disks, frames, segment_.end, segment_.length))
+    return found
