@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Fixtures for tests on a real libvirtd and QEMU; lab.py has the laboratory."""
+
+import shutil
+
+import pytest
+
+NEEDED = ("libvirtd", "virsh", "qemu-system-x86_64", "qemu-img", "nbdcopy")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "/live/" in item.path.as_posix():
+            item.add_marker("live")
+
+
+@pytest.fixture(scope="session")
+def lab():
+    """The laboratory, one for all tests: a libvirtd of our own."""
+    missing = [name for name in NEEDED if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    from lab import Lab
+
+    with Lab() as lab:
+        yield lab
+
+
+@pytest.fixture
+def vm(lab):
+    """
+    A running machine with vda (64 MiB, some data at 1 MiB) and vdb (64 MiB, with discard).
+
+    After the test it is removed, and nothing else may be left.
+    """
+    from lab import Disk, MiB
+
+    vm = lab.domain(Disk("vda", 64 * MiB), Disk("vdb", 64 * MiB, discard=True))
+    try:
+        vm.write_random("vda", 1 * MiB, 4 * MiB, seed=1)
+        vm.write("vdb", 8 * MiB, 2 * MiB, pattern=0x22)
+        yield vm
+        assert lab.leftovers() == []
+    finally:
+        vm.remove()
