@@ -2,22 +2,25 @@
 """vnb-checkpoint - begin and end a backup job and its checkpoint
 
 Usage:
-  vnb-checkpoint begin DOMAIN --level LEVEL [options] [--include DISK]...
-                 [--exclude DISK]...
-  vnb-checkpoint run DOMAIN --level LEVEL [options] [--include DISK]...
-                 [--exclude DISK]... [--] COMMAND...
-  vnb-checkpoint commit DOMAIN [options]
-  vnb-checkpoint abort DOMAIN [options]
-  vnb-checkpoint list DOMAIN [--json] [options]
+  vnb-checkpoint begin [options] (DOMAIN | --image NAME=FILE...)
+                 [--include DISK]... [--exclude DISK]...
+  vnb-checkpoint run [options] (DOMAIN | --image NAME=FILE...)
+                 [--include DISK]... [--exclude DISK]... -- COMMAND...
+  vnb-checkpoint (commit | abort) [options] (DOMAIN | --image NAME=FILE...)
+  vnb-checkpoint (list | size | recover | redefine | prune) [options] DOMAIN
   vnb-checkpoint --help | --version
 
-begin starts a job and writes a stream of its head and disks; a keeper process
-watches over the job until commit or abort. run does all three around COMMAND,
-which has the stream on its standard input.
+begin starts a job and writes a stream of its head, disks and files; a keeper
+process watches over the job until commit or abort. run does all three around
+COMMAND, which has the stream on its standard input.
 
 Options:
   -c URI, --connect URI  libvirt's URI; default: LIBVIRT_DEFAULT_URI, else
                          qemu:///system for root, qemu:///session for others
+  --user NAME            the user that libvirt asks for
+  --password-file FILE   its first line is the password that libvirt asks for
+  --image NAME=FILE      an image that no guest uses, without libvirt; may be
+                         given several times
   --level LEVEL          full, copy, inc, diff, or auto
   --ledger DIR           the backup set that the segment goes to: says what the
                          next increment starts from, and whether it was saved
@@ -27,6 +30,16 @@ Options:
   --exclude DISK         not this disk; may be given several times
   --raw                  take disks that cannot hold a bitmap in full each time
   --allow-plaintext      take encrypted disks, which leave QEMU decrypted
+  --no-sparse-detection  read what is dirty, zeroes too, without asking where
+                         they are
+  -S, --start-paused     start a domain that is off, paused, for the backup
+  --pause                suspend the guest while the job starts
+  --freeze MOUNTPOINTS   freeze these file systems only, separated by commas
+  --no-freeze            freeze nothing
+  --require-freeze       fail where the guest cannot be frozen
+  --strict               exit with status 1 after warnings
+  --threshold SIZE       do nothing where there is less to back up; begin exits
+                         with status 3, run with 0
   --scratch-dir DIR      where the data goes that the guest overwrites meanwhile;
                          default: beside each image
   --scratch-reserve SIZE
@@ -39,64 +52,106 @@ Options:
   --idle TIME            end the job when nobody was connected for this time,
                          between begin and commit [default: 10m]
   --state-dir DIR        default: VNB_STATE_DIR, else /var/lib/vnb for root
-  --json                 print JSON, one object a line
+  --force                recover and prune: also what another ledger or a
+                         process of another host owns
+  --json                 list and size: print JSON, one object a line
   --debug                show tracebacks
   --help                 print this
   --version              print the version
 """
 
-import json
 import os
 import re
 import subprocess
 
 from vnb import arguments, stream
-from vnb.errors import Error, OutputClosed, UsageError
+from vnb.errors import Error, OutputClosed, UsageError, os_error
+from vnb.frame import MiB
 from vnb.run import note
 from vnb.state import JobDirectory, default_directory
 
 LEVELS = ("full", "copy", "inc", "diff", "auto")
+MAX_SIZE = 1 << 60
+FILE_PART = MiB  # of one file frame
+BELOW_THRESHOLD = 3
 
 
 def main(args):
     args["--state-dir"] = os.path.abspath(args["--state-dir"] or default_directory())
+    args["--ledger"] = args["--ledger"] and os.path.abspath(args["--ledger"])
     if args["begin"]:
         return _begin(_options(args))
     if args["run"]:
         return _run(_options(args), args["COMMAND"])
     if args["commit"] or args["abort"]:
         return _finish(args, "commit" if args["commit"] else "abort")
-    return _list(args)
+    from vnb import upkeep
+
+    task = next(task for task in ("list", "size", "recover", "redefine", "prune") if args[task])
+    return getattr(upkeep, task)(args, _say)
 
 
 def _options(args):
-    """What the keeper needs, checked."""
-    if args["--level"] not in LEVELS:
-        raise UsageError("--level", f'"{args["--level"]}" is not one of {", ".join(LEVELS)}')
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", args["--chain"]):
-        raise UsageError("--chain", f'"{args["--chain"]}" has other characters than letters, digits, - and _')
-    if args["--since"] in ("last", "full") and args["--level"] != "diff":
-        raise UsageError("--since", f'"{args["--since"]}" is for level diff')
-    if args["--since"] and args["--level"] in ("full", "copy"):
-        raise UsageError("--since", f'level {args["--level"]} starts from nothing')
+    """What the keeper needs, checked; see vnb.job.begin and vnb.keeper.Starter."""
+    level, since = args["--level"], args["--since"]
+    if level not in LEVELS:
+        raise UsageError("--level", f"is needed: one of {', '.join(LEVELS)}")
+    check_chain(args)
+    if since in ("last", "full") and level != "diff":
+        raise UsageError("--since", f'"{since}" is for level diff')
+    if since and level in ("full", "copy"):
+        raise UsageError("--since", f"level {level} starts from nothing")
+    if args["--no-freeze"] and (args["--freeze"] or args["--require-freeze"]):
+        raise UsageError("--no-freeze", "contradicts --freeze and --require-freeze")
+    for option in ("--start-paused", "--pause", "--connect"):
+        if args["--image"] and args[option]:
+            raise UsageError(option, "has no meaning with --image")
     return {
         "domain": args["DOMAIN"],
+        "images": _images(args),
         "uri": args["--connect"],
-        "level": args["--level"],
-        "ledger": args["--ledger"] and os.path.abspath(args["--ledger"]),
-        "since": args["--since"],
+        "user": args["--user"],
+        "password_file": args["--password-file"] and os.path.abspath(args["--password-file"]),
+        "level": level,
+        "ledger": args["--ledger"],
+        "since": since,
         "chain": args["--chain"],
         "include": args["--include"],
         "exclude": args["--exclude"],
         "raw": args["--raw"],
         "allow_plaintext": args["--allow-plaintext"],
+        "sparse": not args["--no-sparse-detection"],
+        "start_paused": args["--start-paused"],
+        "pause": args["--pause"],
+        "freeze": None if args["--no-freeze"] else args["--freeze"].split(",") if args["--freeze"] else [],
+        "require_freeze": args["--require-freeze"],
+        "strict": args["--strict"],
+        "threshold": arguments.size(args, "--threshold", 0, MAX_SIZE) if args["--threshold"] else None,
         "scratch_dir": args["--scratch-dir"],
         "socket": args["--socket"],
-        "reserve": arguments.size(args, "--scratch-reserve", 0, 1 << 60),
+        "reserve": arguments.size(args, "--scratch-reserve", 0, MAX_SIZE),
         "deadline": arguments.seconds(args, "--deadline"),
         "idle": arguments.seconds(args, "--idle"),
         "state": args["--state-dir"],
     }
+
+
+def check_chain(args):
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", args["--chain"]):
+        raise UsageError("--chain", f'"{args["--chain"]}" has other characters than letters, digits, - and _')
+
+
+def _images(args):
+    """{name: path} of --image, or None."""
+    found = {}
+    for operand in args["--image"]:
+        name, _, path = operand.partition("=")
+        if not path or not stream.is_safe_name(name):
+            raise UsageError("--image", f'"{operand}" is not NAME=FILE')
+        if name in found:
+            raise UsageError("--image", f"{name} is given twice")
+        found[name] = os.path.abspath(path)
+    return found or None
 
 
 def _say(text):
@@ -108,22 +163,23 @@ def _begin(options):
 
     out = stream.stdout()
     keeper = Starter(options, _say)
+    if "below" in keeper.begun:
+        return _below(keeper, BELOW_THRESHOLD)
     try:
         _write(out, keeper.begun)
         keeper.hand_over()
     except BaseException:
         keeper.leave()
         raise
-
-
-def _write(out, begun):
-    out.segment(begun["head"], begun["disks"]).end()
+    return _strict(options, keeper)
 
 
 def _run(options, command):
     from vnb.keeper import Starter
 
     keeper = Starter(options, _say)
+    if "below" in keeper.begun:
+        return _below(keeper, 0)
     try:
         status = _feed(command, keeper.begun)
         if status != 0:
@@ -133,6 +189,57 @@ def _run(options, command):
     except BaseException:
         keeper.leave()
         raise
+    return _strict(options, keeper)
+
+
+def _below(keeper, status):
+    _say(keeper.begun["below"])
+    keeper.leave()
+    return status
+
+
+def _strict(options, keeper):
+    if options["strict"] and keeper.warnings:
+        raise Error(options["domain"], f"{keeper.warnings} warnings, and --strict")
+
+
+def _write(out, begun):
+    """The stream: head, disks, files. A file that cannot be read is a warning, not the end of the backup."""
+    segment = out.segment(begun["head"], begun["disks"])
+    for file in begun["files"]:
+        if "text" in file:
+            parts = [file["text"].encode()]
+            mode = 0o600
+        else:
+            try:
+                mode, parts = _read_file(file["path"])
+            except OSError as error:
+                _say(f"{os_error(file['path'], error)}: {file['role']} is not in the backup")
+                continue
+        size, offset = sum(map(len, parts)), 0
+        for part in parts:
+            segment.file({"role": file["role"], "path": file["path"], "mode": mode, "size": size, "offset": offset}, part)
+            offset += len(part)
+    segment.end()
+
+
+def _read_file(path):
+    """(mode, parts) of a regular file: firmware and kernels have some MiB."""
+    import stat
+
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(22, "not a regular file", path)
+        parts = []
+        while part := file.read(FILE_PART):
+            parts.append(part)
+            if len(parts) > MAX_FILE_PARTS:
+                raise OSError(27, "too large", path)
+        return stat.S_IMODE(status.st_mode), parts or [b""]
+
+
+MAX_FILE_PARTS = 64  # 64 MiB: they are held in memory, and no firmware or kernel is larger
 
 
 def _feed(command, begun):
@@ -150,74 +257,29 @@ def _feed(command, begun):
         return child.wait()
     except (Error, OutputClosed) as error:
         # It did not want all of the stream: whatever it did then, it did not store it.
-        return child.wait() or _unread(error)
+        status = child.wait()
+        if status == 0:
+            raise Error("the command", f"did not read its input ({error})") from None
+        return status
     except BaseException:
         child.terminate()
         child.wait()
         raise
 
 
-def _unread(error):
-    raise Error("the command", f"did not read its input ({error})")
-
-
-def _directory(args):
-    """The job directory of the domain, which need not be there for libvirt any more if a UUID is given."""
-    from vnb.virt import Domain
-
-    with Domain(args["--connect"], args["DOMAIN"]) as domain:
-        return JobDirectory(args["--state-dir"], domain.uuid)
-
-
 def _finish(args, what):
     from vnb.keeper import ask
 
-    ledger = args["--ledger"] and os.path.abspath(args["--ledger"])
-    found = ask(_directory(args), what, ledger, _say)
+    images = _images(args)
+    if images:
+        from vnb.source import Images
+
+        uuid = Images(images).uuid
+    else:
+        from vnb.upkeep import open_domain
+
+        with open_domain(args) as domain:
+            uuid = domain.uuid
+    found = ask(JobDirectory(args["--state-dir"], uuid), what, args["--ledger"], _say)
     if not found and what == "commit":
         raise Error(args["DOMAIN"], "has no backup job of ours to commit")
-
-
-def _list(args):
-    from vnb import domxml
-    from vnb.virt import Domain
-
-    with Domain(args["--connect"], args["DOMAIN"]) as domain:
-        uuid = domain.uuid
-        found = domain.checkpoints()
-    saved = _saved(args, uuid)
-    for name in sorted(found):
-        about = _about(domxml.description(found[name]))
-        row = {
-            "checkpoint": name,
-            "ours": about is not None,
-            "chain": (about or {}).get("chain"),
-            "disks": sorted(domxml.bitmaps(found[name])),
-            "ledger": (about or {}).get("ledger"),
-            "saved": saved.get(name),
-        }
-        if args["--json"]:
-            print(json.dumps(row))
-        else:
-            where = row["saved"] or ("not saved in the ledger" if row["ours"] else "not of vnb")
-            print(f"{name}  {','.join(row['disks'])}  {where}")
-
-
-def _saved(args, uuid):
-    """{checkpoint: file that holds its segment} of the ledger."""
-    from vnb.ledger import Ledger
-
-    ledger = Ledger.of(args["--state-dir"], uuid, args["--ledger"])
-    return {segment.head["checkpoint"]: segment.name for segment in ledger.segments() if segment.head["checkpoint"]}
-
-
-def _about(description):
-    """What a checkpoint of ours says of itself, or None."""
-    word, _, text = description.partition(" ")
-    if word != "vnb":
-        return None
-    try:
-        about = json.loads(text)
-    except ValueError:
-        return None
-    return about if isinstance(about, dict) else None

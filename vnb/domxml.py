@@ -102,6 +102,69 @@ def checkpoint(name, description, wanted, others):
     return ElementTree.tostring(root, encoding="unicode")
 
 
+def checkpoint_of_one(xml, disk):
+    """The XML of a checkpoint with the bitmap of one of its disks alone."""
+    root = parse(xml, "checkpoint XML")
+    for parent in root.findall("parent"):
+        root.remove(parent)
+    for element in root.iterfind("./disks/disk"):
+        if element.get("name") != disk:
+            element.attrib = {"name": element.get("name"), "checkpoint": "no"}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def with_parent(xml, parent):
+    """The XML of a checkpoint with another parent (str), or with none (None): libvirt wants one that it knows."""
+    root = parse(xml, "checkpoint XML")
+    for element in root.findall("parent"):
+        root.remove(element)
+    if parent is not None:
+        ElementTree.SubElement(ElementTree.SubElement(root, "parent"), "name").text = parent
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def with_creation_time(xml, seconds):
+    """The XML of a checkpoint with the time of its creation (Unix time): libvirt redefines none without."""
+    root = parse(xml, "checkpoint XML")
+    ElementTree.SubElement(root, "creationTime").text = str(seconds)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def sizes(checkpoint_xml):
+    """{disk name: bytes that an increment would have} of a checkpoint's XML that has them."""
+    return {
+        disk.get("name"): int(disk.get("size"))
+        for disk in parse(checkpoint_xml, "checkpoint XML").iterfind("./disks/disk")
+        if disk.get("size") is not None
+    }
+
+
+FILE_ROLES = ("loader", "nvram", "kernel", "initrd", "dtb")
+
+
+def files(domain_xml):
+    """[(role, path)] of the files that the domain needs beside its disks."""
+    os_ = parse(domain_xml, "domain XML").find("os")
+    found = [] if os_ is None else [(role, os_.findtext(role)) for role in FILE_ROLES]
+    return [(role, path.strip()) for role, path in found if path and path.strip().startswith("/")]
+
+
+def has_tpm(domain_xml):
+    """Whether the domain has an emulated TPM, whose state is not in any disk."""
+    return parse(domain_xml, "domain XML").find("./devices/tpm/backend[@type='emulator']") is not None
+
+
+def has_agent(domain_xml):
+    """Whether the domain has a channel for a guest agent."""
+    root = parse(domain_xml, "domain XML")
+    return root.find("./devices/channel/target[@name='org.qemu.guest_agent.0']") is not None
+
+
+def qemu_user(domain_xml):
+    """The user and group that QEMU runs as ("+64055:+107"), or None."""
+    return parse(domain_xml, "domain XML").findtext("./seclabel[@model='dac']/label")
+
+
 def description(checkpoint_xml):
     """The text of a checkpoint's description, "" where it has none."""
     return parse(checkpoint_xml, "checkpoint XML").findtext("description") or ""

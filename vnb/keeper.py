@@ -21,9 +21,8 @@ import traceback
 
 from vnb import job as jobs
 from vnb.errors import Error, Interrupted, UsageError
-from vnb.run import ENDING_SIGNALS
+from vnb.source import open_source, source_of
 from vnb.state import JobDirectory, is_dead
-from vnb.virt import Domain
 
 TICK_SECONDS = 1.0  # free room, clients and deadline have no event that one could wait for
 MAX_MESSAGE = 16 << 20  # a head has XML in it, disks are a few hundred bytes each
@@ -69,32 +68,51 @@ class Line:
             raise Error("keeper", "malformed message")
         return message
 
-    def answer(self, note):
-        """Read notes, which go to note(text), up to an answer; returns it. Raises the Error that it is."""
+    def answer(self, hear):
+        """Read lines for the user, which go to hear(message), up to an answer; returns it, raises an error."""
         while True:
             message = self.receive()
             if message is None:
-                raise Error("keeper", "ended without an answer")
+                raise KeeperDied("keeper", "ended without an answer")
             if "note" in message:
-                note(message["note"])
+                hear(message)
             elif "error" in message:
                 raise Error(*message["error"])
             else:
                 return message
 
+    def tell(self, text):
+        """A line for the user."""
+        self.send(note=text)
+
+    def warn(self, text):
+        """A line for the user, which --strict makes a failure."""
+        self.send(note=text, warning=True)
+
     def close(self):
         self.socket.close()
+
+
+class KeeperDied(Error):
+    """The keeper ended without a word: somebody killed it."""
 
 
 class Starter:
     """
     The starter's side: start a keeper, and have it end its job one way or the other.
 
-    options (dict): see vnb.job.begin, and deadline, idle (seconds), reserve (bytes). begun (dict): head, disks.
+    options (dict): see vnb.job.begin, and deadline, idle (seconds), reserve (bytes). say: a function for lines to
+    the user. begun (dict): head, disks, files; or below (str), where there is less to do than the threshold.
+    warnings (int): lines that were warnings.
+
+    Keeper and starter watch each other: whoever finds the other one dead ends the job.
     """
 
-    def __init__(self, options, note):
-        self.note = note
+    def __init__(self, options, say):
+        self.say = say
+        self.warnings = 0
+        self._options = options
+        self._uuid = None
         ours, theirs = socket.socketpair()
         self.pid = os.fork()
         if self.pid == 0:
@@ -103,7 +121,11 @@ class Starter:
         theirs.close()
         self.line = Line(ours)
         try:
-            self.begun = self.line.answer(note)
+            message = self.line.answer(self._hear)
+            if "job" in message:
+                self._uuid = message["job"]
+                message = self.line.answer(self._hear)
+            self.begun = message
         except BaseException:
             self.leave()
             raise
@@ -111,29 +133,40 @@ class Starter:
     def hand_over(self):
         """Let the keeper go on without us: commit and abort come over its control socket."""
         self.line.send(do="keep")
-        self.line.answer(self.note)
+        self.line.answer(self._hear)
         self.line.close()
 
     def finish(self, what):
         """Have the keeper do "commit" or "abort", and see it end. Raises Error, and the job goes on then."""
         self.line.send(do=what)
-        self.line.answer(self.note)
+        self.line.answer(self._hear)
         self.leave()
 
     def leave(self):
-        """Hang up, which ends the job if it still runs, and wait for the keeper to end."""
+        """Hang up, which ends the job if it still runs, and wait for the keeper to end; do its work if it was killed."""
         with contextlib.suppress(OSError):
             self.line.socket.shutdown(socket.SHUT_WR)
         with contextlib.suppress(Error):
             while (message := self.line.receive()) is not None:
                 if "note" in message:
-                    self.note(message["note"])
+                    self._hear(message)
         self.line.close()
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+            _, status = os.waitpid(self.pid, 0)
+            if os.WIFSIGNALED(status) and self._uuid is not None:
+                self.say(f"the keeper was killed by {signal.Signals(os.WTERMSIG(status)).name}: ending its job")
+                directory = JobDirectory(self._options["state"], self._uuid)
+                with directory.locked(wait=True):
+                    record = directory.load()
+                    if record is not None:
+                        jobs.Job(directory, record, self.say).abort()
+
+    def _hear(self, message):
+        self.warnings += bool(message.get("warning"))
+        self.say(message["note"])
 
 
-def ask(directory, what, ledger, note):
+def ask(directory, what, ledger, say):
     """
     Have the domain's job committed or aborted: by its keeper, or by ourselves where that is dead.
 
@@ -145,13 +178,13 @@ def ask(directory, what, ledger, note):
         client.settimeout(ANSWER_SECONDS)
         line = Line(client)
         line.send(do=what, ledger=ledger)
-        line.answer(note)
+        line.answer(lambda message: say(message["note"]))
         return True
     with directory.locked(wait=True):
         record = directory.load()
         if record is None:
             return False
-        _end(jobs.Job(directory, record, note), what, ledger)
+        _end(jobs.Job(directory, record, say), what, ledger)
         return True
 
 
@@ -177,20 +210,24 @@ def _child(connection, options):
 
 
 def _keep(line, options):
-    with Domain(options["uri"], options["domain"]) as domain:
-        uuid = domain.uuid
-    directory = JobDirectory(options["state"], uuid)
+    source = open_source(options)
+    directory = JobDirectory(options["state"], source.uuid)
     with directory.locked() as got:
         if not got:
-            raise Error(options["domain"], _who_runs(directory))
+            raise Error(source.name, who_runs(directory))
+        line.send(job=source.uuid)
         _redirect(directory.log)
-        _recover(directory, options, line)
+        recover(directory, source.name, line.tell)
         listener = directory.listen()
         try:
-            job = jobs.begin(directory, options, lambda text: line.send(note=text))
+            try:
+                job = jobs.begin(directory, source, options, line.tell, line.warn)
+            except jobs.BelowThreshold as below:
+                line.send(below=str(below))
+                return 0
             keeper = Keeper(job, line, listener, options)
             try:
-                line.send(begun=True, head=job.head, disks=job.record["disks"])
+                line.send(head=job.head, disks=job.record["disks"], files=job.files)
                 keeper.loop()
             finally:
                 keeper.end_if_running("the keeper was ended")
@@ -200,20 +237,26 @@ def _keep(line, options):
     return 0
 
 
-def _recover(directory, options, line):
-    """End what a keeper that was killed has left, or refuse where that is not provably ours to end."""
+def recover(directory, name, say):
+    """
+    End what a keeper that was killed has left; False where there is nothing. The caller holds the lock.
+
+    Raises Error where the owner is not provably dead.
+    """
     record = directory.load()
     if record is None:
-        return
+        return False
     if record["phase"] != "ended":
         if not is_dead(record["owner"]):
-            raise Error(options["domain"], f"a backup by process {record['owner']['pid']} of "
-                        f"{record['owner']['host']} may still run: vnb-checkpoint abort {options['domain']}")
-        line.send(note=f"{options['domain']}: ending the job of a keeper that died, begun {record['head']['created']}")
-    jobs.Job(directory, record, lambda text: line.send(note=text)).abort()
+            raise Error(name, f"a backup by process {record['owner']['pid']} of "
+                        f"{record['owner']['host']} may still run: vnb-checkpoint abort {name} ends it")
+        say(f"{name}: ending the job of a keeper that died, begun {record['head']['created']}")
+    jobs.Job(directory, record, say).abort()
+    return True
 
 
-def _who_runs(directory):
+def who_runs(directory):
+    """In words, whose backup it is that holds the lock."""
     record = directory.load()
     if record is None:
         return "another backup is beginning"
@@ -242,14 +285,15 @@ class Keeper:
         self.listener = listener
         self.options = options
         self.done = False
+        self.ending = None
         self.kept_alone = False
         self.deadline = time.monotonic() + options["deadline"]
         self.last_client = time.monotonic()
-        self.job.note = self.log
+        self.job.note = self.job.warn = self.log
 
     def loop(self):
-        """Until the job has ended."""
-        while not self.done:
+        """Until the job has ended, and the guest is thawed."""
+        while not self.done or self.job.record["frozen"]:
             waiting = [self.listener] if self.starter is None else [self.listener, self.starter]
             ready, _, _ = select.select(waiting, [], [], TICK_SECONDS)
             if self.starter in ready:
@@ -260,20 +304,28 @@ class Keeper:
                 self._look()
 
     def end_if_running(self, reason):
-        """End the job by ourselves: it does not count, unless its segment is in the ledger."""
+        """
+        End the job by ourselves: it does not count, unless its segment is in the ledger.
+
+        Where libvirt does not answer, this is tried again at every tick: it may be restarting.
+        """
         if self.done:
             return
-        self.log(f"ending the job: {reason}")
-        for signum in ENDING_SIGNALS:
-            signal.signal(signum, signal.SIG_IGN)
-        self.job.abort(reason)
-        self.done = True
+        if self.ending is None:
+            self.log(f"ending the job: {reason}")
+            self.ending = reason
+        try:
+            self.job.abort(self.ending)
+        except Error as error:
+            self.log(str(error))
+        else:
+            self.done = True
 
     def log(self, text):
         """A line for whoever looks into the log; also for the starter, while there is one."""
         print(time.strftime("%Y-%m-%dT%H:%M:%S"), text, file=sys.stderr)
         if self.starter is not None:
-            self.starter.send(note=text)
+            self.starter.tell(text)
 
     def _hear_starter(self):
         message = self.starter.receive()
@@ -303,8 +355,10 @@ class Keeper:
                 self._do(line, message)
 
     def _do(self, line, message):
-        self.job.note = lambda text: line.send(note=text)
+        self.job.note = line.tell
         try:
+            if self.done:
+                raise Error(self.job.head["domain"], f"the job was ended already: {self.job.record['reason']}")
             _end(self.job, message.get("do"), message.get("ledger"))
             self.done = True
             line.send(done=True)
@@ -315,7 +369,11 @@ class Keeper:
 
     def _look(self):
         now = time.monotonic()
-        if now > self.deadline:
+        if self.done:
+            pass
+        elif self.ending is not None:
+            self.end_if_running(self.ending)
+        elif now > self.deadline:
             self.end_if_running(f"its deadline of {self.options['deadline']} seconds has passed")
         elif self.kept_alone and self._clients() == 0:
             if now - self.last_client > self.options["idle"]:
@@ -324,6 +382,13 @@ class Keeper:
             self.last_client = now
         if not self.done:
             self._look_at_scratch()
+        if not self.done:
+            self._look_at_guest()
+        if self.job.record["frozen"]:
+            try:
+                self.job.thaw()
+            except Error as error:
+                self.log(str(error))  # the daemon may come back
 
     def _look_at_scratch(self):
         for path in self.job.record["scratch"]:
@@ -338,13 +403,32 @@ class Keeper:
                 )
                 return
 
+    def _look_at_guest(self):
+        """A guest that QEMU stopped because it could not write is worth more than its backup."""
+        if self.job.record["kind"] != "running":
+            return
+        try:
+            stuck = self.job.held.domain.is_paused_by_error()
+        except Error:
+            self._connect_again()
+            return
+        if stuck:
+            self.end_if_running("the guest was stopped by a write error: the scratch may be full")
+
+    def _connect_again(self):
+        """libvirtd was restarted: the job survives that, our connection does not."""
+        try:
+            self.job.held = source_of(self.job.record)
+        except Error as error:
+            self.log(str(error))
+
     def _clients(self):
-        """How many connections to the export there are: the kernel lists what was accepted on its socket."""
+        """How many connections to the export there are: the kernel lists what was accepted on its sockets."""
+        wanted = {self.job.record["socket"], *self.job.record["sockets"]}
         with open("/proc/net/unix", encoding="utf-8", errors="replace") as file:
             # Fields: Num RefCount Protocol Flags Type St Inode Path; state 03 is connected.
             found = [line.split(None, 7) for line in file]
-        path = self.job.record["socket"]
-        return sum(1 for fields in found if len(fields) == 8 and fields[5] == "03" and fields[7].strip() == path)
+        return sum(1 for fields in found if len(fields) == 8 and fields[5] == "03" and fields[7].strip() in wanted)
 
 
 def _end(job, what, ledger):

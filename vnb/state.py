@@ -35,7 +35,7 @@ def owner():
         "host": socket.gethostname(),
         "boot": boot_id(),
         "pid": os.getpid(),
-        "start": _start_of(os.getpid()),
+        "start": start_of(os.getpid()),
     }
 
 
@@ -45,7 +45,7 @@ def is_dead(owner_):
         return False
     if owner_.get("boot") != boot_id():
         return True
-    return _start_of(owner_.get("pid")) != owner_.get("start")
+    return start_of(owner_.get("pid")) != owner_.get("start")
 
 
 def boot_id():
@@ -53,7 +53,7 @@ def boot_id():
         return file.read().strip()
 
 
-def _start_of(pid):
+def start_of(pid):
     """When a process started, in ticks since boot, or None where there is none: pids are used again."""
     try:
         with open(f"/proc/{int(pid)}/stat", encoding="utf-8", errors="replace") as file:

@@ -6,9 +6,12 @@ import time
 
 import libvirt
 
-from vnb import domxml
+from vnb import domxml, qemuimg
 from vnb.errors import Error
 
+SETTLE_SECONDS = 90  # a guest that shuts down while a job runs stays in that state for 30 s
+PRESERVE_SHUTDOWN = 1 << 1  # VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN: a guest stays until the job ends
+PRESERVE_SHUTDOWN_SINCE = 11_010_000  # the daemon's version, not the client library's, has to know it
 JOB_END_SECONDS = 60  # ending a pull job takes milliseconds; a guest that is shutting down keeps it for 30 s
 
 # libvirt prints each error on stderr itself, unless told not to: we say it, once.
@@ -25,20 +28,50 @@ def error_of(what, error):
     return Error(what, error.get_error_message() or str(error))
 
 
+def _open(uri, user, password_file):
+    if user is None and password_file is None:
+        return libvirt.open(uri)
+
+    def answer(credentials, _data):
+        for credential in credentials:
+            if credential[0] in (libvirt.VIR_CRED_AUTHNAME, libvirt.VIR_CRED_USERNAME):
+                credential[4] = user
+            elif credential[0] in (libvirt.VIR_CRED_PASSPHRASE, libvirt.VIR_CRED_NOECHOPROMPT):
+                credential[4] = _password(password_file)
+            else:
+                return -1
+        return 0
+
+    kinds = [
+        libvirt.VIR_CRED_AUTHNAME, libvirt.VIR_CRED_USERNAME, libvirt.VIR_CRED_PASSPHRASE,
+        libvirt.VIR_CRED_NOECHOPROMPT,
+    ]
+    return libvirt.openAuth(uri, [kinds, answer, None], 0)
+
+
+def _password(path):
+    """The first line of a file: a password has no place among the arguments, where everybody can read it."""
+    if path is None:
+        raise Error("--password-file", "libvirt asks for a password, and none is given")
+    with open(path, encoding="utf-8") as file:
+        return file.readline().rstrip("\n")
+
+
 class Domain:
     """
     A domain, looked up anew: the daemon may have been restarted since the last time.
 
-    uri (str or None): None for the default. name (str): a name or a UUID. Raises Error, as all methods do.
+    uri (str or None): None for the default. name (str): a name or a UUID. user (str or None), password_file
+    (str or None): what libvirt's authentication asks for. Raises Error, as all methods do.
     """
 
-    def __init__(self, uri, name):
+    def __init__(self, uri, name, user=None, password_file=None):
         self.uri = uri or default_uri()
+        self.what = name
         try:
-            self._connection = libvirt.open(self.uri)
+            self._connection = _open(self.uri, user, password_file)
         except libvirt.libvirtError as error:
             raise error_of(self.uri, error) from None
-        self.what = name
         try:
             try:
                 self._domain = self._connection.lookupByName(name)
@@ -138,26 +171,104 @@ class Domain:
         """
         Start a backup job. Raises BrokenBitmap where a bitmap is missing or inconsistent; nothing is left then.
         """
+        flags = PRESERVE_SHUTDOWN if self.call_connection("getLibVersion") >= PRESERVE_SHUTDOWN_SINCE else 0
         try:
-            self._domain.backupBegin(backup_xml, checkpoint_xml, 0)
+            self._domain.backupBegin(backup_xml, checkpoint_xml, flags)
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_CHECKPOINT_INCONSISTENT:
                 raise BrokenBitmap(self.what, error.get_error_message()) from None
+            if error.get_error_code() in (libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_OPERATION_UNSUPPORTED):
+                raise Error(self.what, f"{error.get_error_message()} ({self._versions()})") from None
             raise error_of(self.what, error) from None
 
-    def end_backup(self):
-        """End the running job, and come back when it is gone. A pull job has no other end than abort."""
-        deadline = time.monotonic() + JOB_END_SECONDS
+    def _versions(self):
+        version, qemu = self.call_connection("getLibVersion"), self.call_connection("getVersion")
+        dotted = [f"{number // 1000000}.{number // 1000 % 1000}.{number % 1000}" for number in (version, qemu)]
+        return f"libvirt {dotted[0]}, QEMU {dotted[1]}; incremental backup needs libvirt 7.6 and QEMU 5.2"
+
+    def call_connection(self, function, *args):
+        """function(*args) of libvirt's connection object, its error as an Error."""
         try:
-            self._domain.abortJob()
-            # The abort is answered before the block jobs are gone; polling is what is left without an event loop.
-            while self._domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE:
-                if time.monotonic() > deadline:
-                    raise Error(self.what, f"the backup job is still there after {JOB_END_SECONDS} seconds")
-                time.sleep(0.01)
+            return getattr(self._connection, function)(*args)
         except libvirt.libvirtError as error:
-            if self._domain.isActive() and self.running_job() is not None:
-                raise error_of(self.what, error) from None
+            raise error_of(self.uri, error) from None
+
+    @property
+    def is_local(self):
+        """Whether paths in the domain's XML are paths of this host."""
+        import urllib.parse
+
+        return not urllib.parse.urlsplit(self.uri).netloc
+
+    def end_backup(self):
+        """
+        End the running job, and come back when it is gone. A pull job has no other end than abort.
+
+        A guest that is shutting down is waited for: libvirt answers nothing about its job until it is off.
+        """
+        deadline = time.monotonic() + JOB_END_SECONDS
+        while True:
+            try:
+                if not self._domain.isActive() or self._domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE:
+                    return
+                self._domain.abortJob()
+            except libvirt.libvirtError as error:
+                failure = error_of(self.what, error)
+            else:
+                failure = Error(self.what, f"the backup job is still there after {JOB_END_SECONDS} seconds")
+            if time.monotonic() > deadline:
+                raise failure
+            time.sleep(0.01)  # the abort is answered before the block jobs are gone, and nothing else tells
+
+    def settle(self):
+        """Wait until a guest that is shutting down is off."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while self.call("isActive") and self.call("state")[0] == libvirt.VIR_DOMAIN_SHUTDOWN:
+            if time.monotonic() > deadline:
+                raise Error(self.what, f"is still shutting down after {SETTLE_SECONDS} seconds")
+            time.sleep(0.1)  # as above
+
+    def is_paused_by_error(self):
+        """Whether QEMU stopped the guest because it could not write."""
+        state, reason = self.call("state")
+        return state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_IOERROR
+
+    @property
+    def is_paused(self):
+        return self.call("state")[0] == libvirt.VIR_DOMAIN_PAUSED
+
+    def start_paused(self):
+        """Start the domain, paused, for as long as this connection lasts."""
+        self.call("createWithFlags", libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY)
+
+    def freeze(self, mountpoints):
+        """
+        Freeze all file systems of the guest, or those at mountpoints (list); returns how many.
+
+        Raises Unanswered where the agent may do it later, Error where it was refused: then nothing is frozen by us.
+        """
+        try:
+            return self._domain.fsFreeze(mountpoints or None)
+        except libvirt.libvirtError as error:
+            if _may_still_happen(error):
+                raise Unanswered(self.what, error.get_error_message()) from None
+            raise error_of(self.what, error) from None
+
+    def thaw(self):
+        """Thaw the guest's file systems; returns how many. Raises Unanswered or Error."""
+        try:
+            return self._domain.fsThaw(None)
+        except libvirt.libvirtError as error:
+            if _may_still_happen(error):
+                raise Unanswered(self.what, error.get_error_message()) from None
+            raise error_of(self.what, error) from None
+
+    def guest_info(self):
+        """What the guest agent says of the guest (dict), or None where there is no agent that answers."""
+        try:
+            return self._domain.guestInfo(0)
+        except libvirt.libvirtError:
+            return None
 
     def checkpoints(self):
         """{name: XML without the domain's} of all checkpoints."""
@@ -168,21 +279,80 @@ class Domain:
         except libvirt.libvirtError as error:
             raise error_of(self.what, error) from None
 
-    def checkpoint_xml(self, name):
-        """A checkpoint's XML, for a ledger."""
+    def checkpoint_xml(self, name, with_size=False):
+        """A checkpoint's XML; with_size: and what an increment from it would have, which no job may hinder."""
+        flags = libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN
+        if with_size:
+            flags |= libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE
         try:
-            return self._domain.checkpointLookupByName(name).getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN)
+            return self._domain.checkpointLookupByName(name).getXMLDesc(flags)
         except libvirt.libvirtError as error:
             raise error_of(self.what, error) from None
 
+    def redefine_checkpoint(self, xml, validate=False):
+        """Have libvirt know a checkpoint again. validate: its bitmaps too, which needs a running domain."""
+        flags = libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
+        if validate and self.is_active:
+            flags |= libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE
+        self.call("checkpointCreateXML", xml, flags)
+
     def delete_checkpoint(self, name):
-        """Delete a checkpoint and its bitmaps; harmless where it is gone already."""
+        """
+        Delete a checkpoint and its bitmaps; harmless where it is gone already.
+
+        Where the domain is off, libvirt forgets the checkpoint and qemu-img removes the bitmaps. Where one disk
+        has no bitmap any more, libvirt refuses the whole: then it is done disk by disk.
+        """
+        self.settle()
         try:
-            self._domain.checkpointLookupByName(name).delete(0)
+            checkpoint = self._domain.checkpointLookupByName(name)
         except libvirt.libvirtError as error:
-            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT:
-                raise error_of(f"{self.what}: checkpoint {name}", error) from None
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT:
+                return
+            raise error_of(self.what, error) from None
+        try:
+            if self.is_active:
+                try:
+                    checkpoint.delete(0)
+                except libvirt.libvirtError:
+                    if self.is_active:
+                        self._delete_by_disk(checkpoint)
+                        return
+                    self.settle()  # it went off while we asked
+                else:
+                    return
+            disks = domxml.bitmaps(checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN))
+            checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+        except libvirt.libvirtError as error:
+            raise error_of(f"{self.what}: checkpoint {name}", error) from None
+        for disk in domxml.disks(self.xml(inactive=True)):
+            if disk.name in disks and disk.path and disk.format == "qcow2":
+                qemuimg.remove_bitmap(disk.name, disk.path, disks[disk.name])
+
+    def _delete_by_disk(self, checkpoint):
+        xml = checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN)
+        checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+        present = {disk.name for disk in domxml.disks(self.xml())}
+        for disk in domxml.bitmaps(xml):
+            if disk not in present:
+                continue  # unplugged: its image keeps a bitmap that nobody reads
+            flags = libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
+            single = self._domain.checkpointCreateXML(domxml.checkpoint_of_one(xml, disk), flags)
+            try:
+                single.delete(0)
+            except libvirt.libvirtError:
+                single.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+
+
+def _may_still_happen(error):
+    return error.get_error_code() in (
+        libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED, libvirt.VIR_ERR_OPERATION_TIMEOUT,
+    )
 
 
 class BrokenBitmap(Error):
     """A bitmap that a backup was to start from is missing or inconsistent."""
+
+
+class Unanswered(Error):
+    """The guest agent did not answer: what was asked may be done at any later time."""

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a backup takes: its level and parent, its disks, their names in sockets, scratch files and XML."""
+
+import json
+import os
+
+from vnb import chain, domxml, heads
+from vnb.errors import Error
+from vnb.ledger import Ledger
+from vnb.state import owner
+from vnb.virt import BrokenBitmap
+
+QCOW2_MAGIC = b"QFI\xfb"
+SUN_PATH = 107  # bytes of a socket's path, without the zero behind it
+
+
+class Plan:
+    """
+    source (see vnb.source). options (dict): see vnb.job.begin. directory (str): of the job.
+
+    head, disks: what goes into the stream. note, warn: functions for lines to the user. Raises Error.
+    """
+
+    def __init__(self, source, options, directory, note, warn):
+        self.source = source
+        self.options = options
+        self.note = note
+        self.warn = warn
+        self.ledger = Ledger.of(options["state"], source.uuid, options["ledger"])
+        self.have = source.have()
+        self.level, self.parent, self.known = self._level()
+        self.marks = self.level in ("full", "inc")  # a point that the next increment may start from
+        everything = source.disks()
+        chosen = self._choose(everything)
+        self.others = [disk.name for disk in everything if disk not in chosen]
+        self.head = heads.new(
+            source.name, source.uuid, self.level, "disks", parent=self.parent, chain=options["chain"],
+            after=self.known.head["created"] if self.known else None, **source.head_fields(),
+        )
+        if self.marks:
+            self.head["checkpoint"] = self.head["point"]
+        self.union = f"{self.head['point']}.union"  # of one bitmap over several layers, while the job lasts
+        self.socket = options["socket"] or os.path.join(source.socket_directory(directory), _socket_name(self.head))
+        if len(os.fsencode(self.socket)) > SUN_PATH - 16:
+            raise Error(self.socket, f"the path is too long for a socket ({SUN_PATH - 16} bytes at most)")
+        self.sources = {disk.name: disk for disk in chosen}
+        self.disks = [self._disk(disk) for disk in chosen]
+        self.scratch = {disk.name: self._scratch(disk) for disk in chosen} if source.kind == "running" else {}
+
+    def record(self):
+        """The job's record: all that is needed to end it."""
+        options = self.options
+        return {
+            "kind": self.source.kind,
+            "owner": owner(),
+            "uri": options["uri"],
+            "user": options["user"],
+            "password_file": options["password_file"],
+            "images": options["images"],
+            "phase": "starting",
+            "reason": None,
+            "ledger": self.ledger.directory,
+            "own_ledger": self.ledger.own,
+            "socket": self.socket,
+            "scratch": list(self.scratch.values()),
+            "started": self.source.started,
+            "suspended": False,
+            "frozen": False,
+            "servers": [],
+            "sockets": [],
+            "unions": [],
+            "added": [],
+            "head": self.head,
+            "disks": self.disks,
+        }
+
+    def start(self, job):
+        """Start the job. A disk whose bitmap turns out to be broken is taken in full."""
+        while True:
+            try:
+                self.source.start(self, job)
+                break
+            except BrokenBitmap as error:
+                inc = [disk for disk in self.disks if disk["level"] == "inc"]
+                broken = [disk for disk in inc if f"'{disk['name']}'" in error.reason] or inc
+                if not broken:
+                    raise
+                for disk in broken:
+                    self._take_in_full(disk, error.reason)
+        if self.marks:
+            self.head["checkpoint_xml"] = self.source.mark(self)
+        exports = self.source.exports(self)
+        for disk in self.disks:
+            uri, dirty = exports[disk["name"]]
+            disk["source"] = {"uri": uri}
+            if disk["level"] == "inc":
+                disk["source"]["dirty"] = dirty
+            if not self.options["sparse"]:
+                disk["source"]["sparse"] = False
+            del disk["bitmap"]
+
+    def backup_xml(self):
+        """The XML of libvirt's backup job."""
+        wanted = [
+            (disk["name"], self.parent if disk["level"] == "inc" else None, self.scratch[disk["name"]])
+            for disk in self.disks
+        ]
+        return domxml.backup(self.socket, wanted, self.others)
+
+    def checkpoint_xml(self):
+        """The XML of the new checkpoint, or None. Its description says whose it is."""
+        if not self.marks:
+            return None
+        with_bitmap = [disk["name"] for disk in self.disks if disk["bitmap"]]
+        without = [disk["name"] for disk in self.disks if not disk["bitmap"]] + self.others
+        about = {"owner": owner(), "ledger": self.ledger.name, "run": self.head["run"], "chain": self.head["chain"]}
+        return domxml.checkpoint(self.head["checkpoint"], f"vnb {json.dumps(about)}", with_bitmap, without)
+
+    def estimate(self):
+        """Bytes that the backup would read."""
+        names = [disk["name"] for disk in self.disks]
+        return sum(self.source.estimate(self.parent, names).values())
+
+    def _level(self):
+        """(level, parent's point or None, parent's segment where the ledger has it or None)."""
+        level, since = self.options["level"], self.options["since"]
+        if level in ("full", "copy"):
+            return level, None, None
+        known = self.ledger.of_domain(self.source.uuid, self.source.name)
+        ours = [segment for segment in known if segment.head["chain"] == self.options["chain"]]
+        if since not in (None, "last", "full"):
+            if since not in self.have:
+                raise Error(self.source.name, f"there is no checkpoint {since}")
+            parent = next((segment for segment in known if segment.head["checkpoint"] == since), None)
+            return "inc" if level == "auto" else level, since, parent
+        if since == "full":
+            ours = [segment for segment in ours if segment.head["level"] == "full"]
+        usable = {name for name, disks in self.have.items() if disks}
+        parent = chain.tip(ours, usable)
+        if parent is not None:
+            if level == "auto":
+                self.note(f"{self.source.name}: level inc, since {parent.head['point']}")
+            return "inc" if level == "auto" else level, parent.head["point"], parent
+        why = (
+            f"nothing of chain {self.options['chain']} is saved in {self.ledger.directory}" if not ours
+            else "the checkpoints of the saved points are all gone"
+        )
+        if level == "auto":
+            self.note(f"{self.source.name}: level full: {why}")
+            return "full", None, None
+        raise Error(self.source.name, f"{why}: a full backup is needed first")
+
+    def _choose(self, everything):
+        """The disks to back up; says which are left out, and refuses what cannot be done."""
+        names = {disk.name for disk in everything}
+        for option in ("include", "exclude"):
+            unknown = sorted(set(self.options[option]) - names)
+            if unknown:
+                raise Error(f"--{option}", f"{self.source.name} has no disk {', '.join(unknown)}")
+        chosen = []
+        for disk in everything:
+            if disk.name in self.options["exclude"] or (
+                self.options["include"] and disk.name not in self.options["include"]
+            ):
+                continue
+            if disk.left_out_because:
+                self.note(f"{self.source.name}: {disk.name} {disk.left_out_because}: left out")
+                continue
+            if disk.encrypted and not self.options["allow_plaintext"]:
+                raise Error(disk.name, "is encrypted and would be stored in plain text: --allow-plaintext, or exclude")
+            chosen.append(disk)
+        if not chosen:
+            raise Error(self.source.name, "no disk is left to back up")
+        return chosen
+
+    def _disk(self, disk):
+        """The fields of a disk's frame, and whether it gets a bitmap."""
+        found = {
+            "name": disk.name,
+            "size": self.source.size_of(disk),
+            "level": "full",
+            "image": {"format": disk.format, "path": disk.path, "type": disk.type},
+        }
+        without = _no_bitmap_because(disk)
+        if without and self.level != "copy" and not self.options["raw"]:
+            raise Error(disk.name, f"{without}: --raw takes it in full each time, --exclude {disk.name} leaves it out")
+        found["bitmap"] = self.marks and not without
+        if self.level in ("inc", "diff"):
+            why = without or self._full_because(disk, found["size"])
+            if why:
+                self._take_in_full(found, why)
+            else:
+                found["level"] = "inc"
+        return found
+
+    def _full_because(self, disk, size):
+        """Why an increment has to take all of a disk, or None."""
+        if self.known is not None:
+            before = next((known for known in self.known.disks if known["name"] == disk.name), None)
+            if before is None:
+                return f"{self.parent} does not have it"
+            if size < before["size"]:
+                return f"it shrank from {before['size']} to {size} bytes"
+        if disk.name not in self.have[self.parent]:
+            return f"no sound bitmap of it goes back to {self.parent}"
+        return None
+
+    def _take_in_full(self, disk, why):
+        disk["level"] = "full"
+        self.warn(f"{self.source.name}: {disk['name']}: full in this increment: {why}")
+
+    def _scratch(self, disk):
+        """Where the old data goes that the guest overwrites: beside the image, as libvirt itself would do."""
+        directory = self.options["scratch_dir"] or (
+            os.path.dirname(disk.path) if disk.type == "file" and disk.path else self.source.socket_directory("")
+        )
+        self._warn_of_room(disk, directory)
+        return os.path.join(os.path.abspath(directory), f"vnb-{self.head['id'][:12]}-{disk.name}.scratch")
+
+    def _warn_of_room(self, disk, directory):
+        try:
+            room = os.statvfs(directory)
+        except OSError:
+            return  # on another host, or QEMU will say so
+        free = room.f_bavail * room.f_frsize
+        used = self.source.estimate(None, [disk.name])[disk.name]
+        if free < used:
+            self.warn(
+                f"{self.source.name}: {disk.name}: the scratch directory {directory} has {free} bytes left, "
+                f"the disk has {used} bytes of data"
+            )
+
+
+def _no_bitmap_because(disk):
+    """Why an image cannot hold a persistent bitmap, or None (also where that is for libvirt to find out)."""
+    if disk.format != "qcow2":
+        return f"a {disk.format} image cannot hold a bitmap"
+    try:
+        with open(disk.path, "rb") as file:
+            start = file.read(8)
+    except (OSError, TypeError):
+        return None
+    if start[:4] == QCOW2_MAGIC and int.from_bytes(start[4:], "big") < 3:
+        return "a qcow2 image of version 2 cannot hold a bitmap (qemu-img amend -o compat=1.1 makes it version 3)"
+    return None
+
+
+def _socket_name(head):
+    """Says whose it is: our process, this boot, the run."""
+    us = owner()
+    return f'vnb-{us["pid"]}-{us["boot"][:8]}-{head["id"][:8]}.sock'

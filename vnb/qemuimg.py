@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Images that no guest uses: what qemu-img says of them, their bitmaps, and qemu-nbd to read them."""
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+
+from vnb import export
+from vnb.errors import Error, one_line, os_error
+
+END_SECONDS = 30  # for a qemu-nbd that was told to end; it has nothing to write
+
+
+class Layer:
+    """An image of a backing chain. bitmaps: {name: set of flags}, "in-use" is one that was not closed properly."""
+
+    def __init__(self, info):
+        self.path = info["filename"]
+        self.format = info["format"]
+        self.size = info["virtual-size"]
+        data = info.get("format-specific", {}).get("data", {})
+        self.bitmaps = {bitmap["name"]: set(bitmap["flags"]) for bitmap in data.get("bitmaps", ())}
+        self.is_v2 = self.format == "qcow2" and data.get("compat") == "0.10"
+
+    def is_sound(self, bitmap):
+        return bitmap in self.bitmaps and "in-use" not in self.bitmaps[bitmap]
+
+
+def run(what, *argv):
+    """Run a program, give its standard output; Error with its words where it fails."""
+    try:
+        done = subprocess.run(argv, capture_output=True, check=False)
+    except OSError as error:
+        raise Error(argv[0], error.strerror) from None
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise Error(what, one_line(" ".join(said)) or f"{argv[0]} ended with status {done.returncode}")
+    return done.stdout
+
+
+def info(name, path, format_, shared=False):
+    """What qemu-img says of an image and its backing chain, as text (JSON). shared (bool): a guest may use it."""
+    return run(
+        name, "qemu-img", "info", *(["-U"] if shared else []), "--backing-chain", "--output=json", "-f", format_, path
+    ).decode()
+
+
+def layers(name, path, format_):
+    """The backing chain (list of Layer) of an image from the top; Error where it is in use."""
+    return [Layer(found) for found in json.loads(info(name, path, format_))]
+
+
+def holders(chain, bitmap):
+    """
+    The layers whose bitmaps together tell what changed since a bitmap was made, from the top; [] if they don't.
+
+    After a snapshot a bitmap goes on in the layer above, so all layers down to the lowest that has it count.
+    """
+    have = [bitmap in layer.bitmaps for layer in chain]
+    if True not in have:
+        return []
+    lowest = len(have) - 1 - have[::-1].index(True)
+    wanted = chain[: lowest + 1]
+    if all(layer.is_sound(bitmap) and layer.size == wanted[0].size for layer in wanted):
+        return wanted
+    return []
+
+
+def add_bitmap(name, path, bitmap):
+    """Add a persistent bitmap that records from now on."""
+    run(name, "qemu-img", "bitmap", "--add", "-f", "qcow2", path, bitmap)
+
+
+def add_union(name, wanted, bitmap, union):
+    """Add a bitmap to the top layer that is the union of one bitmap over several layers; it records nothing."""
+    top = wanted[0].path
+    run(name, "qemu-img", "bitmap", "--add", "--disable", "-f", "qcow2", top, union)
+    for layer in wanted:
+        run(name, "qemu-img", "bitmap", "--merge", bitmap, "-b", layer.path, "-F", "qcow2", "-f", "qcow2", top, union)
+
+
+def remove_bitmap(name, path, bitmap):
+    """Remove a bitmap from an image and all layers below it that have it."""
+    for layer in layers(name, path, "qcow2"):
+        if bitmap in layer.bitmaps:
+            run(name, "qemu-img", "bitmap", "--remove", "-f", "qcow2", layer.path, bitmap)
+
+
+def serve(name, path, format_, socket_path, bitmap=None):
+    """
+    Start a read-only qemu-nbd with one export called name; returns its process when it answers.
+
+    It ends with the process that started it, even by SIGKILL: one left behind would keep the domain from starting.
+    """
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        if os.path.lexists(socket_path):
+            os.unlink(socket_path)
+        listener.bind(socket_path)
+        os.chmod(socket_path, 0o600)
+        listener.listen(64)
+    except OSError as error:
+        raise os_error(socket_path, error) from None
+    argv = [
+        "setpriv", "--pdeathsig", "TERM", "sh", "-c", 'LISTEN_PID=$$ LISTEN_FDS=1 exec qemu-nbd "$@"', "sh",
+        "--read-only", "--persistent", "--shared=64", f"--export-name={name}", f"--format={format_}",
+    ]
+    if bitmap:
+        argv.append(f"--bitmap={bitmap}")
+
+    def hand_over():  # systemd's socket activation: the socket is there before the server is, nobody has to wait
+        os.dup2(listener.fileno(), 3)
+        os.set_inheritable(3, True)
+
+    process = subprocess.Popen(
+        [*argv, "--", path], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        preexec_fn=hand_over, close_fds=False,
+    )
+    listener.close()
+    try:
+        export.Connection(uri(name, socket_path), name).close()
+    except Error as error:
+        process.terminate()
+        said = process.communicate()[1].decode(errors="replace").strip()
+        raise Error(name, one_line(said) or error.reason) from None
+    process.stderr.close()
+    return process
+
+
+def uri(name, socket_path):
+    """The NBD URI of an export on a unix socket."""
+    import urllib.parse
+
+    query = urllib.parse.urlencode({"socket": socket_path}, safe="/")
+    return f"nbd+unix:///{urllib.parse.quote(name, safe='')}?{query}"
+
+
+def end(pid):
+    """Have a process end, and wait for it; harmless where it is gone."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(fd, signal.SIGTERM)
+        if not select.select([fd], [], [], END_SECONDS)[0]:
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+            select.select([fd], [], [], END_SECONDS)
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(fd)

@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Sources: what a backup reads from. A running domain by libvirt's backup job, a domain that is off or plain image
+files by qemu-nbd. All have the same few methods, so that levels, ledgers and the end of a job know no difference.
+"""
+
+import contextlib
+import os
+import time
+
+from vnb import domxml, heads, qemuimg
+from vnb.errors import Error
+from vnb.state import start_of
+from vnb.virt import BrokenBitmap, Domain, Unanswered
+
+
+def open_source(options):
+    """The source that the options of vnb-checkpoint mean; see vnb.job.begin. Raises Error."""
+    if options["images"]:
+        return Images(options["images"])
+    domain = Domain(options["uri"], options["domain"], options["user"], options["password_file"])
+    if domain.is_active:
+        return Running(domain)
+    if options["start_paused"]:
+        return Running(domain, start=True)
+    return Stopped(domain)
+
+
+def source_of(record):
+    """The source of a job from its record, by a connection made now: the daemon may have been restarted."""
+    if record["kind"] == "images":
+        return Images(record["images"])
+    domain = Domain(record["uri"], record["head"]["uuid"], record.get("user"), record.get("password_file"))
+    return Running(domain) if record["kind"] == "running" else Stopped(domain)
+
+
+class Running:
+    """
+    A domain that runs, or is started paused for the backup and destroyed after it (start).
+
+    domain (vnb.virt.Domain).
+    """
+
+    kind = "running"
+
+    def __init__(self, domain, start=False):
+        self.domain = domain
+        self.name = domain.name
+        self.uuid = domain.uuid
+        self.started = start
+        if start:
+            domain.start_paused()
+
+    def close(self):
+        self.domain.close()
+
+    def refuse_if_busy(self):
+        running = self.domain.running_job()
+        if running is not None:
+            raise Error(self.name, f"a {running} job is active already")
+
+    def disks(self):
+        return domxml.disks(self.domain.xml())
+
+    def size_of(self, disk):
+        return self.domain.size_of(disk.name)
+
+    def have(self):
+        """{checkpoint: {disk: bitmap}} of what an increment may start from."""
+        return {name: domxml.bitmaps(xml) for name, xml in self.domain.checkpoints().items()}
+
+    def head_fields(self):
+        return _domain_fields(self.domain)
+
+    def socket_directory(self, _directory):
+        return self.domain.private_directory()
+
+    def exports(self, plan):
+        """{disk name: (uri, dirty meta context)}"""
+        return {
+            disk["name"]: (qemuimg.uri(disk["name"], plan.socket), f"qemu:dirty-bitmap:backup-{disk['name']}")
+            for disk in plan.disks
+        }
+
+    def start(self, plan, job):
+        """Freeze, begin, thaw. Raises BrokenBitmap; nothing is left then."""
+        options = plan.options
+        paused = options["pause"] and not self.domain.is_paused
+        if paused:
+            job.intend("suspended")
+            self.domain.call("suspend")
+        frozen = 0
+        try:
+            if options["freeze"] is not None and not self.started:
+                frozen = self._freeze(options, job)
+            begun = time.monotonic()
+            self.domain.begin_backup(plan.backup_xml(), plan.checkpoint_xml())
+        except BrokenBitmap:
+            raise
+        except Error as error:
+            raise _with_permission_hint(error, self.domain.xml(), plan) from None
+        finally:
+            if frozen:
+                thaw(self.domain, job)
+                job.note(f"{self.name}: {frozen} file systems frozen for {(time.monotonic() - begun) * 1000:.0f} ms")
+            if paused:
+                self.domain.call("resume")
+                job.intend("suspended", False)
+
+    def _freeze(self, options, job):
+        """How many file systems are frozen now, by us."""
+        if not domxml.has_agent(self.domain.xml()):
+            return self._not_frozen(options, job, "it has no channel for a guest agent")
+        job.intend("frozen")
+        try:
+            return self.domain.freeze(options["freeze"])
+        except Unanswered as error:
+            # It may freeze at any later time: the intent stays, and the keeper thaws when the agent answers.
+            return self._not_frozen(options, job, error.reason)
+        except Error as error:
+            job.intend("frozen", False)  # refused: whoever froze it will thaw it
+            return self._not_frozen(options, job, error.reason)
+
+    def _not_frozen(self, options, job, why):
+        if options["require_freeze"]:
+            raise Error(self.name, f"cannot freeze the guest: {why}")
+        job.warn(f"{self.name}: the guest is not frozen: {why}")
+        return 0
+
+    def mark(self, plan):
+        """What libvirt says of the new checkpoint."""
+        return self.domain.checkpoint_xml(plan.head["checkpoint"])
+
+    def end(self, record):
+        """End the job if it runs and is this one; then everything that it started."""
+        domain = self.domain
+        if domain.is_active and domain.backup_socket() == record["socket"]:
+            stuck = domain.is_paused_by_error()
+            domain.end_backup()
+            if stuck and domain.is_active:
+                domain.call("resume")  # its scratch was full, now it is gone
+        for path in (record["socket"], *record["scratch"]):
+            with contextlib.suppress(OSError):  # libvirt removes them; after a crash of its own it may not have
+                os.unlink(path)
+        if domain.is_active and record["suspended"]:
+            domain.call("resume")
+        if record["started"]:
+            with contextlib.suppress(Error):  # the connection that started it may have closed meanwhile
+                domain.call("destroy")
+
+    def delete_checkpoint(self, name):
+        self.domain.delete_checkpoint(name)
+
+    def estimate(self, checkpoint, disks):
+        """{disk: bytes} that a backup of disks (names) would read: since a checkpoint, or all that is allocated."""
+        if checkpoint is None:
+            return {disk: self.domain.call("blockInfo", disk)[1] for disk in disks}
+        found = domxml.sizes(self.domain.checkpoint_xml(checkpoint, with_size=True))
+        return {disk: found[disk] if disk in found else self.domain.call("blockInfo", disk)[1] for disk in disks}
+
+
+class _Offline:
+    """What a stopped domain and plain images have in common: images that qemu-nbd reads."""
+
+    started = False
+
+    def refuse_if_busy(self):
+        """Images that a guest uses are locked: qemu-img says so, at the first question."""
+
+    def close(self):
+        """Nothing is held."""
+
+    def layers_of(self, disk):
+        if disk.name not in self._layers:
+            self._layers[disk.name] = qemuimg.layers(disk.name, disk.path, disk.format)
+        return self._layers[disk.name]
+
+    def size_of(self, disk):
+        self._must_be_local(disk)
+        return self.layers_of(disk)[0].size
+
+    def _must_be_local(self, disk):
+        if disk.path is None:
+            raise Error(disk.name, f"a disk of type {disk.type} can be read while its domain runs only")
+
+    def socket_directory(self, directory):
+        return directory
+
+    def exports(self, plan):
+        return {
+            disk["name"]: (
+                qemuimg.uri(disk["name"], self._socket(plan, disk["name"])),
+                f"qemu:dirty-bitmap:{self._bitmap(plan, disk)}",
+            )
+            for disk in plan.disks
+        }
+
+    def _socket(self, plan, name):
+        return f"{plan.socket.removesuffix('.sock')}-{name}.sock"
+
+    def _bitmap(self, plan, disk):
+        """The bitmap that says what changed: the parent's, or the union that start() makes of its layers."""
+        wanted = qemuimg.holders(self._layers[disk["name"]], plan.parent) if plan.parent else []
+        return plan.parent if len(wanted) == 1 else plan.union
+
+    def start(self, plan, job):
+        """Add the new bitmaps, then serve the images: from there on nobody else can write to them."""
+        if plan.marks:
+            for disk in plan.disks:
+                if disk["bitmap"]:
+                    job.remember("added", [disk["name"], plan.sources[disk["name"]].path])
+                    qemuimg.add_bitmap(disk["name"], plan.sources[disk["name"]].path, plan.head["checkpoint"])
+        for disk in plan.disks:
+            image = plan.sources[disk["name"]]
+            bitmap = None
+            if disk["level"] == "inc":
+                bitmap = self._bitmap(plan, disk)
+                if bitmap == plan.union:
+                    job.remember("unions", [disk["name"], image.path, bitmap])
+                    wanted = qemuimg.holders(self._layers[disk["name"]], plan.parent)
+                    qemuimg.add_union(disk["name"], wanted, plan.parent, bitmap)
+            socket = self._socket(plan, disk["name"])
+            job.remember("sockets", socket)
+            process = qemuimg.serve(disk["name"], image.path, image.format, socket, bitmap)
+            job.remember("servers", [process.pid, start_of(process.pid)])
+
+    def end(self, record):
+        for pid, start in record["servers"]:
+            if start is not None and start_of(pid) == start:
+                qemuimg.end(pid)
+        for socket in record["sockets"]:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(socket)
+        for name, path, bitmap in record["unions"]:
+            qemuimg.remove_bitmap(name, path, bitmap)
+
+    def estimate(self, checkpoint, disks):
+        raise Error(self.name, "only libvirt can tell the size of an increment, of a domain that runs")
+
+
+class Stopped(_Offline):
+    """A domain that is off: its images, and checkpoints that are valid when it runs again."""
+
+    kind = "stopped"
+
+    def __init__(self, domain):
+        self.domain = domain
+        self.name = domain.name
+        self.uuid = domain.uuid
+        self._layers = {}
+        if not domain.is_local:
+            raise Error(self.name, "is not running, and its images are on another host: run vnb-checkpoint there")
+
+    def close(self):
+        self.domain.close()
+
+    def disks(self):
+        return domxml.disks(self.domain.xml(inactive=True))
+
+    def have(self):
+        """What libvirt knows and the images still have."""
+        disks = {disk.name: disk for disk in self.disks() if disk.path and disk.format == "qcow2"}
+        found = {}
+        for name, xml in self.domain.checkpoints().items():
+            found[name] = {
+                disk: bitmap for disk, bitmap in domxml.bitmaps(xml).items()
+                if disk in disks and qemuimg.holders(self.layers_of(disks[disk]), bitmap)
+            }
+        return found
+
+    def head_fields(self):
+        return _domain_fields(self.domain)
+
+    def start(self, plan, job):
+        super().start(plan, job)
+        if plan.marks:
+            xml = domxml.with_creation_time(plan.checkpoint_xml(), int(time.time()))
+            self.domain.redefine_checkpoint(xml)
+
+    def mark(self, plan):
+        return self.domain.checkpoint_xml(plan.head["checkpoint"])
+
+    def delete_checkpoint(self, name):
+        self.domain.delete_checkpoint(name)
+
+    def remove_bitmaps(self, record):
+        """Bitmaps that were added before libvirt was told of their checkpoint."""
+        if not self.domain.is_active:
+            for name, path in record["added"]:
+                qemuimg.remove_bitmap(name, path, record["head"]["checkpoint"])
+
+
+class Images(_Offline):
+    """
+    Image files without any libvirt. images: {disk name: path}.
+
+    Their identity is that of their paths: the same files are the same machine.
+    """
+
+    kind = "images"
+
+    def __init__(self, images):
+        self.images = {name: os.path.realpath(path) for name, path in images.items()}
+        self._layers = {}
+        self.name = os.path.basename(next(iter(self.images.values()))).partition(".")[0] or "images"
+        self.uuid = heads.uuid_of("\n".join(f"{name}={path}" for name, path in sorted(self.images.items())))
+
+    def disks(self):
+        return [ImageDisk(name, path) for name, path in self.images.items()]
+
+    def have(self):
+        found = {}
+        for disk in self.disks():
+            layers = self.layers_of(disk)
+            for bitmap in {name for layer in layers for name in layer.bitmaps}:
+                if qemuimg.holders(layers, bitmap):
+                    found.setdefault(bitmap, {})[disk.name] = bitmap
+        return found
+
+    def head_fields(self):
+        return {"domain_xml": None, "checkpoint_xml": None}
+
+    def mark(self, _plan):
+        return None
+
+    def delete_checkpoint(self, name):
+        for disk in self.disks():
+            if disk.format == "qcow2":
+                qemuimg.remove_bitmap(disk.name, disk.path, name)
+
+    def remove_bitmaps(self, _record):
+        """delete_checkpoint() has removed them all."""
+
+
+class ImageDisk:
+    """An image file in the place of a domain's disk; see vnb.domxml.Disk."""
+
+    type = "file"
+    device = "disk"
+    encrypted = readonly = empty = False
+    left_out_because = None
+
+    def __init__(self, name, path):
+        self.name = name
+        self.path = path
+        self.format = _format_of(name, path)
+
+
+def _format_of(name, path):
+    """qcow2 or raw. A guest can write a qcow2 header into a raw image: this is for images without a guest."""
+    try:
+        with open(path, "rb") as file:
+            return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
+    except OSError as error:
+        raise Error(name, error.strerror, path) from None
+
+
+def _domain_fields(domain):
+    fields = {"domain_xml": domain.xml(), "checkpoint_xml": None}
+    if domain.is_persistent:
+        fields["inactive_xml"] = domain.xml(inactive=True)
+        fields["autostart"] = bool(domain.call("autostart"))
+    return fields
+
+
+def thaw(domain, job):
+    """Thaw a guest that we froze; True when it is done. The intent stays where the agent does not answer."""
+    try:
+        domain.thaw()
+    except Unanswered as error:
+        job.note(f"{domain.name}: cannot thaw the guest yet: {error.reason}")
+        return False
+    except Error as error:
+        if domain.is_active:
+            job.note(f"{domain.name}: cannot thaw the guest: {error.reason}")
+            return False
+    job.intend("frozen", False)
+    return True
+
+
+def _with_permission_hint(error, xml, plan):
+    """Who needs which right, where libvirt or QEMU was refused one."""
+    if "ermission denied" not in error.reason:
+        return error
+    user = domxml.qemu_user(xml)
+    directories = sorted({os.path.dirname(path) for path in (plan.socket, *plan.scratch.values())})
+    return Error(
+        error.what,
+        f"{error.reason} (QEMU{f', user {user},' if user else ''} has to write in {', '.join(directories)}: "
+        "look at the directory's mode, then at AppArmor or SELinux; or give --scratch-dir, --socket)",
+    )

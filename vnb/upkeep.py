@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What vnb-checkpoint does beside backups: list, size, recover, redefine, prune."""
+
+import glob
+import json
+import os
+import re
+
+from vnb import chain, domxml, qemuimg
+from vnb.errors import Error, UsageError
+from vnb.keeper import recover as recover_job
+from vnb.keeper import who_runs
+from vnb.ledger import Ledger
+from vnb.state import JobDirectory, boot_id, is_dead, start_of
+from vnb.virt import Domain
+
+OUR_SOCKET = re.compile(r"vnb-(?P<pid>[0-9]+)-(?P<boot>[0-9a-f]{8})-[0-9a-f]{8}\.sock")
+
+
+def open_domain(args):
+    """The domain that the arguments name. Raises Error."""
+    return Domain(args["--connect"], args["DOMAIN"], args["--user"], args["--password-file"])
+
+
+def list(args, say):  # noqa: A001 - the command's own word
+    """Print the domain's checkpoints, one a line: name, disks, size of an increment from it, where it is saved."""
+    with open_domain(args) as domain:
+        found = domain.checkpoints()
+        measurable = domain.is_active and domain.running_job() is None
+        ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--ledger"])
+        saved = {segment.head["checkpoint"]: segment for segment in ledger.segments()}
+        for name in sorted(found):
+            about = about_of(found[name])
+            segment = saved.get(name)
+            size = None
+            if measurable:
+                size = sum(domxml.sizes(domain.checkpoint_xml(name, with_size=True)).values())
+            row = {
+                "checkpoint": name,
+                "ours": about is not None,
+                "chain": (about or {}).get("chain"),
+                "disks": sorted(domxml.bitmaps(found[name])),
+                "increment": size,
+                "ledger": (about or {}).get("ledger"),
+                "saved": segment.name if segment else None,
+                "orphan": about is not None and segment is None and about.get("ledger") == ledger.name,
+            }
+            if args["--json"]:
+                print(json.dumps(row))
+            else:
+                print("  ".join([
+                    name, ",".join(row["disks"]), "-" if size is None else str(size),
+                    row["saved"] or ("not of vnb" if about is None else
+                                     "orphan: never saved" if row["orphan"] else f"of {row['ledger']}"),
+                ]))
+
+
+def size(args, say):
+    """Print how many bytes the next increment would have, a line a disk and one for all."""
+    with open_domain(args) as domain:
+        ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--ledger"])
+        ours = [
+            segment for segment in ledger.of_domain(domain.uuid, domain.name)
+            if segment.head["chain"] == args["--chain"]
+        ]
+        tip = chain.tip(ours, domain.checkpoints())
+        if tip is None:
+            raise Error(domain.name, "no saved point is left in libvirt: the next backup is a full one")
+        sizes = domxml.sizes(domain.checkpoint_xml(tip.head["checkpoint"], with_size=True))
+        total = sum(sizes.values())
+        if args["--json"]:
+            print(json.dumps({"since": tip.head["checkpoint"], "disks": sizes, "bytes": total}))
+            return
+        for disk in sorted(sizes):
+            print(f"{disk}  {sizes[disk]}")
+        print(f"total  {total}")
+
+
+def recover(args, say):
+    """Put right what a crash has left, as far as it is provably ours; say what is left alone."""
+    force = args["--force"]
+    with open_domain(args) as domain:
+        domain.settle()
+        directory = JobDirectory(args["--state-dir"], domain.uuid)
+        with directory.locked() as got:
+            if not got:
+                raise Error(domain.name, f"{who_runs(directory)}: nothing to recover")
+            if force and (record := directory.load()) is not None:
+                record["owner"]["boot"] = "forced"  # whoever it was, the user says that it is dead
+                directory.save(record)
+            recover_job(directory, domain.name, say)
+            _recover_job(domain, say)
+            _recover_scratch(domain, say)
+            _recover_checkpoints(domain, args, say)
+            _recover_bitmaps(domain, args, say)
+
+
+def _recover_job(domain, say):
+    """A job of ours that no record here knows: its socket says whose it is."""
+    if not domain.is_active:
+        return
+    socket = domain.backup_socket()
+    if socket is None:
+        return
+    match = OUR_SOCKET.fullmatch(os.path.basename(socket))
+    if match is None:
+        say(f"{domain.name}: a backup job that is not of vnb is active: left alone")
+        return
+    if domain.is_local and (not boot_id().startswith(match["boot"]) or start_of(match["pid"]) is None):
+        say(f"{domain.name}: ending the backup job of process {match['pid']}, which is dead")
+        domain.end_backup()
+        return
+    raise Error(domain.name, f"a backup job by process {match['pid']} is active: left alone (virsh domjobabort ends it)")
+
+
+def _recover_scratch(domain, say):
+    """Scratch files that no job uses: libvirt removes them, but not after a crash of its own."""
+    if not domain.is_local or (domain.is_active and domain.running_job() is not None):
+        return
+    for disk in domxml.disks(domain.xml()):
+        if disk.type == "file" and disk.path:
+            pattern = f"vnb-{'[0-9a-f]' * 12}-{glob.escape(disk.name)}.scratch"
+            for path in glob.glob(os.path.join(glob.escape(os.path.dirname(disk.path)), pattern)):
+                if not _in_use(path):
+                    say(f"{path}: removing a scratch file that was left behind")
+                    os.unlink(path)
+
+
+def _in_use(path):
+    """Whether another domain's QEMU has this image open: it holds a lock then."""
+    try:
+        qemuimg.info(path, path, "qcow2")
+    except Error as error:
+        return "lock" in error.reason
+    return False
+
+
+def _recover_checkpoints(domain, args, say):
+    """Checkpoints of ours that were never saved."""
+    ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--ledger"])
+    saved = {segment.head["checkpoint"] for segment in ledger.segments()}
+    for name, xml in domain.checkpoints().items():
+        about = about_of(xml)
+        if about is None or name in saved:
+            continue
+        mine = about.get("ledger") == ledger.name and is_dead(about.get("owner") or {})
+        if mine or args["--force"]:
+            say(f"{domain.name}: deleting checkpoint {name}, which {ledger.directory} does not hold")
+            domain.delete_checkpoint(name)
+        else:
+            say(f"{domain.name}: checkpoint {name} is of ledger {about.get('ledger')}: left alone (--force deletes it)")
+
+
+def _recover_bitmaps(domain, args, say):
+    """Bitmaps of ours without a checkpoint: only of a domain that is off, whose images can be looked into."""
+    if domain.is_active or not domain.is_local:
+        return
+    known = domain.checkpoints()
+    ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--ledger"])
+    saved = {segment.head["checkpoint"] for segment in ledger.segments()}
+    for disk in domxml.disks(domain.xml()):
+        if disk.left_out_because or not disk.path or disk.format != "qcow2":
+            continue
+        bitmaps = {bitmap for layer in qemuimg.layers(disk.name, disk.path, disk.format) for bitmap in layer.bitmaps}
+        for bitmap in sorted(bitmaps):
+            if not bitmap.startswith("vnb.") or bitmap in known:
+                continue
+            if bitmap in saved:
+                say(f"{domain.name}: {disk.name}: libvirt has lost checkpoint {bitmap}: vnb-checkpoint redefine")
+            elif args["--force"]:
+                say(f"{domain.name}: {disk.name}: removing bitmap {bitmap}, which has no checkpoint")
+                qemuimg.remove_bitmap(disk.name, disk.path, bitmap)
+            else:
+                say(f"{domain.name}: {disk.name}: bitmap {bitmap} has no checkpoint (--force removes it)")
+
+
+def redefine(args, say):
+    """Have libvirt know the checkpoints of a ledger again, as far as the bitmaps are still there."""
+    if args["--ledger"] is None:
+        raise UsageError("--ledger", "is needed: the set whose checkpoints are to be redefined")
+    with open_domain(args) as domain:
+        ledger = Ledger(args["--ledger"])
+        segments = [
+            segment for segment in ledger.of_domain(domain.uuid, domain.name)
+            if segment.head["checkpoint"] and segment.head.get("checkpoint_xml")
+        ]
+        if not segments:
+            raise Error(ledger.directory, "holds no checkpoint")
+        have = domain.checkpoints()
+        broken = []
+        parent = None
+        for segment in sorted(segments, key=lambda segment: segment.head["created"]):
+            name = segment.head["checkpoint"]
+            if name not in have:
+                # libvirt wants a parent that it knows; which one does not matter to a backup.
+                xml = domxml.with_parent(segment.head["checkpoint_xml"], parent)
+                try:
+                    _check_bitmaps(domain, segment)
+                    domain.redefine_checkpoint(xml, validate=True)
+                except Error as error:
+                    broken.append(name)
+                    say(f"{name}: not redefined: {error.reason}")
+                    continue
+                say(f"{name}: redefined")
+            parent = name
+        if parent is None:
+            raise Error(domain.name, "no checkpoint is usable: the next backup must be a full one (--level auto)")
+
+
+def _check_bitmaps(domain, segment):
+    """Where the domain is off libvirt does not look into the images: we do."""
+    if domain.is_active or not domain.is_local:
+        return
+    disks = {disk.name: disk for disk in domxml.disks(domain.xml(inactive=True))}
+    for name, bitmap in domxml.bitmaps(segment.head["checkpoint_xml"]).items():
+        disk = disks.get(name)
+        if disk is None or not disk.path:
+            raise Error(name, f"{name}: the domain has no such disk any more")
+        if not qemuimg.holders(qemuimg.layers(name, disk.path, disk.format), bitmap):
+            raise Error(name, f"{name}: no sound bitmap {bitmap} in {disk.path}")
+
+
+def prune(args, say):
+    """Delete all checkpoints of a chain that is no longer wanted."""
+    with open_domain(args) as domain:
+        ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--ledger"])
+        directory = JobDirectory(args["--state-dir"], domain.uuid)
+        with directory.locked() as got:
+            if not got:
+                raise Error(domain.name, who_runs(directory))
+            count = 0
+            for name, xml in domain.checkpoints().items():
+                about = about_of(xml)
+                if about is None or about.get("chain") != args["--chain"]:
+                    continue
+                if about.get("ledger") != ledger.name and not args["--force"]:
+                    say(f"{domain.name}: checkpoint {name} is of ledger {about.get('ledger')}: left alone (see --force)")
+                    continue
+                domain.delete_checkpoint(name)
+                count += 1
+        say(f"{domain.name}: {count} checkpoints of chain {args['--chain']} deleted")
+
+
+def about_of(checkpoint_xml):
+    """What a checkpoint of ours says of itself (dict: owner, ledger, run, chain), or None."""
+    word, _, text = domxml.description(checkpoint_xml).partition(" ")
+    if word != "vnb":
+        return None
+    try:
+        about = json.loads(text)
+    except ValueError:
+        return None
+    return about if isinstance(about, dict) else None
