@@ -13,6 +13,8 @@ from vnb.frame import FrameError
 
 SUFFIX = ".vnb"
 PARTIAL = ".partial"
+_INDEX_HEADER = 64  # an index frame's header is shorter
+_INDEX_FRAME = _INDEX_HEADER + index.ROW_SIZE * index.FRAME_ROWS  # as long as those that vnb writes are
 
 
 class SavedSegment:
@@ -61,12 +63,27 @@ class SavedSegment:
         reader.input.offset = self.start
         return next(iter(reader))
 
-    def rows(self):
-        """A list of vnb.index.Rows, one a disk: from the index, or from the frames where there is none."""
-        payloads = self._index_payloads() if self._last_index else self._scan()
+    def rows(self, cache=None):
+        """
+        A list of vnb.index.Rows, one a disk: from the index, or from the frames where there is none.
+
+        cache (vnb.cache.Cache or None): keeps pages of the index; without one each look-up fetches its own.
+        """
+        if not self._last_index:
+            return [
+                index.in_memory(self.name, disk["size"], self.length, payloads)
+                for disk, payloads in zip(self.disks, self._scan())
+            ]
         return [
-            index.rows_of(payloads[number], self.length, disk["size"], self.name)
-            for number, disk in enumerate(self.disks)
+            index.Rows(
+                self.name,
+                disk["size"],
+                self.length,
+                [first for first, _, _ in pages],
+                lambda number, pages=pages: self._index_frame(*pages[number][1:])[1],
+                cache,
+            )
+            for disk, pages in zip(self.disks, self._index_pages())
         ]
 
     def frame_at(self, position, size):
@@ -80,33 +97,49 @@ class SavedSegment:
             raise self._error("short record", position)
         return frame
 
-    def _index_payloads(self):
-        payloads = [[] for _ in self.disks]
+    def _index_pages(self):
+        """
+        For each disk a list of (first offset, position, size) of its index frames, in order.
+
+        Every frame is read and checked, so that one that is damaged, and with it the link to those before
+        it, is found now and not taken for an empty range later. None is kept.
+        """
+        pages = [[] for _ in self.disks]
         position = self._last_index
         while True:
-            window = memoryview(self.frame_at(position, min(64, self.length - position)))
-            try:
-                fields, sum_, size, payload_size = f.decode(window)
-                if fields[0] != "index" or payload_size is None or len(fields) != 4:
-                    raise FrameError("no index frame where one is said to be")
-                _, disk, rows, back = fields
-                if not (type(disk) is int and 0 <= disk < len(self.disks) and type(back) is int):
-                    raise FrameError("an index of no disk")
-                if payload_size != rows * index.ROW_SIZE or size + payload_size > self.length - position:
-                    raise FrameError("an index of the wrong size")
-                whole = self.frame_at(position, size + payload_size)
-                f.check_payload_sum("index", bytes(whole[:size]), sum_, whole[size:])
-            except (FrameError, f.Incomplete) as error:
-                raise self._error(error or "short record", position) from None
-            payloads[disk].append(whole[size:])
+            fields, rows, size = self._index_frame(position)
+            _, disk, _, back = fields
+            pages[disk].append((int.from_bytes(rows[:8], "little"), position, size))
             if back == 0:
                 break
             if not 0 < back < position:
                 raise self._error("an index that points outside", position)
             position -= back
-        for list_ in payloads:
+        for list_ in pages:
             list_.reverse()
-        return payloads
+            if any(first >= after for (first, *_), (after, *_) in zip(list_, list_[1:])):
+                raise self._error("an index that descends", self._last_index)
+        return pages
+
+    def _index_frame(self, position, size=_INDEX_FRAME):
+        """(fields, rows (memoryview), size) of the index frame at a position, checked. size: how much to read first."""
+        whole = memoryview(self.frame_at(position, min(size, self.length - position)))
+        try:
+            fields, sum_, header, payload = f.decode(whole[:_INDEX_HEADER])
+            if fields[0] != "index" or payload is None or len(fields) != 4:
+                raise FrameError("no index frame where one is said to be")
+            _, disk, rows, back = fields
+            if not (type(disk) is type(rows) is type(back) is int and 0 <= disk < len(self.disks)):
+                raise FrameError("an index of no disk")
+            size = header + payload
+            if rows == 0 or payload != rows * index.ROW_SIZE or size > self.length - position:
+                raise FrameError("an index of the wrong size")
+            if size > len(whole):
+                whole = memoryview(self.frame_at(position, size))
+            f.check_payload_sum("index", whole[:header], sum_, whole[header:size])
+        except (FrameError, f.Incomplete) as error:
+            raise self._error(error or "short record", position) from None
+        return fields, whole[header:size], size
 
     def _scan(self):
         """Index payloads made from the headers of the frames; payloads are passed over, not read."""

@@ -19,6 +19,7 @@ ROW_WORDS = 4
 ROW_SIZE = 8 * ROW_WORDS
 _ROW = Struct(f"={ROW_WORDS}Q")
 FRAME_ROWS = 4096  # rows of one index frame: 128 KiB, gathered for each disk
+MAX_SIZE = f.MAX_DATA_HEADER + f.MAX_DATA  # of what a row points to
 MAX_WAITING = 8 * FRAME_ROWS  # rows gathered over all disks: 1 MiB
 
 
@@ -75,12 +76,12 @@ class Rows:
     The rows of one disk in one segment, ascending: what this segment says of any range.
 
     They come in pages, one an index frame, and a page is fetched when it is needed: a disk of ten million
-    extents is there at once and takes no more memory than the pages that its readers are at.
+    extents takes no more memory than the pages that its readers are at, and those that the cache may keep.
 
     name (str): of the segment, for messages. firsts (sequence of int): the offset of the first row of each page.
     load: function (page number) -> its rows as they are stored (bytes-like); it may be called from any thread.
     cache (vnb.cache.Cache or None): keeps pages; without one they are fetched for each lookup.
-    A row is checked when it is used. A StreamError says that it overlaps, descends or points outside.
+    Raises StreamError for a row that overlaps, descends or points outside, when a reader comes to it.
     """
 
     def __init__(self, name, disk_size, segment_length, firsts, load, cache=None):
@@ -90,6 +91,7 @@ class Rows:
         self.firsts = firsts
         self._load = load
         self._cache = cache
+        self._latest = None  # most look-ups are near the one before
 
     def cursor(self):
         """A Cursor, to look up ascending offsets."""
@@ -104,13 +106,30 @@ class Rows:
             row = cursor.at(row[0] + row[1])
 
     def page(self, number):
-        """The rows (memoryview of bytes) of a page, in the machine's byte order."""
-        if self._cache is None:
-            return self._fetch(number)
-        return self._cache.get((self, number), lambda: self._fetch(number))
+        """A Page, that any number of readers may share."""
+        page = self._latest
+        if page is None or page.number != number:
+            if self._cache is None:
+                page = self._fetch(number)
+            else:
+                page = self._cache.get((self, number), lambda: self._fetch(number))
+            self._latest = page
+        return page
 
     def _fetch(self, number):
-        return memoryview(_native(self._load(number))).cast("B")
+        return Page(number, self._load(number))
+
+
+class Page:
+    """The rows of one index frame. rows: bytes in the machine's own order. offsets: the first word of each."""
+
+    __slots__ = ("nbytes", "number", "offsets", "rows")
+
+    def __init__(self, number, payload):
+        self.number = number
+        self.rows = memoryview(_native(payload)).cast("B")
+        self.offsets = self.rows.cast("Q")[::ROW_WORDS]
+        self.nbytes = len(self.rows)
 
 
 class Cursor:
@@ -120,13 +139,12 @@ class Cursor:
     at() costs little when the next offset is in this row or the next one, and a bisection when it is not.
     """
 
-    __slots__ = ("_at", "_end", "_number", "_page", "_row", "_rows")
+    __slots__ = ("_at", "_end", "_page", "_row", "_rows")
 
     def __init__(self, rows):
         self._rows = rows
-        self._page = memoryview(b"")
-        self._number = -1  # of the page
-        self._at = 0  # bytes into it
+        self._page = None
+        self._at = 0  # bytes into the page
         self._row = None
         self._end = -1  # where the row ends, in the disk
 
@@ -142,41 +160,48 @@ class Cursor:
             self._step()
         if offset >= self._end:
             self._seek(offset)
-        while offset >= self._end:
-            self._step()
+            while offset >= self._end:
+                self._step()
         return self._row
 
     def _seek(self, offset):
-        number = bisect_right(self._rows.firsts, offset, max(0, self._number)) - 1
-        if number > self._number or self._number < 0:
+        number = bisect_right(self._rows.firsts, offset) - 1
+        if self._page is None or number > self._page.number:
             if not self._open(max(0, number)):
                 return
-        at = bisect_right(self._page.cast("Q")[::ROW_WORDS], offset) - 1
-        self._at = max(self._at, at * ROW_SIZE)
-        self._take()
+        elif number < self._page.number:
+            return  # the page's first row comes after offset
+        at = max(0, ROW_SIZE * (bisect_right(self._page.offsets, offset) - 1))
+        if at > self._at:
+            self._at = at
+            self._take()
 
     def _step(self):
         self._at += ROW_SIZE
-        if self._at < len(self._page) or self._open(self._number + 1):
-            self._take()
+        if self._at >= self._page.nbytes:
+            if not self._open(self._page.number + 1):
+                return
+            self._at = 0
+        self._take()
 
     def _open(self, number):
-        if number >= len(self._rows.firsts):
-            self._row = None
-            self._end = f.MAX_OFFSET + 1  # nothing is sought after this
-            return False
-        self._page = self._rows.page(number)
-        self._number = number
-        self._at = 0
-        return True
+        """Go to before the first row of a page; False if there is no such page."""
+        if number < len(self._rows.firsts):
+            self._page = self._rows.page(number)
+            self._at = -1
+            return True
+        self._row = None
+        self._end = f.MAX_OFFSET + 1  # nothing is sought after this
+        return False
 
     def _take(self):
-        offset, length, position, size = row = _ROW.unpack_from(self._page, self._at)
+        offset, length, position, size = row = _ROW.unpack_from(self._page.rows, self._at)
         end = offset + length
         if (
-            end <= self._end
+            offset < self._end
             or length == 0
             or end > self._rows.disk_size
+            or size > MAX_SIZE
             or not (position + size < self._rows.segment_length if position else size in (f.ZERO, f.HOLE))
         ):
             raise StreamError(self._rows.name, "the index is not sound", f"offset {offset}")
@@ -184,9 +209,9 @@ class Cursor:
         self._end = end
 
 
-def rows_of(payloads, segment_length, disk_size, name):
+def in_memory(name, disk_size, segment_length, payloads):
     """Rows of one disk from the payloads (list of bytes, in stream order) of its index frames, all of them here."""
-    firsts = array("Q", (_ROW.unpack_from(_native(payload))[0] for payload in payloads))
+    firsts = [_ROW.unpack_from(_native(payload))[0] for payload in payloads]
     return Rows(name, disk_size, segment_length, firsts, payloads.__getitem__)
 
 
