@@ -375,8 +375,10 @@ class Lab:
         try:
             private = isolate(self.path("libvirt"))
             self.env = {key: value for key, value in os.environ.items() if not key.startswith("LIBVIRT_")}
+            self.env.pop("PYTHONDONTWRITEBYTECODE", None)  # a pipeline starts five times, as fast as when installed
             self.env["PATH"] = f"{COMMANDS}:{self.env['PATH']}"
             self.env["VNB_LAB"] = self.directory  # tells whose child a process is, whoever its parent is now
+            self.env["VNB_STATE_DIR"] = self.path("state")
             self.state_directories, self.logs = libvirt_directories()
             if private or not answers():
                 self._start_warden(private)
@@ -461,6 +463,7 @@ class Lab:
         stdout is bytes, stderr str. check: raise AssertionError with stderr unless it succeeds. stdin (bytes or
         None), env: added to the environment. After timeout seconds it is killed with all its children.
         """
+        __tracebackhide__ = True  # pytest: what failed is the script
         process = subprocess.Popen(
             ["bash", "-c", "set -o pipefail\n" + script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, env={**self.env, **(env or {})}, cwd=self.directory, start_new_session=True,

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+How fast, and in how much memory: the pipelines beside the tools that people know, in one run.
+
+Usage: bench.py [--json] [--rounds N] [--data MIB] [--only WORD]
+
+On a running machine with 2 GiB of random data in a disk of 4 GiB. The jobs of a group take turns, since the page
+cache may be three times as fast as it was a minute ago: the ratios, to the first job of the group, are worth more
+than the times. A time is the median of the rounds; spread is the slowest by the fastest. What ends in files is
+synced within its time.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "live"))
+
+from lab import Disk, Lab, MiB, run, wait_for  # noqa: E402 -- after the path to it
+
+MANY_EXTENTS = Path(__file__).with_name("many_extents.py")
+MEMORY_LIMIT = 64 * MiB  # of a stage, as DESIGN has it
+
+
+class Group:
+    """Jobs that do the same thing, the first of them the yardstick: {name: function that takes a fresh directory}."""
+
+    def __init__(self, title, size, jobs):
+        self.title = title
+        self.size = size
+        self.jobs = jobs
+
+
+def timed(function):
+    start = time.monotonic()
+    function()
+    return time.monotonic() - start
+
+
+def measure(lab, group, rounds):
+    """Yield a row, a dict, for each job of a group."""
+    seconds = {name: [] for name in group.jobs}
+    for number in range(rounds):
+        names = list(group.jobs)
+        for name in names if number % 2 == 0 else reversed(names):
+            directory = lab.new_directory("job")
+            try:
+                seconds[name].append(group.jobs[name](directory))
+            finally:
+                shutil.rmtree(directory)
+    yardstick = None
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        yardstick = yardstick or median
+        yield {
+            "group": group.title, "job": name, "seconds": round(median, 3), "ratio": round(median / yardstick, 2),
+            "spread": round(max(times) / min(times), 2), "mib_per_second": round(group.size / MiB / median),
+            "rounds": [round(value, 3) for value in times],
+        }
+
+
+class Bench:
+    """The jobs. data (int): bytes of random data in the machine's disk."""
+
+    def __init__(self, lab, data):
+        self.lab = lab
+        self.data = data
+        self.size = 2 * data
+        self.vm = lab.domain(Disk("vda", self.size))
+        self.vm.write_random("vda", 0, data)
+        self.raw = self.vm.reference()["vda"]
+        self.set = lab.path("set")
+        self.packed = lab.path("packed")
+        for directory, pack in ((self.set, "vnb-pack"), (self.packed, "vnb-pack -z")):
+            self.backup(f"{pack} -o {directory}", "copy")
+
+    def backup(self, last, level="full", options=""):
+        """Back up by a pipeline that ends in last, and return the seconds that it took."""
+        start = f"vnb-checkpoint run {self.vm.name} --level {level} {options}"
+        return timed(lambda: self.lab.sh(f"{start} -- 'vnb-extents | vnb-read | {last}'"))
+
+    def script(self, script):
+        """Run it, and return the seconds that it took."""
+        return timed(lambda: self.lab.sh(script))
+
+    def nbdcopy(self, target):
+        """What nbdcopy takes to copy the same export; the job around it is not in its time."""
+        with self.job() as uri:
+            return self.script(f"nbdcopy --flush '{uri}' {target}")
+
+    @contextlib.contextmanager
+    def job(self):
+        """A backup job that vnb-checkpoint did not begin: the URI of its export."""
+        directory = self.vm.private_directory()
+        scratch = f"{self.vm.directory}/bench.scratch"
+        self.vm.handle.backupBegin(
+            f"""<domainbackup mode="pull"><server transport="unix" socket="{directory}/bench"/><disks>
+            <disk name="vda" backup="yes" type="file"><scratch file="{scratch}"/></disk></disks></domainbackup>""",
+            None,
+        )
+        try:
+            yield f"nbd+unix:///vda?socket={directory}/bench"
+        finally:
+            self.vm.handle.abortJob()
+            wait_for(lambda: not self.vm.has_job(), "end of job")
+            Path(scratch).unlink(missing_ok=True)
+
+    def virtnbdbackup(self, directory, options=""):
+        """A full backup by the tool that users know."""
+        uri = "qemu:///system" if os.geteuid() == 0 else "qemu:///session"
+        took = self.script(f"virtnbdbackup -U {uri} -d {self.vm.name} -l full {options} -o {directory}/out &&"
+                           f" sync {directory}/out/*")
+        for checkpoint in self.vm.handle.listAllCheckpoints():
+            if checkpoint.getName().startswith("virtnbdbackup"):
+                checkpoint.delete()
+        return took
+
+    def groups(self):
+        """Yield the Groups."""
+        jobs = {
+            "nbdcopy --flush": lambda at: self.nbdcopy(f"{at}/raw"),
+            "pipeline > FILE": lambda at: self.backup(f"vnb-pack > {at}/vnb && sync {at}/vnb"),
+            "pipeline -o SET": lambda at: self.backup(f"vnb-pack -o {at}/set", options=f"--ledger {at}/set"),
+            "pipeline -z -o SET": lambda at: self.backup(f"vnb-pack -z -o {at}/set", options=f"--ledger {at}/set"),
+        }
+        if shutil.which("virtnbdbackup"):
+            jobs["virtnbdbackup"] = self.virtnbdbackup
+            jobs["virtnbdbackup -z"] = lambda at: self.virtnbdbackup(at, "-z")
+        else:
+            note("virtnbdbackup: not installed, left out")
+        yield Group("full backup", self.data, jobs)
+        yield Group("read to nothing", self.data, {
+            "nbdcopy": lambda at: self.nbdcopy("null:"),
+            "vnb-extents | vnb-read": lambda at: self.read_to_nothing(),
+        })
+        yield Group("increment, idle machine", 0, {"pipeline -o SET": self.increment})
+        yield Group("restore to qcow2", self.data, {
+            "nbdcopy --flush to qemu-nbd": self.nbdcopy_to_qcow2,
+            "qemu-img convert": lambda at: self.script(
+                f"qemu-img convert -f raw -O qcow2 {self.raw} {at}/q && sync {at}/q"),
+            "vnb-cat | vnb-apply": lambda at: self.restore(self.set, at, "qcow2"),
+            "vnb-cat | vnb-apply, packed set": lambda at: self.restore(self.packed, at, "qcow2"),
+        })
+        yield Group("restore to raw", self.data, {
+            "cp --sparse=always": lambda at: self.script(f"cp --sparse=always {self.raw} {at}/raw && sync {at}/raw"),
+            "vnb-cat | vnb-apply": lambda at: self.restore(self.set, at, "raw"),
+            "vnb-cat | vnb-apply, packed set": lambda at: self.restore(self.packed, at, "raw"),
+        })
+        yield Group("read of the map, in order", self.data, {
+            "nbdkit file": lambda at: self.script(f"nbdkit -U - -r file {self.raw} --run 'nbdcopy \"$uri\" null:'"),
+            "vnb-map": lambda at: self.script(f"vnb-map --run 'nbdcopy \"$uri\" null:' {self.set}"),
+            "vnb-map, packed set": lambda at: self.script(f"vnb-map --run 'nbdcopy \"$uri\" null:' {self.packed}"),
+        })
+        yield Group("verify", self.data, {
+            "sha1sum": lambda at: self.script(f"sha1sum {self.set}/*.vnb"),
+            "vnb-verify": lambda at: self.script(f"vnb-verify < {self.set}/*.vnb > /dev/null"),
+            "vnb-verify, packed set": lambda at: self.script(f"vnb-verify < {self.packed}/*.vnb > /dev/null"),
+        })
+
+    def read_to_nothing(self):
+        with self.job() as uri:
+            return self.script(f"vnb-extents '{uri}' | vnb-read > /dev/null")
+
+    def restore(self, source, directory, image_format):
+        out = f"{directory}/r"
+        return self.script(f"vnb-cat {source} | vnb-apply --format {image_format} {out} && sync {out}/*")
+
+    def increment(self, directory):
+        """Of a machine that has written nothing since."""
+        ledger = f"--ledger {directory}/set"
+        self.backup(f"vnb-pack -o {directory}/set", "full", ledger)
+        return self.backup(f"vnb-pack -o {directory}/set", "inc", ledger)
+
+    def nbdcopy_to_qcow2(self, directory):
+        run("qemu-img", "create", "-q", "-f", "qcow2", f"{directory}/q", self.size)
+        return self.script(f"nbdcopy --flush {self.raw} -- [ qemu-nbd -f qcow2 {directory}/q ]")
+
+
+def memory(lab):
+    """Yield a row of the peak of each stage on a disk of 1 TiB with a million extents."""
+    peaks = lab.new_directory("peaks")
+
+    def stage(name, command):
+        return f"/usr/bin/time -f %M -o {peaks}/{name} {command}"
+
+    big = f"{peaks}/big"
+    lab.sh(f"""
+        nbdkit -U - python {MANY_EXTENTS} size={1 << 40} --run '
+            {stage("vnb-extents", 'vnb-extents "$uri"')} | {stage("vnb-read", "vnb-read")} |
+            {stage("vnb-pack", "vnb-pack -z")} > {big}'
+        {stage("vnb-cat", f"vnb-cat {big}")} | {stage("vnb-apply", f"vnb-apply --format raw {peaks}/out")}
+        {stage("vnb-verify", "vnb-verify")} < {big} > /dev/null
+        {stage("vnb-dump", "vnb-dump")} < {big} > /dev/null
+    """)
+    for path in sorted(Path(peaks).iterdir()):
+        if path.is_file() and path.name != "big":
+            kib = int(path.read_text().split()[-1])
+            yield {"group": "peak memory, 1 TiB in a million extents", "job": path.name, "mib": round(kib / 1024, 1),
+                   "ratio": round(kib * 1024 / MEMORY_LIMIT, 2)}
+
+
+def note(text):
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def print_row(row, last_group):
+    if row["group"] != last_group:
+        head = ("MiB", "of 64 MiB") if "mib" in row else ("seconds", "ratio", "spread", "MiB/s")
+        print(f"\n{row['group']:42}" + "".join(f"{word:>10}" for word in head))
+    if "mib" in row:
+        print(f"  {row['job']:40}{row['mib']:>10}{row['ratio']:>10}", flush=True)
+    else:
+        figures = (f"{row[key]:>10.2f}" for key in ("seconds", "ratio", "spread"))
+        print(f"  {row['job']:40}{''.join(figures)}{row['mib_per_second'] or '':>10}", flush=True)
+    return row["group"]
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="bench")
+    parser.add_argument("--json", action="store_true", help="one array of objects on stdout")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--data", type=int, default=2048, metavar="MIB", help="random data in the disk")
+    parser.add_argument("--only", default="", metavar="WORD", help="groups with this in their title")
+    options = parser.parse_args()
+    rows = []
+    last = None
+    with Lab() as lab:
+        bench = Bench(lab, options.data * MiB)
+        groups = (measure(lab, group, options.rounds) for group in bench.groups() if options.only in group.title)
+        for row in (row for group in (*groups, memory(lab)) for row in group):
+            rows.append(row)
+            if not options.json:
+                last = print_row(row, last)
+    if options.json:
+        json.dump(rows, sys.stdout, indent=1)
+        print()
+
+
+if __name__ == "__main__":
+    main()
