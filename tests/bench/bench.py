@@ -140,13 +140,18 @@ class Bench:
             "vnb-extents | vnb-read": lambda at: self.read_to_nothing(),
         })
         yield Group("increment, idle machine", 0, {"pipeline -o SET": self.increment})
-        yield Group("restore to qcow2", self.data, {
+        jobs = {
             "nbdcopy --flush to qemu-nbd": self.nbdcopy_to_qcow2,
             "qemu-img convert": lambda at: self.script(
                 f"qemu-img convert -f raw -O qcow2 {self.raw} {at}/q && sync {at}/q"),
             "vnb-cat | vnb-apply": lambda at: self.restore(self.set, at, "qcow2"),
             "vnb-cat | vnb-apply, packed set": lambda at: self.restore(self.packed, at, "qcow2"),
-        })
+        }
+        if shutil.which("virtnbdrestore"):
+            self.virtnbdbackup(theirs := self.lab.new_directory("theirs"))
+            jobs["virtnbdrestore"] = lambda at: self.script(
+                f"virtnbdrestore -i {theirs}/out -o {at}/r && sync {at}/r/*")
+        yield Group("restore to qcow2", self.data, jobs)
         yield Group("restore to raw", self.data, {
             "cp --sparse=always": lambda at: self.script(f"cp --sparse=always {self.raw} {at}/raw && sync {at}/raw"),
             "vnb-cat | vnb-apply": lambda at: self.restore(self.set, at, "raw"),

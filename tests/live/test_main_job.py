@@ -142,8 +142,8 @@ def test_the_map_of_a_running_socket_serves_several_clients(lab, story, target):
         vnb-map --disk vda --socket {socket} {story.set} &
         map=$!
         until [ -S {socket} ]; do kill -0 $map || exit 1; done
-        nbdcopy 'nbd+unix:///?socket={socket}' {target}/a & one=$!
-        nbdcopy 'nbd+unix:///?socket={socket}' {target}/b || exit 1
+        nbdcopy 'nbd+unix:///vda?socket={socket}' {target}/a & one=$!
+        nbdcopy 'nbd+unix:///vda?socket={socket}' {target}/b || exit 1
         wait $one || exit 1
         kill $map
         wait $map
