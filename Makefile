@@ -17,7 +17,7 @@ setup:
 	@.ci/setup
 
 demo: setup
-	@examples/demo
+	@.venv/bin/python tests/live/lab.py examples/demo
 
 check: setup
 	.venv/bin/ruff check --quiet .
