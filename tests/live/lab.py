@@ -20,8 +20,8 @@ live side by side; where that is not allowed, a libvirtd that answers is used, o
 place. For other users XDG_RUNTIME_DIR and its like do the same for qemu:///session. All machines are
 emulated (TCG): they are the same everywhere.
 
-Everything that was started hangs on one process, the warden: it ends QEMU and libvirtd when the laboratory is closed,
-and also when the process that opened it is killed.
+Everything that was started hangs on one process, the warden: it ends QEMU and libvirtd and removes all files when the
+laboratory is closed, and also when the process that opened it is killed.
 """
 
 import contextlib
@@ -404,10 +404,11 @@ class Lab:
                 self.warden.wait(DEADLINE)
                 self.warden.stdout.close()
                 self.warden = None
-            shutil.rmtree(self.directory, ignore_errors=True)
+            else:
+                clear(self.directory)
 
     def _start_warden(self, private):
-        command = [sys.executable, __file__, "--warden", self.path("libvirt") if private else ""]
+        command = [sys.executable, __file__, "--warden", self.directory, "private" if private else "usual"]
         env = {key: value for key, value in self.env.items() if key != "VNB_LAB"}
         self.warden = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True,
                                        start_new_session=True)
@@ -480,8 +481,7 @@ class Lab:
 
     def processes(self):
         """Processes that our commands left, {pid: command line}: those with this laboratory in their environment."""
-        mark = f"VNB_LAB={self.directory}".encode()
-        ours = {pid for pid, environment in processes("environ") if mark in environment}
+        ours = marked(self.directory)
         lines = {pid: b" ".join(line).decode(errors="replace").strip() for pid, line in processes("cmdline")}
         return {pid: lines[pid] for pid in ours if lines.get(pid)}
 
@@ -586,9 +586,23 @@ def answers():
         return False
 
 
-def warden(directory):
+def marked(directory):
+    """The processes that were started with Lab.env, as a set of pids."""
+    mark = f"VNB_LAB={directory}".encode()
+    return {pid for pid, environment in processes("environ") if mark in environment} - {os.getpid()}
+
+
+def clear(directory):
+    """Kill what still has the laboratory in its environment, and remove its files."""
+    for pid in marked(directory):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def warden(directory, place):
     """
-    Keep a libvirtd until standard input ends, then end it and every QEMU that it started.
+    Keep a libvirtd until standard input ends, then end it, every QEMU that it started, and what clear() finds.
 
     QEMU leaves its parent; as a subreaper we become its parent, and whoever has us for a parent is ours to end. It also
     means that a dead QEMU goes away at once, for libvirtd waits for that, and not all first processes are quick.
@@ -601,12 +615,12 @@ def warden(directory):
 
     signal.signal(signal.SIGCHLD, lambda *_: reap())
 
-    pid_file = ["--pid-file", f"{directory}/libvirtd.pid"] if directory else []
+    pid_file = ["--pid-file", f"{directory}/libvirtd.pid"] if place == "private" else []
 
     def start():
         pid = os.posix_spawnp("libvirtd", ["libvirtd", *pid_file], os.environ, file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_OPEN, 1, f"{directory}/libvirtd.log" if directory else os.devnull, LOG_FLAGS, 0o600),
+            (os.POSIX_SPAWN_OPEN, 1, f"{directory}/libvirtd.log", LOG_FLAGS, 0o600),
             (os.POSIX_SPAWN_DUP2, 1, 2),
         ])
         wait_for(lambda: answers() or not alive(pid), "libvirtd")
@@ -628,6 +642,7 @@ def warden(directory):
         for pid in rest:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
+    clear(directory)
     return 0
 
 
@@ -645,7 +660,7 @@ def alive(pid):
 
 def main(arguments):
     if arguments[:1] == ["--warden"]:
-        return warden(arguments[1])
+        return warden(*arguments[1:])
     with Lab() as lab:
         return subprocess.run(arguments or [os.environ.get("SHELL", "bash")], env=lab.env).returncode
 

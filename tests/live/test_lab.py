@@ -10,7 +10,7 @@ from pathlib import Path
 import lab as lab_module
 import libvirt
 import pytest
-from lab import Disk, MiB, compare, wait_for
+from lab import Disk, MiB, alive, compare, wait_for
 
 
 def content(path, offset, length):
@@ -103,19 +103,18 @@ def test_images_can_be_of_any_kind(lab):
 
 
 def test_nothing_survives_when_its_owner_is_killed():
-    """The warden ends libvirtd and QEMU also when nobody can ask it to."""
+    """The warden ends libvirtd, QEMU and what commands left behind, also when nobody can ask it to."""
     script = """if True:
         import os, signal, sys
         from lab import *
         lab = Lab().__enter__()
         vm = lab.domain(Disk("vda", MiB))
-        print(lab.directory, lab.warden.pid, vm.qemu_pid(), flush=True)
+        left = lab.sh("setsid sleep 1000 > /dev/null 2>&1 & echo $!").stdout.decode().strip()
+        print(lab.directory, lab.warden.pid, vm.qemu_pid(), left, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
                           cwd=os.path.dirname(lab_module.__file__))
     directory, *pids = done.stdout.split()
-    try:
-        wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), "end of warden and QEMU")
-    finally:
-        subprocess.run(["rm", "-rf", directory])
+    wait_for(lambda: not any(alive(int(pid)) for pid in pids), "end of warden, QEMU and what was left")
+    assert not os.path.exists(directory)
