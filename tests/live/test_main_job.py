@@ -169,6 +169,43 @@ def test_the_last_points_checkpoint_stays_for_the_next_increment(story):
     assert story.points["second"] in story.vm.checkpoints()
 
 
+def test_streams_in_files_need_no_set(lab, vm, target):
+    """What was saved is known from the heads that vnb-checkpoint keeps; the files are joined by cat(1)."""
+    files = lab.new_directory("files")
+    os.mkdir(target)
+    for number, level in enumerate(("full", "inc", "inc")):
+        vm.write_random("vda", number * 2 * MiB, 3 * MiB, seed=number)
+        vm.zero("vdb", (8 + number) * MiB, MiB // 2)
+        lab.sh(f"vnb-checkpoint run {vm.name} --no-freeze --level {level} --"
+               f" 'vnb-extents | vnb-read | vnb-pack -z > {files}/{number}.vnb'")
+    reference = vm.reference()
+    lab.sh(f"cat {files}/*.vnb | vnb-apply {target}")
+    for disk in vm.disks:
+        compare(reference[disk], f"{target}/{disk}.qcow2", "qcow2")
+
+
+def test_the_receiver_names_the_parent(lab, vm, target):
+    """A set that vnb-checkpoint cannot see, as on another machine: --since is its tip."""
+    set_ = lab.new_directory("set")
+    lab.sh(f"vnb-checkpoint run {vm.name} --no-freeze --level full -- 'vnb-extents | vnb-read | vnb-pack -o {set_}'")
+    vm.write("vda", 50 * MiB, 1 * MiB)
+    lab.sh(f"vnb-checkpoint run {vm.name} --no-freeze --level inc --since $(vnb-cat --tip {set_}) --"
+           f" 'vnb-extents | vnb-read | vnb-pack -z | vnb-pack -o {set_}'")
+    reference = vm.reference()
+    lab.sh(f"vnb-cat {set_} | vnb-apply --format raw {target}")
+    for disk in vm.disks:
+        compare(reference[disk], f"{target}/{disk}.raw", "raw")
+
+
+def test_begin_and_commit_are_the_same_steps(lab, vm, target):
+    set_ = lab.new_directory("set")
+    for level in ("full", "inc"):
+        lab.sh(f"vnb-checkpoint begin {vm.name} --no-freeze --level {level} --ledger {set_} |"
+               f" vnb-extents | vnb-read | vnb-pack -z -o {set_} && vnb-checkpoint commit {vm.name}")
+        vm.write("vda", 50 * MiB, 1 * MiB)
+    assert lab.sh(f"vnb-cat --tip {set_}").stdout.decode().strip() in vm.checkpoints()
+
+
 # What is refused, or goes wrong. Each: one line, status 1, and nothing left but what was there.
 
 
