@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""vnb-map in tests: run it, wait until it is ready, and see that nothing of it is left."""
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import time
+
+DEADLINE = 60  # seconds that anything may take before a test fails instead of hanging
+
+
+class Map:
+    """A vnb-map that runs. lines (list of str): what it printed when it was ready."""
+
+    def __init__(self, *arguments, **options):
+        self.process = subprocess.Popen(
+            ["vnb-map", *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, **options,
+        )
+        self.lines = []
+
+    def ready(self, count=1):
+        """Wait for count lines; returns them."""
+        deadline = time.monotonic() + DEADLINE
+        said = b""
+        fd = self.process.stdout.fileno()
+        while said.count(b"\n") < count:
+            assert select.select([fd], [], [], max(0, deadline - time.monotonic()))[0], "vnb-map is not ready"
+            part = os.read(fd, 4096)
+            assert part, f"vnb-map has ended: {self.process.stderr.read()}"
+            said += part
+        self.lines = said.decode().splitlines()
+        return self.lines
+
+    def stderr_line(self):
+        """The next line on its standard error."""
+        assert select.select([self.process.stderr], [], [], DEADLINE)[0], "nothing on stderr"
+        return self.process.stderr.readline()
+
+    def end(self, signum=signal.SIGTERM):
+        """End it by a signal; returns (status, what it said on stderr)."""
+        self.process.send_signal(signum)
+        _, stderr = self.process.communicate(timeout=DEADLINE)
+        return self.process.returncode, stderr
+
+
+@contextlib.contextmanager
+def mapped(*arguments, lines=1, **options):
+    """A Map that is ready, and is ended."""
+    served = Map(*arguments, **options)
+    try:
+        served.ready(lines)
+        yield served
+    finally:
+        if served.process.poll() is None:
+            served.process.terminate()
+        with served.process:
+            served.process.wait(DEADLINE)
+
+
+def run(*command, **options):
+    """subprocess.run with what tests want of it."""
+    return subprocess.run(
+        [str(word) for word in command], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE,
+        **options,
+    )
+
+
+def copy(uri, path):
+    """The bytes of an export, by nbdcopy."""
+    done = run("nbdcopy", uri, path)
+    assert done.returncode == 0, done.stderr
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def processes_in(session):
+    """Command lines of processes whose environment says that they belong to this test."""
+    marker = f"VNB_TEST={session}".encode()
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as environ:
+            if marker in environ.read().split(b"\0"):
+                with open(f"/proc/{pid}/cmdline", "rb") as cmdline:
+                    found.append(cmdline.read().replace(b"\0", b" ").decode())
+    return found

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Programs that run as long as we do: started, waited for by events, ended."""
+
+import os
+import select
+import signal
+import subprocess
+import time
+
+from vnb.errors import Error
+
+PATIENCE = 10  # seconds that a program gets to end before it is killed
+NOT_FOUND = 127  # the shell's status for a program that is not there
+
+# It is handed the listening socket as systemd does it: as descriptor 3, with its own number beside it.
+_LISTEN = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 </dev/null'
+# It gets SIGTERM when we die, SIGKILL included.
+_WITH_PARENT = ("setpriv", "--pdeathsig", "TERM", "--")
+
+
+class Child:
+    """
+    A program. name (str): for messages. package (str): what to install where it is missing.
+
+    listener (socket or None): handed over as systemd does it. with_parent (bool): it must not outlive us, and does
+    not see to that by itself. keep (iterable of int): descriptors that it inherits. environment (dict): in addition.
+    directory (str): where it runs, by default where we do.
+    Signals to our process group are not for it. Its standard error is kept, and told when it fails, unless debug.
+    """
+
+    def __init__(self, command, package, listener=None, with_parent=False, keep=(), environment=None, directory=None,
+                 debug=False):
+        self.name = command[0]
+        self.fd = None
+        self._package = package
+        # Read when it is dead, so it goes where it cannot block.
+        self._stderr = None if debug else os.memfd_create("stderr", os.MFD_CLOEXEC)
+        if listener is not None:
+            command = ["sh", "-c", _LISTEN, "sh", *command]
+        if with_parent:
+            command = [*_WITH_PARENT, *command]
+        try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL if listener is None else listener,
+                stdout=subprocess.DEVNULL,
+                stderr=self._stderr,
+                pass_fds=keep,
+                env={**os.environ, **(environment or {})},
+                cwd=directory,
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._close()
+            raise self._not_started(error.strerror) from None
+        self.fd = os.pidfd_open(self.process.pid)  # readable when it has ended
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.end()
+
+    def failure(self):
+        """The Error that says why it ended: its last words. It has ended, or is about to."""
+        status = self.process.wait()
+        words = ""
+        if self._stderr is not None:
+            size = os.fstat(self._stderr).st_size
+            words = os.pread(self._stderr, 4096, max(0, size - 4096)).decode(errors="replace")
+        lines = words.strip().splitlines()
+        if status == NOT_FOUND:
+            return self._not_started("not found")
+        if lines:
+            return Error(self.name, lines[-1].removeprefix(f"{self.name}: "))
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        return Error(self.name, f"it {how}")
+
+    def end(self):
+        """End it, and wait until it has ended; harmless when it has."""
+        if self.fd is None:
+            return
+        if self.process.poll() is None:
+            self.process.terminate()
+            if not self.wait(PATIENCE):
+                self.process.kill()
+        self.process.wait()
+        self._close()
+
+    def wait(self, seconds):
+        """Whether it ends within this time."""
+        return wait_for([self.fd], seconds) is not None
+
+    def _close(self):
+        if self._stderr is not None:
+            os.close(self._stderr)
+            self._stderr = None
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+    def _not_started(self, reason):
+        return Error(self.name, f"{reason} (it is in the package {self._package})")
+
+
+def wait_for(fds, seconds=None):
+    """The first of these descriptors that is readable, or closed at its other end; None when the time is over."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    deadline = None if seconds is None else time.monotonic() + seconds
+    while True:
+        left = None if deadline is None else max(0, 1000 * (deadline - time.monotonic()))
+        ready = {fd for fd, _ in poll.poll(left)}
+        for fd in fds:
+            if fd in ready:
+                return fd
+        if deadline is not None and time.monotonic() >= deadline:
+            return None

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""vnb-map - serve a saved chain as block devices
+
+Usage:
+  vnb-map [options] [--disk NAME]... [--debug]
+          (--socket PATH | --listen ADDR | --fuse DIR | --device DEV | --run CMD)
+          SET_OR_FILE...
+  vnb-map --stop FILE [--debug]
+  vnb-map --help | --version
+
+Serves each disk as an NBD export of its name, and of other points as
+NAME@POINT. The saved segments are never written.
+
+Options:
+  --socket PATH  on this Unix socket
+  --listen ADDR  on TCP: HOST:PORT, or PORT on the loopback address
+  --fuse DIR     as files: DIR/NAME for each disk
+  --device DEV   as this NBD device of the kernel, such as /dev/nbd0
+  --run CMD      to this shell command, with the URI as $uri; end with it
+  --disk NAME    only this disk; may be given several times
+  --until POINT  as of this point: a checkpoint's name, or a time as
+                 2026-01-31T12:00:00Z, or cut short as 2026-01-31; the
+                 default is the latest point
+  --writable     take writes and forget them in the end; one disk
+  --overlay FILE
+                 take writes and keep them in this qcow2 file; one disk
+  --tls-certificates DIR
+                 with --listen: only TLS, and only to clients with a
+                 certificate; DIR has ca-cert.pem, server-cert.pem and
+                 server-key.pem
+  --tls-psk FILE
+                 with --listen: only TLS, only to those who have a key
+  --daemon FILE  go to the background when ready; FILE gets the process id
+  --stop FILE    end the vnb-map that wrote FILE
+  --debug        show tracebacks, and what nbdkit has to say
+  --help         print this
+  --version      print the version
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import signal
+import subprocess
+
+from vnb import mapserver
+from vnb.child import wait_for
+from vnb.errors import Error, Interrupted, UsageError, os_error
+
+DEFAULT_HOST = "127.0.0.1"
+
+
+def main(args):
+    if args["--stop"]:
+        return stop(args["--stop"])
+    check(args)
+    if args["--daemon"]:
+        return in_background(args)
+    return serve(args, lambda lines: print(*lines, sep="\n", flush=True))
+
+
+def check(args):
+    """Raise UsageError for options that do not go together."""
+    for option, needed, others in (
+        ("--tls-certificates", "--listen", ("--tls-psk", "--overlay")),
+        ("--tls-psk", "--listen", ("--overlay",)),
+        ("--overlay", None, ("--writable",)),
+        ("--daemon", None, ("--run",)),
+    ):
+        if args[option]:
+            if needed and not args[needed]:
+                raise UsageError(option, f"goes with {needed}")
+            for other in others:
+                if args[other]:
+                    raise UsageError(option, f"does not go with {other}")
+    if args["--listen"]:
+        host_and_port(args["--listen"])
+
+
+def host_and_port(text):
+    """(host, port) of PORT, HOST:PORT or [HOST]:PORT."""
+    match = re.fullmatch(r"(?:(?:\[([^]]+)\]|([^]:[]*)):)?([0-9]{1,5})", text)
+    if match is None or int(match[3]) > 65535:
+        raise UsageError("--listen", f'"{text}" is not PORT or HOST:PORT')
+    return match[1] or match[2] or DEFAULT_HOST, int(match[3])
+
+
+def serve(args, ready):
+    """
+    Serve until a signal comes, the command has ended, or nobody can be served any more. Returns the exit status.
+
+    ready (function): called with the lines (list of str) that say where the disks are.
+    """
+    debug = args["--debug"]
+    with contextlib.ExitStack() as stack:
+        private = stack.enter_context(mapserver.private_directory())
+        address = stack.enter_context(address_of(args, private))
+        below = address
+        if args["--overlay"]:
+            below = stack.enter_context(mapserver.unix_address(os.path.join(private, mapserver.Overlay.BELOW)))
+        choice = {
+            "operands": args["SET_OR_FILE"],
+            "until": args["--until"],
+            "disks": args["--disk"],
+            "all_points": not args["--writable"],  # the cow filter has one overlay for whatever is written to
+        }
+        nbdkit = stack.enter_context(mapserver.Nbdkit(below, choice, private, nbdkit_options(args), debug))
+        below.close()
+        served = nbdkit.ready()
+        disks = served["disks"]
+        running = [nbdkit]
+        for option in ("--writable", "--overlay", "--device"):
+            if args[option] and len(disks) != 1:
+                raise Error(option, f"is for one disk: choose one of {', '.join(disks)} with --disk")
+        if args["--overlay"]:
+            ((name, size),) = disks.items()
+            base = f'{name}@{served["point"]}'
+            overlay = mapserver.Overlay(address, args["--overlay"], base, size, private, debug)
+            running.append(stack.enter_context(overlay))
+            address.close()
+            overlay.ready()
+        if args["--run"]:
+            return run(args["--run"], address.uri(served["default"] or ""), str(address.where))
+        lines = [address.uri(name) for name in disks]
+        clients = []
+        if args["--fuse"]:
+            directory = stack.enter_context(mapserver.directory(args["--fuse"]))
+            lines = [os.path.join(directory, name) for name in disks]
+            for path, name in zip(lines, disks):
+                clients.append(stack.enter_context(mapserver.Fuse(path, address.uri(name), private, debug)))
+            for file in clients:
+                file.ready()
+        elif args["--device"]:
+            is_writable = bool(args["--writable"] or args["--overlay"])
+            clients.append(stack.enter_context(mapserver.Device(args["--device"], *lines, is_writable, private)))
+            lines = [args["--device"]]
+        ready(lines)
+        wait(running, clients)
+        return 0
+
+
+def wait(servers, clients):
+    """Wait until every client has been ended by somebody else, if there are any. Raises Error when a server ends."""
+    while True:
+        ended = wait_for([program.fd for program in (*servers, *clients)])
+        for server in servers:
+            if server.fd == ended:
+                raise server.failure()
+        clients = [client for client in clients if client.fd != ended]
+        if not clients:
+            return
+
+
+def address_of(args, private):
+    """A context manager of the Address to serve at."""
+    if args["--listen"]:
+        tls = args["--tls-certificates"] or args["--tls-psk"]
+        return mapserver.tcp_address(args["--listen"], *host_and_port(args["--listen"]), bool(tls))
+    return mapserver.unix_address(args["--socket"] or os.path.join(private, "socket"))
+
+
+def nbdkit_options(args):
+    """What nbdkit is to do beside the plugin."""
+    options = []
+    if args["--tls-certificates"]:
+        # Without --tls-verify-peer any client would do, and all of the disk is in what it reads.
+        options += ["--tls=require", f'--tls-certificates={args["--tls-certificates"]}', "--tls-verify-peer"]
+    if args["--tls-psk"]:
+        options += ["--tls=require", f'--tls-psk={args["--tls-psk"]}']
+    return options + (["--filter=cow"] if args["--writable"] else ["--readonly"])
+
+
+def run(command, uri, where):
+    """Run a shell command to its end and return its exit status."""
+    forward = Forward()
+    with contextlib.ExitStack() as stack:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                stack.callback(signal.signal, signum, signal.signal(signum, forward))
+        environment = {**os.environ, "uri": uri, "socket": where}
+        return forward.run(["/bin/sh", "-c", command], environment)
+
+
+class Forward:
+    """
+    Passes on the signals that are meant to end us to a command, and waits for it.
+
+    At a terminal the command belongs to our process group, as the shell's own commands do: it may read the
+    terminal, and the terminal interrupts it. Otherwise all that it has started gets what we get.
+    """
+
+    def __init__(self):
+        self._process = None
+        self._signum = None
+        self._has_terminal = os.isatty(0)
+
+    def run(self, command, environment):
+        """Returns the exit status of the command, as the shell has it. Raises Interrupted if a signal was passed on."""
+        self._process = subprocess.Popen(command, env=environment, start_new_session=not self._has_terminal)
+        if self._signum is not None:
+            self(self._signum, None)
+        status = self._process.wait()
+        if self._signum is not None and status in (-self._signum, 128 + self._signum):
+            raise Interrupted(self._signum)
+        return status if status >= 0 else 128 - status
+
+    def __call__(self, signum, _stack):
+        self._signum = signum
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            if not self._has_terminal:
+                os.killpg(self._process.pid, signum)
+            elif signum != signal.SIGINT:
+                self._process.send_signal(signum)
+
+
+def in_background(args):
+    """Serve in a process of its own, that goes on when this one ends: as soon as all is ready, or has failed."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(ours)
+        os.setsid()
+        try:
+            with pid_file(args["--daemon"]):
+                serve(args, lambda lines: detach(theirs, lines))
+        except Interrupted as interrupted:
+            if interrupted.signum != signal.SIGTERM:
+                raise
+        return 0  # SIGTERM is how it is meant to end
+    os.close(theirs)
+    try:
+        with open(ours) as file:
+            lines = file.read()
+        if not lines:
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or 1
+    except BaseException:
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        raise
+    print(lines, end="", flush=True)
+    return 0
+
+
+def detach(pipe, lines):
+    """Tell who started us what is ready, and let go of its standard input and output; errors go where they went."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1):
+        os.dup2(null, fd)
+    os.close(null)
+    with open(pipe, "w") as file:
+        print(*lines, sep="\n", file=file)
+
+
+@contextlib.contextmanager
+def pid_file(path):
+    """Have our process id in a file, locked, for as long as this lasts."""
+    try:
+        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(fd, 0)
+            os.write(fd, f"{os.getpid()}\n".encode())
+            try:
+                yield
+            finally:
+                os.unlink(path)
+        finally:
+            os.close(fd)
+    except BlockingIOError:
+        raise Error(path, "is of a vnb-map that runs") from None
+    except OSError as error:
+        raise os_error(path, error) from None
+
+
+def stop(path):
+    """End the vnb-map that wrote this file, and wait until it has ended."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise os_error(path, error) from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.kill(int(os.read(fd, 20)), signal.SIGTERM)  # its lock says that it lives
+        fcntl.flock(fd, fcntl.LOCK_SH)
+    else:
+        raise Error(path, "the vnb-map that wrote this has ended")
+    finally:
+        os.close(fd)

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What vnb-map runs: nbdkit with the plugin, qemu-nbd for overlays and devices, nbdfuse for files."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from urllib.parse import quote, unquote, urlsplit
+
+from vnb.child import PATIENCE, Child, wait_for
+from vnb.errors import Error, os_error
+
+PLUGIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "mapplugin.py")
+THREADS = 8  # of nbdkit for one connection
+HIGH = 10  # descriptors that a child inherits stay clear of 3, where it gets the socket
+
+
+@contextlib.contextmanager
+def private_directory():
+    """The path of a directory that only we can enter, for as long as this lasts."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="vnb-map.", dir=os.environ.get("XDG_RUNTIME_DIR")) as path:
+            yield path
+    except OSError as error:
+        raise os_error(error.filename, error) from None
+
+
+@contextlib.contextmanager
+def directory(path):
+    """The path of a directory, made private if it was not there, and then removed in the end."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        yield path
+        return
+    except OSError as error:
+        raise os_error(path, error) from None
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
+
+
+class Address:
+    """Where a server listens (listener: socket), and how clients find it."""
+
+    def __init__(self, listener, scheme, authority, query=""):
+        self.listener = listener
+        self.where = listener.getsockname()
+        self._parts = scheme, authority, query
+
+    def uri(self, export=""):
+        """The NBD URI of an export."""
+        scheme, authority, query = self._parts
+        return f"{scheme}://{authority}/{quote(export, safe='@:')}{query}"
+
+    def close(self):
+        """We are not the one who listens: when the server has died, clients shall not wait for it."""
+        self.listener.close()
+
+
+@contextlib.contextmanager
+def unix_address(path):
+    """The Address of a Unix socket that only its owner may connect to. It is removed at the end."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        _remove_abandoned(path)
+        mask = os.umask(0o177)
+        try:
+            listener.bind(path)
+            listener.listen()
+        except OSError as error:
+            raise Error(path, error.strerror or str(error)) from None
+        finally:
+            os.umask(mask)
+        ours = os.lstat(path)
+        try:
+            yield Address(listener, "nbd+unix", "", f"?socket={quote(os.path.abspath(path))}")
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(ours, os.lstat(path)):
+                    os.unlink(path)
+
+
+def _remove_abandoned(path):
+    """Remove a socket that nobody listens on any more: a server that was killed left it."""
+    try:
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+                client.connect(path)
+    except ConnectionRefusedError:
+        os.unlink(path)
+    except OSError:
+        return  # bind() says what is the matter
+
+
+@contextlib.contextmanager
+def tcp_address(text, host, port, tls):
+    """The Address of a TCP port; 0 is one that is free. text: as the user typed it. tls (bool): for the URI."""
+    try:
+        family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.create_server(where[:2], family=family)
+    except OSError as error:
+        is_name = isinstance(error, socket.gaierror)
+        raise Error(text, error.strerror if is_name else os.strerror(error.errno)) from None
+    with listener:
+        shown = f"[{host}]" if ":" in host else host
+        yield Address(listener, "nbds" if tls else "nbd", f"{shown}:{listener.getsockname()[1]}")
+
+
+class Nbdkit(Child):
+    """
+    nbdkit with the plugin, serving saved disks at an address.
+
+    choice (dict): what to serve, see vnb.mapplugin. directory (str): private. options: nbdkit's own.
+    """
+
+    def __init__(self, address, choice, directory, options, debug):
+        self._status, status = _high(os.pipe())
+        (people,) = _high([os.dup(2)])
+        path = os.path.join(directory, "choice")
+        with open(path, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            json.dump({**choice, "status": status, "stderr": people, "debug": debug}, file)
+        try:
+            super().__init__(
+                ["nbdkit", "--foreground", "--exit-with-parent", f"--threads={THREADS}", *options]
+                + (["--verbose"] if debug else [])
+                + ["python", PLUGIN, f"choice={path}"],
+                "nbdkit, with nbdkit-plugin-python",
+                listener=address.listener,
+                keep=(status, people),
+                environment={"PYTHONPATH": _python_path()},
+                debug=debug,
+            )
+        finally:
+            os.close(status)
+            os.close(people)
+
+    def ready(self):
+        """Wait until it serves. Returns a dict: disks (name: size), default (name or None), point. Raises Error."""
+        said = b""
+        while part := os.read(self._status, 65536):
+            said += part
+        os.close(self._status)
+        if not said:
+            raise self.failure()
+        answer = json.loads(said)
+        if "reason" in answer:
+            raise Error(answer["what"], answer["reason"], answer["where"])
+        return answer
+
+
+def _high(fds):
+    """The same descriptors with higher numbers; the old ones are closed."""
+    moved = []
+    for fd in fds:
+        moved.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH))
+        os.close(fd)
+    return moved
+
+
+def _python_path():
+    """
+    Where this Python finds vnb and what it needs, for the Python in nbdkit: we may run from a virtual environment.
+
+    Not where it finds its own library: nbdkit's Python may be another.
+    """
+    ours = os.path.dirname(os.path.dirname(PLUGIN))
+    return os.pathsep.join([ours, *(path for path in sys.path if path.endswith("-packages"))])
+
+
+class Overlay(Child):
+    """
+    qemu-nbd, serving a qcow2 file that holds what was written, on top of a saved disk.
+
+    path (str): made if it is not there. base (str): the export, DISK@POINT, that it belongs to: on top of any other
+    its content would make no sense. size (int): of the disk. directory (str): where BELOW serves that export.
+    """
+
+    BELOW = "vnb-map"  # a relative socket: the image names it, and leads to an error where vnb-map does not run
+
+    def __init__(self, address, path, base, size, directory, debug):
+        path = os.path.abspath(path)
+        backing = f"nbd+unix:///{quote(base, safe='@:')}?socket={self.BELOW}"
+        if os.path.lexists(path):
+            said = _run(path, "qemu-img", "info", "--output=json", "--format=qcow2", "--", path)
+            below = json.loads(said).get("backing-filename", "nothing")
+            if below != backing:
+                raise Error(path, f"belongs on top of {unquote(urlsplit(below).path[1:]) or below}, not of {base}")
+        else:
+            options = ["-q", "-u", "-f", "qcow2", "-F", "raw", "-b", backing]
+            mask = os.umask(0o077)
+            try:
+                _run(path, "qemu-img", "create", *options, "--", path, str(size))
+            finally:
+                os.umask(mask)
+        name, _, _ = base.partition("@")
+        super().__init__(
+            ["qemu-nbd", "--persistent", "--shared=0",
+             f"--export-name={name}", "--format=qcow2", "--discard=unmap", path],
+            "qemu-utils",
+            listener=address.listener,
+            directory=directory,
+            with_parent=True,
+            debug=debug,
+        )
+        self._where = address.listener.family, address.where
+
+    def ready(self):
+        """Wait until it serves: it greets whoever connects. Raises Error."""
+        family, where = self._where
+        with socket.socket(family, socket.SOCK_STREAM) as client:
+            client.connect(where)
+            if wait_for([self.fd, client.fileno()]) == self.fd:
+                raise self.failure()
+
+
+class Fuse(Child):
+    """
+    nbdfuse, serving an export as a file, path. The file is made, and removed in the end.
+
+    directory (str): private.
+    """
+
+    def __init__(self, path, uri, directory, debug):
+        self.path = path
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDONLY | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise os_error(path, error) from None
+        try:
+            fifo = os.path.join(directory, f"{os.path.basename(path)}.pid")
+            os.mkfifo(fifo, 0o600)
+            self._fifo = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            super().__init__(
+                ["nbdfuse", f"--pidfile={fifo}", path, uri], "nbdfuse", with_parent=True, debug=debug
+            )
+        except BaseException:
+            os.unlink(path)
+            raise
+
+    def ready(self):
+        """Wait until the file can be read. Raises Error."""
+        if wait_for([self.fd, self._fifo]) == self.fd:
+            raise self.failure()
+
+    def end(self):
+        """Unmount; whoever still has the file open can read on until nbdkit ends, a moment later."""
+        if self.fd is None:
+            return
+        for lazy in ([], ["-z"]):
+            if self.wait(0):
+                break
+            done = subprocess.run(
+                ["fusermount3", "-u", *lazy, self.path], stdin=subprocess.DEVNULL, capture_output=True, check=False
+            )
+            if done.returncode == 0 and not lazy:
+                self.wait(PATIENCE)
+        super().end()
+        os.close(self._fifo)
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
+
+class Device:
+    """
+    qemu-nbd, connecting an export to a device of the kernel, such as /dev/nbd0.
+
+    directory (str): private. fd (int): readable when qemu-nbd has ended.
+    """
+
+    MAJOR = 43  # of NBD devices in Linux
+
+    def __init__(self, path, uri, writable, directory):
+        self.path = path
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            hint = "" if os.path.exists("/sys/module/nbd") else " (type: modprobe nbd)"
+            raise Error(path, f"{error.strerror}{hint}") from None
+        if not stat.S_ISBLK(found.st_mode) or os.major(found.st_rdev) != self.MAJOR:
+            raise Error(path, "is no NBD device")
+        pid_file = os.path.join(directory, "device.pid")
+        _run(
+            path, "qemu-nbd", "--fork", f"--pid-file={pid_file}", f"--connect={path}", "--format=raw",
+            *([] if writable else ["--read-only"]), uri,
+        )
+        with open(pid_file) as file:
+            self.fd = os.pidfd_open(int(file.read()))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        _run(self.path, "qemu-nbd", "--disconnect", self.path)
+        wait_for([self.fd], PATIENCE)
+        os.close(self.fd)
+
+
+def _run(what, *command):
+    """Run a program of qemu-utils to its end; what it prints. what (str): the object, for messages. Raises Error."""
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    except OSError as error:
+        raise Error(command[0], f"{error.strerror} (it is in the package qemu-utils)") from None
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        reason = lines[-1].removeprefix(f"{command[0]}: ") if lines else f"{command[0]} ended with {done.returncode}"
+        raise Error(what, reason)
+    return done.stdout
