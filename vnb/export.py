@@ -1,19 +1,36 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""NBD exports: connections, extents of a meta context, reads in flight. The only user of libnbd that reads."""
+"""
+NBD exports: connections, extents of a meta context, reads in flight.
 
-import os
+Only libnbd's asynchronous calls are used, with a poll(2) of our own around them: its others wait in C, where a
+Python signal handler cannot run, so that Ctrl-C would do nothing while a server does not answer.
+"""
+
+import re
 import select
+from errno import ECONNABORTED, ECONNRESET, ENOTCONN, EPIPE
+from itertools import accumulate
 
 import nbd
 
 from vnb.errors import Error
-from vnb.frame import DATA, GiB, MiB
+from vnb.frame import DATA, HOLE, MAX_EXTENTS, ZERO, GiB, MiB
 
 BASE_ALLOCATION = "base:allocation"
 FIRST_SPAN = 16 * MiB  # of the first block status request: an answer soon
-MAX_SPAN = 2 * GiB  # a block status request has 32 bits of length
+MAX_SPAN = 1 * GiB  # an answer with extents of 4 KiB takes 25 MiB then
 FEW_EXTENTS = 2048  # in one reply: ask for more the next time
 MANY_EXTENTS = 16384  # in one reply: ask for less, its list takes memory
+
+# The state of an extent with these two flags of base:allocation: a hole that is not zero has to be read.
+_STATES = (DATA, DATA, ZERO, HOLE)
+_DIRTY = 1  # the flag of a bitmap's meta context
+
+_EVENTS = {
+    nbd.AIO_DIRECTION_READ: select.POLLIN,
+    nbd.AIO_DIRECTION_WRITE: select.POLLOUT,
+    nbd.AIO_DIRECTION_BOTH: select.POLLIN | select.POLLOUT,
+}
 
 
 class Connection:
@@ -22,71 +39,170 @@ class Connection:
 
     uri (str): nbd, nbds, nbd+unix, nbds+unix. name (str): the disk, for messages.
     context (str or None): a meta context to ask for. required (bool): its absence is an error.
-    size (int): of the export, in bytes. has_context (bool): the server offers it.
+    size (int): of the export, in bytes. has_context (bool): the server offers it. multi_conn (bool).
+    minimum, maximum (int): bytes; requests are at least this long, multiples of it, and at most that long.
     Raises Error, also for everything that happens later.
     """
 
     def __init__(self, uri, name, context=None, required=False):
         self.name = name
         self.context = context
-        self.handle = nbd.NBD()
+        self.handle = handle = nbd.NBD()
+        self._pending = {}  # cookie: offset, oldest first
         try:
-            self.handle.set_uri_allow_local_file(True)  # a URI names the files with TLS keys; it is our user's
-            self.handle.set_pread_initialize(False)  # every completion is checked before a byte is used
+            handle.set_uri_allow_local_file(True)  # a URI names the files with TLS keys; it is our user's
+            handle.set_pread_initialize(False)  # every completion is checked before a byte is used
+            # Whether a request must be aligned is for the server to say: the last one of an odd size cannot be.
+            handle.set_strict_mode(handle.get_strict_mode() & ~nbd.STRICT_ALIGN)
             if context is not None:
-                self.handle.add_meta_context(context)
-            self.handle.connect_uri(uri)
-            self.size = self.handle.get_size()
-            self.has_context = context is not None and self.handle.can_meta_context(context)
-            self.multi_conn = self.handle.can_multi_conn()
+                handle.add_meta_context(context)
+            handle.aio_connect_uri(uri)
+            while handle.aio_is_connecting():
+                _turn([self])
+            self.size = handle.get_size()
+            self.has_context = context is not None and handle.can_meta_context(context)
+            self.multi_conn = handle.can_multi_conn()
+            self.minimum = max(1, handle.get_block_size(nbd.SIZE_MINIMUM))
+            self.maximum = handle.get_block_size(nbd.SIZE_MAXIMUM) or 32 * MiB
         except nbd.Error as error:
-            raise Error(name, f"cannot connect: {reason(error)}") from None
+            raise self.error(error) from None
         if required and not self.has_context:
             raise Error(name, f'server does not support meta context "{context}"')
 
-    def status(self, offset, length):
-        """
-        Extents [(offset, length, flags), ...] of the context from offset on.
+    def read(self, offset, view):
+        """Begin to read into view (memoryview) from offset; returns the request."""
+        # The view itself, which libnbd takes and lets go: its Buffer around it would never be freed (libnbd 1.14).
+        return self._request(self.handle.aio_pread, offset, view, offset)
 
-        Ascending and contiguous; the server may tell of less or more than was asked. At least one extent.
-        """
-        found = []
+    def status(self, offset, length, extent):
+        """Begin to ask for the extents of the context, which libnbd gives to extent(); returns the request."""
+        return self._request(self.handle.aio_block_status, offset, length, offset, extent)
 
-        def extent(context, offset, entries, error):
-            if context == self.context and not error.value:
-                for length, flags in zip(entries[0::2], entries[1::2]):
-                    found.append((offset, length, flags))
-                    offset += length
-
+    def _request(self, function, offset, *args):
         try:
-            self.handle.block_status(length, offset, extent)
+            cookie = function(*args)
         except nbd.Error as error:
-            raise Error(self.name, reason(error), f"offset {offset}") from None
-        if not found or any(length == 0 for _, length, _ in found):
-            raise Error(self.name, f"server gave no extents of {self.context}", f"offset {offset}")
-        return found
+            raise self.error(error, offset) from None
+        self._pending[cookie] = offset
+        return self, cookie
+
+    def is_done(self, cookie):
+        """Whether the request with a cookie is done; raises Error if it failed."""
+        try:
+            done = self.handle.aio_command_completed(cookie)
+        except nbd.Error as error:
+            raise self.error(error, self._pending[cookie]) from None
+        if done:
+            del self._pending[cookie]
+        return done
+
+    def error(self, error, offset=None):
+        """The Error for an nbd.Error of a request at an offset, by default that of the oldest one in flight."""
+        if offset is None:
+            offset = next(iter(self._pending.values()), None)
+        if offset is None:
+            return Error(self.name, f"cannot connect: {self.reason(error)}")
+        return Error(self.name, self.reason(error), f"offset {offset}")
+
+    def reason(self, error):
+        """What went wrong, without the names of libnbd's functions; the system's words where they say it all."""
+        text = error.string or "unknown error"
+        gone = error.errnum in (ECONNABORTED, ECONNRESET, ENOTCONN, EPIPE) or "invalid state" in text
+        if gone or "disconnected unexpectedly" in text:
+            return "server closed the connection"
+        text = re.sub(r"^nbd_\w+: ", "", text)
+        return re.sub(r"^(?:connect: |recv: |send: |handshake: |[a-z-]+: command failed: )", "", text)
 
     def close(self):
-        """End the connection; what the server says to that does not matter any more."""
+        """
+        End the connection. What the server says to that does not matter any more, but it is awaited, so that a
+        server that serves one client is ready for the next one.
+        """
         try:
-            self.handle.shutdown()
-        except nbd.Error:
+            self.handle.aio_disconnect()
+            while not (self.handle.aio_is_closed() or self.handle.aio_is_dead()):
+                _turn([self])
+        except (nbd.Error, Error):
             return
+
+
+def wait(request, connections):
+    """Return when a request is done; those of the other connections go on meanwhile. Raises Error."""
+    connection, cookie = request
+    while not connection.is_done(cookie):
+        _turn([connection, *(c for c in connections if c is not connection and c.handle.aio_in_flight())])
+
+
+def _turn(connections):
+    """Wait until one of the connections can go on, and let those that can. Raises Error."""
+    poller = select.poll()
+    by_fd = {}
+    for connection in connections:
+        handle = connection.handle
+        try:
+            direction = handle.aio_get_direction()
+            fd = handle.aio_get_fd()
+        except nbd.Error as error:
+            raise connection.error(error) from None
+        by_fd[fd] = connection, direction
+        poller.register(fd, _EVENTS[direction])
+    for fd, events in poller.poll():
+        connection, direction = by_fd[fd]
+        try:
+            # Hang-ups and errors are for libnbd to find, in a direction that it is waiting for.
+            if direction & nbd.AIO_DIRECTION_READ and events & ~select.POLLOUT:
+                connection.handle.aio_notify_read()
+            elif direction & nbd.AIO_DIRECTION_WRITE:
+                connection.handle.aio_notify_write()
+        except nbd.Error as error:
+            raise connection.error(error) from None
+
+
+class Question:
+    """
+    A block status request in flight.
+
+    answer(): the flat list length, flags, length, flags, ... from offset on. The server may tell of less
+    or more than was asked, but says something: each length is over 0.
+    """
+
+    def __init__(self, connection, offset, length):
+        self.connection = connection
+        self.offset = offset
+        self._entries = []
+        self._request = connection.status(offset, length, self._extent)
+
+    def answer(self):
+        wait(self._request, [self.connection])
+        entries, self._entries = self._entries, None
+        if not entries or 0 in entries[0::2]:
+            raise Error(
+                self.connection.name, f"server gave no extents of {self.connection.context}", f"offset {self.offset}"
+            )
+        return entries
+
+    def _extent(self, context, offset, entries, error):
+        # A second list for one context would be against the protocol: it is not known what it goes on from.
+        if context == self.connection.context and offset == self.offset and not error.value and not self._entries:
+            self._entries = entries
 
 
 class Walk:
     """
     Walk the extents of one meta context, forwards, asking for as much at a time as gives lists of a good size.
 
-    Without the context everything has flags 0: that is right for base:allocation alone.
+    unknown (int): the flags of what the server cannot be asked about: all of it without the context.
     """
 
-    def __init__(self, connection):
+    def __init__(self, connection, unknown):
         self.connection = connection
+        self._unknown = unknown
         self._span = FIRST_SPAN
-        self._known = []  # extents of the last reply, from self._at on they are still of use
-        self._at = 0
-        self._end = 0  # they reach up to here
+        self._question = None
+        self._entries = []
+        self._at = 0  # in entries: what is before it was left behind
+        self._start = 0  # the offset of the extent there
+        self._end = 0  # entries reach up to here
 
     def within(self, offset, end, horizon=None):
         """
@@ -94,128 +210,111 @@ class Walk:
 
         horizon (int): how far later calls will reach: the next request may ask up to there.
         """
-        if not self.connection.has_context:
-            yield offset, end - offset, 0
-            return
         while offset < end:
             if offset >= self._end:
                 self._ask(offset, max(end, horizon or 0))
-            start, length, flags = self._known[self._at]
-            if start + length <= offset:
-                self._at += 1
+                self._take()
+            length = self._entries[self._at]
+            stop = self._start + length
+            if stop <= offset:
+                self._start = stop
+                self._at += 2
                 continue
-            stop = min(start + length, end)
-            yield offset, stop - offset, flags
+            stop = min(stop, end)
+            yield offset, stop - offset, self._entries[self._at + 1]
             offset = stop
 
     def replies(self, end):
-        """Yield lists of (offset, length, flags), a list a reply, that cover [0, end) exactly."""
-        offset = 0
-        while offset < end:
-            self._ask(offset, end)
-            yield [(start, min(length, end - start), flags) for start, length, flags in self._known if start < end]
-            offset = self._end
+        """Yield (offset, entries), one a reply, that cover [0, end) at least; entries as Question has them."""
+        if end:
+            self._ask(0, end)
+        while self._question is not None:
+            self._take()
+            offset, entries = self._start, self._entries
+            self._entries = []
+            if self._end < end:
+                self._ask(self._end, end)  # the server looks for the next ones while these are worked on
+            yield offset, entries
 
     def _ask(self, offset, end):
-        self._known = self.connection.status(offset, min(self._span, end - offset))
+        connection = self.connection
+        length = min(self._span, end - offset)
+        # What is left of the last block of an odd size cannot be asked for.
+        length = length - length % connection.minimum if connection.has_context else 0
+        self._start = offset
+        self._question = Question(connection, offset, length) if length else _Unasked(end - offset, self._unknown)
+
+    def _take(self):
+        self._entries = self._question.answer()
+        self._question = None
         self._at = 0
-        start, length, _flags = self._known[-1]
-        self._end = start + length
-        if len(self._known) < FEW_EXTENTS:
+        self._end = self._start + sum(self._entries[0::2])
+        count = len(self._entries) // 2
+        if count < FEW_EXTENTS:
             self._span = min(4 * self._span, MAX_SPAN)
-        elif len(self._known) > MANY_EXTENTS:
+        elif count > MANY_EXTENTS:
             self._span = max(self._span // 4, MiB)
 
 
+class _Unasked:
+    """In the place of a Question: length bytes that nobody is asked about."""
+
+    def __init__(self, length, flags):
+        self._entries = [length, flags]
+
+    def answer(self):
+        return self._entries
+
+
 def allocation(connection, size):
-    """Yield lists of (offset, length, state), a list a reply, that tile [0, size): a full backup's extents."""
-    if not connection.has_context:
-        if size:
-            yield [(0, size, DATA)]
-        return
-    for reply in Walk(connection).replies(size):
-        yield [(offset, length, state_of(flags)) for offset, length, flags in reply]
+    """Yield runs that tile [0, size): a full backup's extents. runs: flat list of offset, length, state, ..."""
+    for start, lengths, flags in _parts(Walk(connection, unknown=0), size):
+        offsets = list(accumulate(lengths, initial=start))
+        runs = [0] * (3 * len(lengths))
+        end = offsets.pop()
+        runs[0::3] = offsets
+        runs[1::3] = lengths
+        runs[2::3] = [_STATES[flag & 3] for flag in flags]
+        yield runs if end <= size else _clipped(runs, size)
 
 
 def changes(dirty, base, size):
     """
-    Yield lists of (offset, length, state) of what is dirty: an increment's extents, a list a reply of the bitmap.
+    Yield runs of what is dirty: an increment's extents. runs: flat list of offset, length, state, ...
 
     dirty, base (Connection): of the bitmap's meta context and of base:allocation. Each has a cursor of its own,
     since two contexts never come back in the same pieces; clean ranges are not asked for their allocation.
     """
-    walk = Walk(base)
-    for reply in Walk(dirty).replies(size):
-        ranges = [(offset, offset + length) for offset, length, flags in reply if flags & 1]
-        found = []
+    walk = Walk(base, unknown=0)
+    for start, lengths, flags in _parts(Walk(dirty, unknown=_DIRTY), size):
+        ranges = []
+        for length, flag in zip(lengths, flags):
+            if flag & _DIRTY and start < size:
+                ranges.append((start, min(start + length, size)))
+            start += length
+        runs = []
         for offset, end in ranges:
-            for start, length, flags in walk.within(offset, end, ranges[-1][1]):
-                found.append((start, length, state_of(flags)))
-        yield found
+            for piece, length, flag in walk.within(offset, end, ranges[-1][1]):
+                runs += (piece, length, _STATES[flag & 3])
+            if len(runs) > 3 * MAX_EXTENTS:
+                yield runs
+                runs = []
+        yield runs
 
 
-def state_of(flags):
-    """The state of an extent with these flags of base:allocation: a hole that is not zero has to be read."""
-    return flags & 3 if flags & 2 else DATA
+def _parts(walk, size):
+    """Yield (offset, lengths, flags) of the replies of a walk: one may be of a million extents, a part is not."""
+    for offset, entries in walk.replies(size):
+        for at in range(0, len(entries), 2 * MAX_EXTENTS):
+            lengths = entries[at : at + 2 * MAX_EXTENTS : 2]
+            yield offset, lengths, entries[at + 1 : at + 2 * MAX_EXTENTS : 2]
+            offset += sum(lengths)
 
 
-class Reads:
-    """
-    Reads in flight on the connections of several exports.
-
-    start() one, poll() until is_done(read), in any order.
-    """
-
-    def __init__(self):
-        self._connections = {}
-
-    def start(self, connection, offset, view):
-        """Begin to read into view (memoryview) from offset; returns the read."""
-        try:
-            cookie = connection.handle.aio_pread(nbd.Buffer.from_buffer(view), offset)
-        except nbd.Error as error:
-            raise Error(connection.name, reason(error), f"offset {offset}") from None
-        self._connections[connection.handle.aio_get_fd()] = connection
-        return connection, cookie, offset
-
-    def is_done(self, read):
-        """Whether a read is done; raises Error if it failed."""
-        connection, cookie, offset = read
-        try:
-            return connection.handle.aio_command_completed(cookie)
-        except nbd.Error as error:
-            raise Error(connection.name, reason(error), f"offset {offset}") from None
-
-    def wait(self, read):
-        """Poll until a read is done."""
-        while not self.is_done(read):
-            self._poll(read)
-
-    def _poll(self, read):
-        connections = [c for c in self._connections.values() if c.handle.aio_in_flight()]
-        poller = select.poll()
-        for connection in connections:
-            direction = connection.handle.aio_get_direction()
-            events = select.POLLIN if direction & nbd.AIO_DIRECTION_READ else 0
-            if direction & nbd.AIO_DIRECTION_WRITE:
-                events |= select.POLLOUT
-            poller.register(connection.handle.aio_get_fd(), events)
-        for fd, events in poller.poll():
-            connection = self._connections[fd]
-            try:
-                # Hang-ups and errors are for libnbd to find: it reads the end of file.
-                if events & ~select.POLLOUT:
-                    connection.handle.aio_notify_read()
-                elif events & select.POLLOUT:
-                    connection.handle.aio_notify_write()
-            except nbd.Error as error:
-                raise Error(connection.name, reason(error), f"offset {read[2]}") from None
-
-
-def reason(error):
-    """What went wrong in an nbd.Error, without the names of libnbd's functions; the system's words where there are."""
-    if error.errnum:
-        said = os.strerror(error.errnum)
-        text = error.string.partition(": ")[2] or error.string
-        return text if said in text else said
-    return error.string.partition(": ")[2] or error.string
+def _clipped(runs, size):
+    """runs without what is beyond size: a server may tell of more than was asked."""
+    clipped = []
+    for offset, length, state in zip(runs[0::3], runs[1::3], runs[2::3]):
+        if offset < size:
+            clipped += (offset, min(length, size - offset), state)
+    return clipped

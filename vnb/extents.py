@@ -18,29 +18,28 @@ Options:
   --version       print the version
 """
 
+from operator import eq
+
 from vnb import export, heads, stream
 from vnb.errors import Error, UsageError
-from vnb.frame import MAX_EXTENTS
+from vnb.frame import DATA, MAX_EXTENTS
 
 
 def main(args):
-    out = stream.stdout()
     if args["URI"]:
-        _from_uri(out, args)
+        disk, head = _from_uri(args)
+        _write(stream.stdout(), head, [disk], ())
         return
+    out = stream.stdout()
     for segment in stream.stdin(stage="disks"):
-        walks = [_walk(disk) for disk in segment.disks]
-        written = out.segment({**segment.head, "stage": "extents"}, segment.disks)
-        for frame in segment:
-            written.frame(frame)
-        _write(written, walks)
-        written.end()
+        _write(out, segment.head, segment.disks, segment)
 
 
-def _from_uri(out, args):
+def _from_uri(args):
+    """(disk, head) for an export that no stream speaks of."""
     name = args["--name"]
     if not stream.is_safe_name(name):
-        raise Error("--name", f"a disk must not be named {name!r}")
+        raise UsageError("--name", f"a disk must not be named {name!r}")
     if bool(args["--dirty"]) != bool(args["--parent"]):
         raise UsageError("--dirty", "needs --parent, and --parent needs --dirty")
     source = {"uri": args["URI"]}
@@ -48,13 +47,31 @@ def _from_uri(out, args):
         source["dirty"] = f'qemu:dirty-bitmap:{args["--dirty"]}'
     connection = export.Connection(source["uri"], name)
     connection.close()
-    level = "inc" if args["--dirty"] else "full"
-    disk = {"name": name, "size": connection.size, "level": level, "image": {}, "source": source}
+    disk = {"name": name, "size": connection.size, "level": "inc" if args["--dirty"] else "full", "image": {},
+            "source": source}
     head = heads.new(domain=name, uuid=heads.uuid_of(name), level="inc" if args["--dirty"] else "copy",
                      parent=args["--parent"], stage="extents")
-    walks = [_walk(disk)]
-    written = out.segment(head, [disk])
-    _write(written, walks)
+    return disk, head
+
+
+def _write(out, head, disks, frames):
+    """Write a segment: its frames (iterable), then the extents of all disks."""
+    walks = [_walk(disk) for disk in disks]
+    written = out.segment({**head, "stage": "extents"}, disks)
+    for frame in frames:
+        written.frame(frame)
+    batches = [_Batch(written, number) for number in range(len(disks))]
+    living = list(zip(walks, batches))
+    while living:
+        # In turn, a list each, so that whoever reads the data has work on all disks.
+        for walk, batch in tuple(living):
+            runs = next(walk, None)
+            if runs is None:
+                batch.flush()
+                living.remove((walk, batch))
+            else:
+                batch.add(runs)
+        out.flush()
     written.end()
 
 
@@ -74,47 +91,44 @@ def _walk(disk):
     return export.changes(dirty, base, disk["size"])
 
 
-def _write(out, walks):
-    """Write the extents of all disks in turn, a reply each, so that whoever reads them works on all disks."""
-    batches = [_Batch(out, disk) for disk in range(len(walks))]
-    living = list(range(len(walks)))
-    while living:
-        for disk in tuple(living):
-            reply = next(walks[disk], None)
-            if reply is None:
-                batches[disk].flush()
-                living.remove(disk)
-            else:
-                batches[disk].add(reply)
-        out.writer.flush()
-
-
 class _Batch:
-    """Extents of one disk on their way into frames; neighbours with one state become one."""
+    """
+    Extents of one disk on their way into frames; neighbours with one state become one.
+
+    Data is passed on at once, to be read. The last extent that is not waits for what the next list goes on with:
+    a disk of many TiB of nothing is one hole.
+    """
 
     def __init__(self, out, disk):
         self.out = out
         self.disk = disk
-        self.runs = []
+        self._held = []
 
-    def add(self, reply):
-        runs = self.runs
-        for offset, length, state in reply:
-            if runs and runs[-1] == state and runs[-3] + runs[-2] == offset:
-                runs[-2] += length
-                continue
-            if len(runs) == 3 * MAX_EXTENTS:
-                self.out.extents(self.disk, runs)
-                runs = self.runs = []
-            runs += (offset, length, state)
-        # All but the last one, which the next reply may go on with; data is passed on at once, to be read.
-        if len(runs) > 3 and runs[-1] != 0:
-            self.out.extents(self.disk, runs[:-3])
-            self.runs = runs[-3:]
-        elif runs and runs[-1] == 0:
-            self.flush()
+    def add(self, runs):
+        """Take runs (flat list of offset, length, state, ...) that follow those before."""
+        runs = _merged(self._held + runs)
+        keep = 3 if runs and runs[-1] != DATA else 0
+        self._held = runs[len(runs) - keep :]
+        self._put(runs[: len(runs) - keep])
 
     def flush(self):
-        if self.runs:
-            self.out.extents(self.disk, self.runs)
-            self.runs = []
+        """Pass on what waits."""
+        self._put(self._held)
+
+    def _put(self, runs):
+        for at in range(0, len(runs), 3 * MAX_EXTENTS):
+            self.out.extents(self.disk, runs[at : at + 3 * MAX_EXTENTS])
+
+
+def _merged(runs):
+    """The runs, with neighbours of one state made one."""
+    states = runs[2::3]
+    if not any(map(eq, states, states[1:])):
+        return runs  # as servers give them nearly always, and then nothing is done for each in Python
+    merged = runs[:3]
+    for offset, length, state in zip(runs[3::3], runs[4::3], runs[5::3]):
+        if state == merged[-1] and merged[-3] + merged[-2] == offset:
+            merged[-2] += length
+        else:
+            merged += (offset, length, state)
+    return merged

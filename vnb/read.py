@@ -21,23 +21,29 @@ import collections
 
 from xxhash import xxh3_64_intdigest
 
-from vnb import arguments, export, stream
-from vnb.errors import Error
-from vnb.frame import DATA, MAX_DATA
+from vnb import arguments, stream
+from vnb.errors import Error, UsageError
+from vnb.export import Connection, wait
+from vnb.frame import DATA, MAX_DATA, MiB
 from vnb.pool import Pool
+
+MAX_IN_FLIGHT = 16 * MiB  # bytes: what the buffers of reads in flight take, however many are asked for
+LIST_TURNS = 2  # lists of extents that may wait behind a read in flight
 
 
 def main(args):
     requests = arguments.integer(args, "--requests", 1, 1024)
     request_size = arguments.size(args, "--request-size", 4096, MAX_DATA)
+    if request_size & (request_size - 1):
+        raise UsageError("--request-size", f'"{args["--request-size"]}" is not a power of 2')
     connections = arguments.integer(args, "--connections", 1, 64)
     out = stream.stdout()
     for segment in stream.stdin(stage="extents"):
-        exports = [_connect(disk, connections) for disk in segment.disks]
+        exports = [Export(disk, connections, request_size) for disk in segment.disks]
         # Where the data came from is nobody's business after this stage.
         disks = [{key: value for key, value in disk.items() if key != "source"} for disk in segment.disks]
         written = out.segment({**segment.head, "stage": "data"}, disks)
-        pipeline = Pipeline(written, exports, requests, request_size)
+        pipeline = Pipeline(written, exports, requests)
         for frame in segment:
             if frame.__class__ is stream.Extents:
                 pipeline.add(frame)
@@ -46,34 +52,43 @@ def main(args):
                 written.frame(frame)
         pipeline.drain()
         written.end()
-        for connection in (connection for group in exports for connection in group):
+        for connection in (connection for export_ in exports for connection in export_.connections):
             connection.close()
 
 
-def _connect(disk, count):
-    name, source = disk["name"], disk.get("source")
-    if not isinstance(source, dict) or not isinstance(source.get("uri"), str):
-        raise Error(name, "the stream does not say where this disk is exported")
-    first = export.Connection(source["uri"], name)
-    if first.size != disk["size"]:
-        raise Error(name, f'the export has {first.size} bytes, the stream says {disk["size"]}')
-    more = count - 1 if first.multi_conn else 0
-    return [first, *(export.Connection(source["uri"], name) for _ in range(more))]
+class Export:
+    """The connections to one disk's export, and how much to ask of it at a time (request_size, bytes)."""
+
+    def __init__(self, disk, count, request_size):
+        name, source = disk["name"], disk.get("source")
+        if not isinstance(source, dict) or not isinstance(source.get("uri"), str):
+            raise Error(name, "the stream does not say where this disk is exported")
+        first = Connection(source["uri"], name)
+        if first.size != disk["size"]:
+            raise Error(name, f'the export has {first.size} bytes, the stream says {disk["size"]}')
+        more = count - 1 if first.multi_conn else 0
+        self.connections = [first, *(Connection(source["uri"], name) for _ in range(more))]
+        self.request_size = min(max(request_size, first.minimum), first.maximum, MAX_DATA)
+        self._turn = 0
+
+    def next_connection(self):
+        """Each connection in turn."""
+        self._turn = (self._turn + 1) % len(self.connections)
+        return self.connections[self._turn]
 
 
 class Pipeline:
     """Reads in flight, and extents that wait behind them: all leave in the order in which they came."""
 
-    def __init__(self, out, exports, requests, request_size):
+    def __init__(self, out, exports, requests):
         self.out = out
         self.exports = exports
         self.requests = requests
-        self.request_size = request_size
+        self.connections = [connection for export in exports for connection in export.connections]
         self.pool = Pool()
-        self.reads = export.Reads()
-        self.queue = collections.deque()  # (read, disk, offset, view), or (None, disk, runs, None)
+        self.queue = collections.deque()  # (request, disk, offset, view), or (None, disk, runs, None)
         self.in_flight = 0
-        self.turn = 0
+        self.bytes_in_flight = 0
 
     def add(self, frame):
         """Take an Extents frame: start reads for its data, as many as may be in flight, and pass on the rest."""
@@ -83,27 +98,30 @@ class Pipeline:
                 kept += (offset, length, state)
                 continue
             if kept:
-                self.queue.append((None, frame.disk, kept, None))
+                self._pass_on(frame.disk, kept)
                 kept = []
             self._read(frame.disk, offset, offset + length)
         if kept:
-            self.queue.append((None, frame.disk, kept, None))
+            self._pass_on(frame.disk, kept)
+
+    def _pass_on(self, disk, runs):
+        self.queue.append((None, disk, runs, None))
         # Extents that wait behind reads are bounded too: a disk may have millions of zeroes and little data.
-        while self.queue and (not self.in_flight or len(self.queue) > 2 * self.requests):
+        while not self.in_flight and self.queue or len(self.queue) > LIST_TURNS * self.requests:
             self._write_first()
 
     def _read(self, disk, offset, end):
+        export = self.exports[disk]
         while offset < end:
             # Whole requests begin at multiples of their size: servers like it, and frames of two backups match.
-            length = min(self.request_size - offset % self.request_size, end - offset)
-            while self.in_flight >= self.requests:
+            length = min(export.request_size - offset % export.request_size, end - offset)
+            while self.in_flight >= self.requests or self.bytes_in_flight + length > MAX_IN_FLIGHT:
                 self._write_first()
             view = self.pool.take(length)
-            connections = self.exports[disk]
-            self.turn += 1
-            read = self.reads.start(connections[self.turn % len(connections)], offset, view)
-            self.queue.append((read, disk, offset, view))
+            request = export.next_connection().read(offset, view)
+            self.queue.append((request, disk, offset, view))
             self.in_flight += 1
+            self.bytes_in_flight += length
             offset += length
 
     def drain(self):
@@ -113,11 +131,12 @@ class Pipeline:
         self.out.writer.flush()
 
     def _write_first(self):
-        read, disk, what, view = self.queue.popleft()
-        if read is None:
+        request, disk, what, view = self.queue.popleft()
+        if request is None:
             self.out.extents(disk, what)
             return
-        self.reads.wait(read)
+        wait(request, self.connections)
         self.in_flight -= 1
+        self.bytes_in_flight -= len(view)
         self.out.data(disk, what, len(view), "none", xxh3_64_intdigest(view), view)
         self.pool.give(view)
