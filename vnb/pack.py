@@ -28,65 +28,63 @@ from vnb.pool import Ordered, Pool
 
 def main(args):
     spec = ("lz4", None) if args["-z"] else codec.parse(args["--compress"] or "none")
-    unpack = args["--compress"] == "none"
+    compress = None if spec[0] == "none" else codec.compressor(*spec)
     threads = arguments.integer(args, "--threads", 0, 64)
-    if spec[0] == "none" and not unpack:
-        threads = 0  # a checksum of what is in the cache costs less than to wake a thread
-    packer = Packer(codec.compressor(*spec), unpack, threads)
-    if args["-o"]:
-        for segment in packer.reader:
-            with Store(args["-o"], segment.head, segment.disks) as store:
-                packer.pack(segment, stream.Writer(store.fd, store.partial))
-                store.commit()
-        return
-    out = stream.stdout()
-    for segment in packer.reader:
-        packer.pack(segment, out)
+    pool = Pool()
+    packer = Packer(compress, args["--compress"] == "none", threads, pool)
+    out = None if args["-o"] else stream.stdout()
+    for segment in stream.stdin(stage="data", pool=pool):
+        if out is not None:
+            packer.pack(segment, out)
+            continue
+        with Store(args["-o"], segment.head, segment.disks) as store:
+            packer.pack(segment, stream.Writer(store.fd, store.path))
+            store.commit()
 
 
 class Packer:
     """
-    Packs the segments of standard input.
+    Packs segments.
 
-    compress: see codec.compressor. unpack (bool): frames that are packed are unpacked.
+    compress: see codec.compressor; None: plain frames stay plain. unpack (bool): packed frames are unpacked.
+    pool (Pool): where payloads come from.
     Every frame is held against the hash of its plain bytes: what is stored is what was read from the source.
     """
 
-    def __init__(self, compress, unpack, threads):
+    def __init__(self, compress, unpack, threads, pool):
         self.compress = compress
         self.unpack = unpack
         self.threads = threads
-        self.pool = Pool()
-        self.reader = stream.stdin(stage="data", pool=self.pool)
+        self.pool = pool
 
     def pack(self, segment, writer):
         """Write one segment, with an index as it goes."""
         out = writer.segment(segment.head, segment.disks)
         index = Builder(out)
         names = [disk["name"] for disk in segment.disks]
-        work = Ordered(lambda data: self._work(data, names), self.threads)
-        try:
+        with Ordered(lambda data: self._work(data, names), self.threads) as work:
             for frame in segment:
-                if frame.__class__ is stream.Data:
-                    work.call(frame)
-                else:
+                if frame.__class__ is not stream.Data:
                     work.append((frame, None, None))
+                elif self.compress is None and frame.codec == "none":
+                    # A checksum of what is in the cache costs less than to wake a thread.
+                    work.append(self._work(frame, names))
+                else:
+                    work.call(frame)
                 while work.full:
                     self._write(out, index, *work.pop())
             while len(work):
                 self._write(out, index, *work.pop())
-        finally:
-            work.close()
         index.finish()
         out.end()
 
     def _work(self, data, names):
         plain = codec.plain(data, names[data.disk])
-        if data.codec == "none":
-            return data, *self.compress(plain)
-        if self.unpack:
+        if data.codec != "none":
+            return (data, "none", plain) if self.unpack else (data, data.codec, data.payload)
+        if self.compress is None:
             return data, "none", plain
-        return data, data.codec, data.payload
+        return data, *self.compress(plain)
 
     def _write(self, out, index, frame, name, payload):
         if frame.__class__ is stream.Data:

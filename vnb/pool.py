@@ -2,65 +2,102 @@
 """Buffers that are used again: a fresh one of half a MiB costs its page faults each time."""
 
 import collections
+import queue
 import threading
+
+SMALL = 64 << 10  # below this malloc(3) has memory at hand that it was given back
 
 
 class Pool:
-    """Buffers of at least the size asked for. As many exist as were ever out at once."""
+    """
+    Buffers of at least the size asked for, and at most twice that.
 
-    def __init__(self):
-        self._free = []
+    limit (int): bytes that are kept for later; what is out is for the caller to bound.
+    """
+
+    def __init__(self, limit=16 << 20):
+        self._limit = limit
+        self._kept = 0
+        self._free = {}  # size: list of bytearray of that size, a power of 2
 
     def take(self, size):
         """A memoryview of size bytes, with anything in it."""
-        for at in range(len(self._free) - 1, -1, -1):
-            if len(self._free[at]) >= size:
-                return memoryview(self._free.pop(at))[:size]
-        if self._free:
-            self._free.pop(0)  # too small: let it go, so that the pool does not grow with sizes seen
-        return memoryview(bytearray(size))[:]
+        if size < SMALL:
+            return memoryview(bytearray(size))
+        rounded = 1 << (size - 1).bit_length()
+        free = self._free.get(rounded)
+        if free:
+            self._kept -= rounded
+            return memoryview(free.pop())[:size]
+        return memoryview(bytearray(rounded))[:size]
 
     def give(self, view):
         """Take back a view from take(); nobody may use it any more."""
-        self._free.append(view.obj)
+        buffer = view.obj
+        size = len(buffer)
+        if size < SMALL:
+            return
+        if self._kept + size > self._limit:
+            # Of a size that is not asked for any more, most likely: what is given now is asked for now.
+            self._free.clear()
+            self._kept = 0
+        self._free.setdefault(size, []).append(buffer)
+        self._kept += size
 
 
 class Ordered:
     """
     Call a function in several threads; results come in the order of the calls.
 
-    threads (int): 0 calls it at once. depth (int): how many calls may wait; the caller keeps to `full`.
+        with Ordered(function, threads) as work:
+            work.call(argument)
+            while work.full: use(work.pop())
+
+    threads (int): 0 calls it at once, in this thread. They start when there is something to do.
     """
 
     def __init__(self, function, threads):
         self._function = function
         self._jobs = collections.deque()
-        self._depth = 2 * threads
-        self._threads = threads
-        if threads:
-            import queue
+        self._threads = []
+        self._count = threads
+        # Two calls a thread: one that it works on, and one that waits, so that it need not.
+        self._depth = max(1, 2 * threads)
+        self._queue = queue.SimpleQueue()
+        self._ending = False
 
-            self._queue = queue.SimpleQueue()
-            for _ in range(threads):
-                threading.Thread(target=self._work, daemon=True).start()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """End the threads; what was called and not begun is dropped."""
+        self._ending = True
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def __len__(self):
         return len(self._jobs)
 
     @property
     def full(self):
-        """No call should be added before a result was taken."""
-        return len(self._jobs) >= max(1, self._depth)
+        """A result should be taken before the next call."""
+        return len(self._jobs) >= self._depth
 
     def call(self, argument):
         """Have function(argument) called."""
         job = _Job(argument)
         self._jobs.append(job)
-        if self._threads:
-            job.done.acquire()
-            self._queue.put(job)
-        else:
+        if not self._count:
             job.run(self._function)
+            return
+        job.done.acquire()
+        self._queue.put(job)
+        if len(self._threads) < min(self._count, len(self._jobs)):
+            thread = threading.Thread(target=self._work, daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     def append(self, result):
         """A result that needs no call, in its place in the order."""
@@ -77,13 +114,8 @@ class Ordered:
             raise job.error
         return job.result
 
-    def close(self):
-        """Let the threads end."""
-        for _ in range(self._threads):
-            self._queue.put(None)
-
     def _work(self):
-        while (job := self._queue.get()) is not None:
+        while (job := self._queue.get()) is not None and not self._ending:
             job.run(self._function)
             job.done.release()
 
