@@ -5,7 +5,7 @@ import re
 
 from vnb.errors import UsageError
 
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_UNITS = {None: 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def integer(args, option, low, high):
@@ -19,7 +19,7 @@ def integer(args, option, low, high):
 def size(args, option, low, high):
     """The value of an option as bytes: a number with k, M, G or T (powers of 1024) behind it, or none."""
     text = args[option]
-    match = re.fullmatch(r"([0-9]{1,15})([kmgt]?)(?:ib)?", text.lower())
+    match = re.fullmatch(r"([0-9]{1,15})(?:([kmgt])(?:ib)?)?", text.lower())
     value = int(match[1]) * _UNITS[match[2]] if match else -1
     if not low <= value <= high:
         raise UsageError(option, f'"{text}" is not a size within {low}-{high}')

@@ -19,42 +19,69 @@ Options:
   --version      print the version
 """
 
+import os
 import secrets
 
-from vnb import backupset, chain, stream
+from vnb import backupset, chain, codec, stream
 from vnb.errors import Error
 from vnb.run import note
 
 
 def main(args):
-    operands = args["SET_OR_FILE"]
+    operands, until = args["SET_OR_FILE"], args["--until"]
     name = operands[0] if len(operands) == 1 else "the chain"
-    segments = backupset.segments(operands)
+    segments, damaged = _segments(operands)
+    # What cannot be read may be anything: the latest point, or one that a time means. Only a point that is
+    # known by its name, and the way to it, need nothing of it.
+    if damaged and not (until and until in chain.points(segments)):
+        raise damaged[0]
     if args["--tip"]:
-        chain.check(segments, name)
-        tip = chain.tip(segments)
-        if tip is None:
-            raise Error(name, "no point here has a checkpoint: the next backup must be a full one")
-        print(tip.head["checkpoint"])
+        _tip(segments, name)
         return
-    path = chain.path(segments, name, args["--until"])
-    wanted = set(args["--disk"])
-    unknown = wanted - {disk["name"] for disk in path[-1].disks}
+    path = chain.path(segments, name, until)
+    for error in damaged:
+        note("vnb-cat", f"{error}; it is not needed for {until}")
+    for segment in path:
+        if segment.head["stage"] != "data":
+            raise Error(segment.name, f'holds no data, but {segment.head["stage"]}')
+    point = path[-1].head["point"]
+    held = {disk["name"] for disk in path[-1].disks}
+    unknown = sorted(set(args["--disk"]) - held)
     if unknown:
-        raise Error("--disk", f'no disk {", ".join(sorted(unknown))} at point {path[-1].head["point"]}')
+        raise Error("--disk", f'no disk {", ".join(unknown)} at point {point}')
     left = chain.off_path(segments, path)
-    if left and args["--until"] is None:
-        note("vnb-cat", f'{name}: not on the way to {path[-1].head["point"]}: '
-             + ", ".join(segment.head["point"] for segment in left))
-    out = stream.stdout()
+    if left and until is None:
+        note("vnb-cat", f"{name}: not on the way to {point}: " + ", ".join(segment.head["point"] for segment in left))
     # A disk that the last point does not have is not part of it: nobody needs its older data.
-    wanted = wanted or {disk["name"] for disk in path[-1].disks}
+    wanted = set(args["--disk"]) or held
+    out = stream.stdout()
     for saved in path:
-        _copy(saved.open(), out, wanted)
-        saved.close()
+        _copy(saved, out, wanted)
 
 
-def _copy(segment, out, wanted):
+def _segments(operands):
+    """(segments, errors): of all files that are operands, or in sets that are; the errors of those not readable."""
+    found, damaged = [], []
+    for operand in operands:
+        for path in backupset.paths(operand) if os.path.isdir(operand) else [operand]:
+            try:
+                found += backupset.segments_in_file(path)
+            except Error as error:
+                damaged.append(error)
+    return found, damaged
+
+
+def _tip(segments, name):
+    chain.check(segments, name)
+    tip = chain.tip(segments)
+    if tip is None:
+        raise Error(name, "no point here has a checkpoint: the next backup must be a full one")
+    print(tip.head["checkpoint"])
+
+
+def _copy(saved, out, wanted):
+    """Write what a saved segment has of the disks that are wanted (set of names)."""
+    segment = saved.open()
     kept = [number for number, disk in enumerate(segment.disks) if disk["name"] in wanted]
     head = segment.head
     if len(kept) < len(segment.disks):
@@ -65,6 +92,9 @@ def _copy(segment, out, wanted):
         if frame.__class__ in (stream.Data, stream.Extents):
             if frame.disk not in numbers:
                 continue
+            if frame.__class__ is stream.Data:
+                codec.check(frame, f'{saved.name}: {segment.disks[frame.disk]["name"]}')
             frame.disk = numbers[frame.disk]
         written.frame(frame)
     written.end()
+    saved.close()

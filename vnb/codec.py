@@ -2,6 +2,7 @@
 """Compression of data frames and the hash of their plain bytes. This module owns all lz4 and zstd settings."""
 
 import re
+import threading
 
 from xxhash import xxh3_64_intdigest
 
@@ -20,7 +21,7 @@ def compressor(codec, level=None):
     """
     A function (plain bytes) -> (codec, payload): payload is shorter than plain, or plain itself ("none").
 
-    It may be called from several threads at once. Raises UsageError for a codec that is not there.
+    It may be called from several threads at once. Raises Error for a codec that is not installed.
     """
     if codec == "none":
         return lambda plain: ("none", plain)
@@ -53,13 +54,18 @@ def plain(data, where):
 
     where (str): the disk, for messages. Raises Error: these bytes are not what was read from the source.
     """
-    if data.codec == "none":
-        payload = data.payload
-    else:
-        payload = _decompress(data, where)
+    payload = data.payload if data.codec == "none" else _decompress(data, where)
     if len(payload) != data.length or xxh3_64_intdigest(payload) != data.hash:
         raise Error(where, f"{data.length} bytes differ from what was read from the source", f"offset {data.offset}")
     return payload
+
+
+def check(data, where):
+    """Raise Error if the payload of a Data frame has changed since it was packed. Nothing is unpacked."""
+    if data.codec == "none":
+        plain(data, where)
+    else:
+        _packed(data, where)
 
 
 def _lz4(level):
@@ -72,9 +78,14 @@ def _lz4(level):
 
 def _zstd(level):
     zstandard = _zstandard()
-    level = 3 if level is None else level
-    # A compressor object serves one thread at a time; making one is cheap beside a frame.
-    return lambda plain: zstandard.ZstdCompressor(level=level, write_content_size=True).compress(plain)
+    own = threading.local()  # a compressor serves one thread at a time, and its memory is worth keeping
+
+    def compress(plain):
+        if not hasattr(own, "compressor"):
+            own.compressor = zstandard.ZstdCompressor(level=3 if level is None else level, write_content_size=True)
+        return own.compressor.compress(plain)
+
+    return compress
 
 
 def _zstandard():
@@ -85,10 +96,16 @@ def _zstandard():
     return zstandard
 
 
-def _decompress(data, where):
+def _packed(data, where):
+    """The payload of a packed frame without its checksum, which is right."""
     packed = memoryview(data.payload)[_CHECK_SIZE:]
     if len(packed) == 0 or xxh3_64_intdigest(packed) != int.from_bytes(data.payload[:_CHECK_SIZE], "big"):
         raise Error(where, f"damaged {data.codec} data (its checksum differs)", f"offset {data.offset}")
+    return packed
+
+
+def _decompress(data, where):
+    packed = _packed(data, where)
     if data.codec == "lz4":
         from lz4.block import LZ4BlockError, decompress
 
@@ -106,3 +123,4 @@ def _decompress(data, where):
         except zstandard.ZstdError as error:
             reason = error
     raise Error(where, f"damaged {data.codec} data ({reason})", f"offset {data.offset}")
+
