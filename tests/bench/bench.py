@@ -23,9 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "live"))
 
 from lab import Disk, Lab, MiB, run, wait_for  # noqa: E402 -- after the path to it
-
-MANY_EXTENTS = Path(__file__).with_name("many_extents.py")
-MEMORY_LIMIT = 64 * MiB  # of a stage, as DESIGN has it
+from peaks import LIMIT, peaks  # noqa: E402
 
 
 class Group:
@@ -189,25 +187,9 @@ class Bench:
 
 def memory(lab):
     """Yield a row of the peak of each stage on a disk of 1 TiB with a million extents."""
-    peaks = lab.new_directory("peaks")
-
-    def stage(name, command):
-        return f"/usr/bin/time -f %M -o {peaks}/{name} {command}"
-
-    big = f"{peaks}/big"
-    lab.sh(f"""
-        nbdkit -U - python {MANY_EXTENTS} size={1 << 40} --run '
-            {stage("vnb-extents", 'vnb-extents "$uri"')} | {stage("vnb-read", "vnb-read")} |
-            {stage("vnb-pack", "vnb-pack -z")} > {big}'
-        {stage("vnb-cat", f"vnb-cat {big}")} | {stage("vnb-apply", f"vnb-apply --format raw {peaks}/out")}
-        {stage("vnb-verify", "vnb-verify")} < {big} > /dev/null
-        {stage("vnb-dump", "vnb-dump")} < {big} > /dev/null
-    """)
-    for path in sorted(Path(peaks).iterdir()):
-        if path.is_file() and path.name != "big":
-            kib = int(path.read_text().split()[-1])
-            yield {"group": "peak memory, 1 TiB in a million extents", "job": path.name, "mib": round(kib / 1024, 1),
-                   "ratio": round(kib * 1024 / MEMORY_LIMIT, 2)}
+    for command, peak in peaks(lab).items():
+        yield {"group": "peak memory, 1 TiB in a million extents", "job": command, "mib": round(peak / MiB, 1),
+               "ratio": round(peak / LIMIT, 2)}
 
 
 def note(text):

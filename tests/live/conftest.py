@@ -43,3 +43,21 @@ def vm(lab):
         assert lab.leftovers() == []
     finally:
         vm.remove()
+
+
+@pytest.fixture(scope="module")
+def linux(lab):
+    """
+    A machine that runs Linux, with vda (128 MiB) mounted at /mnt/vda; guest.py has what it can do.
+
+    One for all tests of a module: it takes some seconds to boot.
+    """
+    from guest import linux
+    from lab import Disk, MiB
+
+    vm = linux(lab, Disk("vda", 128 * MiB, filesystem="ext4"))
+    try:
+        yield vm
+        assert lab.leftovers() == []
+    finally:
+        vm.remove()

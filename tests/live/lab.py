@@ -12,7 +12,8 @@ A laboratory: a libvirtd of our own, and virtual machines whose disks are writte
         assert lab.leftovers() == []
 
 In tests, the fixture `lab` is the one Lab of the session, and `vm` a new machine of two small disks. On the command
-line, `lab.py COMMAND...` runs a command (without one, a shell) in a laboratory of its own.
+line, `lab.py COMMAND...` runs a command (without one, a shell) in a laboratory of its own. guest.py has a machine that
+runs Linux and a guest agent.
 
 As root, libvirt's directories are replaced by empty ones in a mount namespace that this process enters, so a
 libvirtd that the user runs, its machines and its configuration are neither seen nor touched, and several laboratories
@@ -94,7 +95,7 @@ class Disk:
     A virtual disk: a new image, or the existing file path.
 
     size in bytes; cluster_size in bytes or None; compat: "0.10" makes a qcow2 of version 2; backing (path or None): a
-    qcow2 below this one; discard: what the guest trims is given back.
+    qcow2 below this one; discard: what the guest trims is given back; filesystem: None, or "ext4" on the whole disk.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Disk:
     cluster_size: int = None
     compat: str = None
     backing: str = None
+    filesystem: str = None
     path: str = None
 
     def create(self, directory):
@@ -118,6 +120,11 @@ class Disk:
         if self.backing:
             command += ["-b", self.backing, "-F", "qcow2"]
         run(*command, self.path, self.size)
+        if self.filesystem:
+            with tempfile.NamedTemporaryFile(dir=directory) as raw:
+                raw.truncate(self.size)
+                run(f"mkfs.{self.filesystem}", "-q", "-F", raw.name)
+                run("qemu-img", "convert", "-n", "-f", "raw", "-O", self.format, raw.name, self.path)
 
     def xml(self):
         discard = ' discard="unmap"' if self.discard else ""
@@ -450,11 +457,11 @@ class Lab:
         """What the QEMU of a machine says."""
         return f"{self.logs}/{name}.log"
 
-    def domain(self, *disks, name=None, start=True, **options):
+    def domain(self, *disks, name=None, start=True, kind=Domain, **options):
         """Make a machine with these disks, without an operating system, and start it. options are Domain's."""
         self.count += 1
         name = name or f"vnb-lab-{os.getpid()}-{self.count}"
-        domain = self.domains[name] = Domain(self, name, disks, **options)
+        domain = self.domains[name] = kind(self, name, disks, **options)
         return domain.start() if start else domain
 
     def sh(self, script, check=True, timeout=300, stdin=None, env=None):
