@@ -346,6 +346,8 @@ class Segment:
             in_files = in_files and kind not in ("extent", "data")
             if frame is not None:
                 yield frame
+            elif raw.payload is not None and self.reader.pool is not None and self.reader.passed is None:
+                self.reader.pool.give(raw.payload)  # of an index frame: nobody else sees it
             raw = self.reader.raw()
 
     def finish(self):
