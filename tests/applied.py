@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""For the tests of vnb-apply: run it on streams made from plans (tests/makers.py), look at what it made."""
+
+import os
+import subprocess
+import sys
+import time
+
+import makers
+
+from vnb import stream
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+COMMAND = [sys.executable, os.path.join(ROOT, "bin", "vnb-apply")]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": ROOT, "LC_ALL": "C.UTF-8"}
+DEADLINE = 60
+
+
+def segments_of(plan, known=None, **options):
+    """The bytes of each segment of a plan. known: the disks that are increments after the first one."""
+    found = []
+    before = {}
+    for number, (disks, image) in enumerate(zip(plan, makers.images(plan))):
+        fd = os.memfd_create("segment")
+        try:
+            writer = stream.Writer(fd, "sample")
+            sizes = {name: len(image[name]) for name in disks}
+            makers.write_segment(
+                writer, number, disks, sizes, known=before if known is None or not number else known, **options
+            )
+            writer.flush()
+            found.append(os.pread(fd, os.fstat(fd).st_size, 0))
+        finally:
+            os.close(fd)
+        before = image
+    return found
+
+
+def apply(content, *arguments, **options):
+    """Run vnb-apply with these bytes on standard input; the CompletedProcess, with stderr as text."""
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)], input=content, capture_output=True, timeout=DEADLINE,
+        env=ENVIRONMENT, check=False, **options,
+    )
+    done.stderr = done.stderr.decode()
+    return done
+
+
+def restored(content, *arguments, **options):
+    """Run vnb-apply, which has to succeed and to be silent."""
+    done = apply(content, *arguments, **options)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", "")
+
+
+def refused(content, *arguments, **options):
+    """Run vnb-apply, which has to fail with one line on stderr; that line without the command's name."""
+    done = apply(content, *arguments, **options)
+    assert done.returncode == 1, done
+    assert done.stdout == b""
+    assert done.stderr.startswith("vnb-apply: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr[len("vnb-apply: ") : -1]
+
+
+def start(*arguments, **options):
+    """Start vnb-apply with a pipe to its standard input."""
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=ENVIRONMENT, **options,
+    )
+
+
+def same(path, format_, expected, tmp_path):
+    """Whether an image holds exactly these bytes: by qemu-img compare, and by what qemu-img convert makes of it."""
+    plain, copy = tmp_path / "expected.raw", tmp_path / "copy.raw"
+    plain.write_bytes(expected)
+    qemu_img("compare", "-f", format_, "-F", "raw", path, plain)
+    qemu_img("convert", "-f", format_, "-O", "raw", path, copy)
+    return copy.read_bytes() == bytes(expected)
+
+
+def qemu_img(*arguments):
+    """Run qemu-img, which has to succeed; what it says."""
+    return subprocess.run(["qemu-img", *map(str, arguments)], check=True, capture_output=True, text=True).stdout
+
+
+def eventually(condition, deadline=DEADLINE):
+    """Wait until condition() is true, and return what it gave; for what nobody tells us of."""
+    end = time.monotonic() + deadline
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+    return found
+
+
+def processes_with(text):
+    """Ids of processes whose command line holds a text: what was started for a test has its directory in it."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                if os.fsencode(str(text)) in file.read():
+                    found.append(int(pid))
+        except OSError:
+            continue
+    return found
+
+
+def left_behind(directory):
+    """What is in a directory that vnb-apply was to leave empty, and processes that still have to do with it."""
+    return [*os.listdir(directory), *processes_with(directory)]
