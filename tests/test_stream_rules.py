@@ -305,7 +305,8 @@ def frame_of_4_gib(kind, marker):
     frame_of_4_gib(b"+x", 0xC6), frame_of_4_gib(b"file", 0xC6),
     f.encode_data(0, 0, 0xFFFFFFFF, "none", 0, 0xFFFFFFFF)[0], f.encode_data(0, 0, 8, "lz4", 0, 0xFFFFFFFF)[0],
     b"\x93\xa2+x\xdb\xff\xff\xff\xff", b"\x93\xa2+x\xdd\xff\xff\xff\xff", b"\x93\xa2+x\xdf\xff\xff\xff\xff",
-    b"\x93\xdb\xff\xff\xff\xff", b"\xdd\xff\xff\xff\xff", b"\x93\xa2+x" + b"\x91" * (1 << 20), b"\x93\xa2+x" + bytes(99),
+    b"\x93\xdb\xff\xff\xff\xff", b"\xdd\xff\xff\xff\xff", b"\x93\xa2+x" + b"\x91" * (1 << 20),
+    b"\x93\xa2+x" + bytes(99),
     (b"\x93\xa2+x" + b"\xdc\x30\x00" * (1 << 18))[: 1 << 20], b"\x93\xa2+x\xdc\x30\x00" + b"\x90" * (1 << 20),
     b"\x93\xa2+x\xdc\x30\x00" + b"\xdc\x01\x00" + b"\x90" * (1 << 20),
 ], ids=lambda frame: frame[:12].hex())

@@ -2,6 +2,7 @@
 """Backup sets: segments in files, found, opened and stored durably; formats/backup-set.md has the layout."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -61,7 +62,10 @@ class SavedSegment:
             raise os_error(self.name, error) from None
         reader = stream.Reader(fd, self.name)
         reader.input.offset = self.start
-        return next(iter(reader))
+        segment = next(iter(reader), None)
+        if segment is None:
+            raise self._error("the file was cut short", 0)
+        return segment
 
     def rows(self, cache=None):
         """
@@ -146,7 +150,8 @@ class SavedSegment:
         collected = _Collected(len(self.disks))
         builder = index.Builder(collected)
         position = 0
-        while position < self.length - f.TAIL.size:
+        tail = self.length - f.TAIL.size
+        while position < tail:
             want = f.MAX_DATA_HEADER
             while True:
                 window = memoryview(self.frame_at(position, min(want, self.length - position)))
@@ -160,12 +165,18 @@ class SavedSegment:
                 except FrameError as error:
                     raise self._error(error, position) from None
             whole = size + (payload or 0)
-            if fields[0] == "data" and 0 <= fields[1] < len(self.disks):
+            if position + whole > tail:
+                raise self._error("a frame that is longer than the segment", position)
+            if fields[0] == "data":
+                if fields[1] >= len(self.disks):
+                    raise self._error("an extent of no disk", position)
                 builder.data(fields[1], fields[2], fields[3], position, whole)
             elif fields[0] == "extent":
                 self._check_runs(fields, position)
                 builder.extents(fields[1], fields[2])
             position += whole
+        if fields[0] != "end":
+            raise self._error('no frame "end" before the tail', position)
         builder.finish()
         return collected.payloads
 
@@ -203,14 +214,18 @@ def segments_in_file(path):
 def open_file(path):
     """A descriptor of a file with segments, for reading. Raises Error."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Not to wait for whoever may open the other end of a FIFO: it can't be sought in, and is refused.
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise os_error(path, error) from None
 
 
 def _places(path, fd):
     """(start, length, position of the last index frame or 0) of each segment in a file, first to last."""
-    end = os.fstat(fd).st_size
+    try:
+        end = os.lseek(fd, 0, os.SEEK_END)
+    except OSError as error:
+        raise os_error(path, error) from None
     if end == 0:
         raise StreamError(path, "empty file, expected a stream")
     places = []
@@ -326,12 +341,20 @@ class Store:
         if check:
             admit(directory, segments([directory]), head, disks)
         self.path = os.path.join(directory, self.name)
-        self.partial = os.path.join(directory, f".{self.name}.{secrets.token_hex(4)}{PARTIAL}")
-        try:
-            self.fd = os.open(self.partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise os_error(self.partial, error) from None
-        fcntl.flock(self.fd, fcntl.LOCK_EX)  # says that somebody still writes it, see remove_abandoned()
+        self._create()
+
+    def _create(self):
+        while True:
+            self.partial = os.path.join(self.directory, f".{self.name}.{secrets.token_hex(4)}{PARTIAL}")
+            try:
+                self.fd = os.open(self.partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise os_error(self.partial, error) from None
+            fcntl.flock(self.fd, fcntl.LOCK_EX)  # says that somebody still writes it, see remove_abandoned()
+            if os.fstat(self.fd).st_nlink:
+                return
+            # Another writer came between open and flock, and removed the file as one that nobody writes.
+            os.close(self.fd)
 
     def __enter__(self):
         return self
@@ -343,6 +366,8 @@ class Store:
             with locked(self.directory) as directory_fd:
                 if self.check:
                     admit(self.directory, segments([self.directory]), self.head, self.disks)
+                    if os.path.lexists(self.path):
+                        raise Error(self.path, "another segment has this name")
                 os.rename(self.partial, self.path)
                 self.partial = None
                 os.fsync(directory_fd)
@@ -352,16 +377,36 @@ class Store:
 
     def __exit__(self, *_):
         if self.partial is not None:
-            os.unlink(self.partial)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.partial)
         os.close(self.fd)
 
 
 def make_private_directory(path):
-    """Make a directory, and those above it, with mode 0700, unless it is there."""
+    """Make a directory, and those above it, with mode 0700, unless it is there. What was made is durable."""
+    missing = []
+    above = os.path.abspath(path)
+    while not os.path.lexists(above):
+        missing.append(above)
+        above = os.path.dirname(above)
     try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        for directory in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(directory, 0o700)
+            # Else a power failure takes the whole directory away, with the synced files in it.
+            _sync_directory(os.path.dirname(directory))
+        if not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     except OSError as error:
         raise os_error(path, error) from None
+
+
+def _sync_directory(path):
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def remove_abandoned(directory):

@@ -70,27 +70,45 @@ def check(segments, name):
     by_point = points(segments)
     sound = set()
     for point in by_point:
-        trail = []
+        trail = {}  # in order; a dict, since a chain may have many thousands of points
         while point is not None and point not in sound and point in by_point:
             if point in trail:
-                raise Error(name, f'a circle of parents: {" -> ".join([*trail[trail.index(point):], point])}')
-            trail.append(point)
+                circle = list(trail)[list(trail).index(point):]
+                raise Error(name, f'a circle of parents: {" -> ".join([*circle, point])}')
+            trail[point] = None
             point = by_point[point].head["parent"]
         sound.update(trail)
 
 
 def points(segments):
     """
-    {point: segment that brings one there}: of alternatives the full one, and of these the newest.
+    {point: segment that brings one there}.
 
-    A merged full and the increment it replaces may stand side by side: they have the same point.
+    A merged segment and those that it replaces may stand side by side: they have the same point. Of these
+    alternatives the full one is taken, else one whose way back to a full is there, in the fewest steps. So a set
+    of which a part was merged, and then only a part of what that replaced was removed, restores every point.
     """
-    chosen = {}
+    children = {}
     for segment in segments:
-        other = chosen.get(segment.head["point"])
+        children.setdefault(segment.head["parent"], []).append(segment)
+    chosen = {}
+    reached = [None]
+    while reached:
+        found = [child for point in reached for child in children.get(point, ()) if child.head["point"] not in chosen]
+        step = _newest(found)
+        chosen.update(step)
+        reached = list(step)
+    return {**_newest([segment for segment in segments if segment.head["point"] not in chosen]), **chosen}
+
+
+def _newest(segments):
+    """{point: the newest of its segments}."""
+    newest = {}
+    for segment in segments:
+        other = newest.get(segment.head["point"])
         if other is None or _preference(segment) > _preference(other):
-            chosen[segment.head["point"]] = segment
-    return chosen
+            newest[segment.head["point"]] = segment
+    return newest
 
 
 def path(segments, name, until=None):
@@ -166,7 +184,7 @@ def tip(segments, checkpoints=None):
 
 
 def _preference(segment):
-    return (segment.head["parent"] is None, segment.head["created"], segment.head["id"])
+    return (segment.head["created"], segment.head["id"])
 
 
 def _age(segment):
