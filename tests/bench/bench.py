@@ -112,12 +112,16 @@ class Bench:
     def virtnbdbackup(self, directory, options=""):
         """A full backup by the tool that users know."""
         uri = "qemu:///system" if os.geteuid() == 0 else "qemu:///session"
-        took = self.script(f"virtnbdbackup -U {uri} -d {self.vm.name} -l full {options} -o {directory}/out &&"
-                           f" sync {directory}/out/*")
+        self.delete_checkpoints()  # it refuses a full backup beside those of others
+        try:
+            return self.script(f"virtnbdbackup -n -U {uri} -d {self.vm.name} -l full {options} -o {directory}/out &&"
+                               f" sync {directory}/out/*")
+        finally:
+            self.delete_checkpoints()
+
+    def delete_checkpoints(self):
         for checkpoint in self.vm.handle.listAllCheckpoints():
-            if checkpoint.getName().startswith("virtnbdbackup"):
-                checkpoint.delete()
-        return took
+            checkpoint.delete()
 
     def groups(self):
         """Yield the Groups."""
