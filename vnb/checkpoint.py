@@ -2,11 +2,13 @@
 """vnb-checkpoint - begin and end a backup job and its checkpoint
 
 Usage:
-  vnb-checkpoint begin [options] (DOMAIN | --image NAME=FILE...)
-                 [--include DISK]... [--exclude DISK]...
-  vnb-checkpoint run [options] (DOMAIN | --image NAME=FILE...)
-                 [--include DISK]... [--exclude DISK]... -- COMMAND...
-  vnb-checkpoint (commit | abort) [options] (DOMAIN | --image NAME=FILE...)
+  vnb-checkpoint begin [options] [--include DISK]... [--exclude DISK]... DOMAIN
+  vnb-checkpoint begin [options] --image NAME=FILE...
+  vnb-checkpoint run [options] [--include DISK]... [--exclude DISK]... DOMAIN
+                 -- COMMAND...
+  vnb-checkpoint run [options] --image NAME=FILE... -- COMMAND...
+  vnb-checkpoint (commit | abort) [options] DOMAIN
+  vnb-checkpoint (commit | abort) [options] --image NAME=FILE...
   vnb-checkpoint (list | size | recover | redefine | prune) [options] DOMAIN
   vnb-checkpoint --help | --version
 
@@ -65,7 +67,7 @@ import re
 import subprocess
 
 from vnb import arguments, stream
-from vnb.errors import Error, OutputClosed, UsageError, os_error
+from vnb.errors import Error, UsageError, os_error
 from vnb.frame import MiB
 from vnb.run import note
 from vnb.state import JobDirectory, default_directory
@@ -181,7 +183,7 @@ def _run(options, command):
     if "below" in keeper.begun:
         return _below(keeper, 0)
     try:
-        status = _feed(command, keeper.begun)
+        status = _feed(command, keeper)
         if status != 0:
             how = f"ended with status {status}" if status > 0 else f"was ended by signal {-status}"
             raise Error(options["domain"], f"the command {how}: nothing is committed")
@@ -218,7 +220,8 @@ def _write(out, begun):
                 continue
         size, offset = sum(map(len, parts)), 0
         for part in parts:
-            segment.file({"role": file["role"], "path": file["path"], "mode": mode, "size": size, "offset": offset}, part)
+            fields = {"role": file["role"], "path": file["path"], "mode": mode, "size": size, "offset": offset}
+            segment.file(fields, part)
             offset += len(part)
     segment.end()
 
@@ -242,29 +245,32 @@ def _read_file(path):
 MAX_FILE_PARTS = 64  # 64 MiB: they are held in memory, and no firmware or kernel is larger
 
 
-def _feed(command, begun):
+def _feed(command, keeper):
     """Run the command with the stream on its standard input; its exit status, or minus the signal."""
     # One word is a pipeline for the shell, as typed; pipefail lets a stage in its middle fail it.
     argv = ["bash", "-o", "pipefail", "-c", command[0]] if len(command) == 1 else command
-    environment = {**os.environ, "VNB_RUN": begun["head"]["run"]}
+    environment = {**os.environ, "VNB_RUN": keeper.begun["head"]["run"]}
     try:
         child = subprocess.Popen(argv, stdin=subprocess.PIPE, env=environment)
     except OSError as error:
         raise Error(argv[0], error.strerror) from None
     try:
         with child.stdin:
-            _write(stream.Writer(child.stdin.fileno(), "the command"), begun)
+            try:
+                _write(stream.Writer(child.stdin.fileno(), "the command"), keeper.begun)
+            except Error as error:
+                # It did not want all of the stream: whatever it did then, it did not store it.
+                return child.wait() or _unread(error)
+        keeper.watch(child.pid)
         return child.wait()
-    except (Error, OutputClosed) as error:
-        # It did not want all of the stream: whatever it did then, it did not store it.
-        status = child.wait()
-        if status == 0:
-            raise Error("the command", f"did not read its input ({error})") from None
-        return status
     except BaseException:
         child.terminate()
         child.wait()
         raise
+
+
+def _unread(error):
+    raise Error("the command", f"did not read its input ({error.reason})")
 
 
 def _finish(args, what):

@@ -23,7 +23,7 @@ def new(domain, uuid, level, stage, parent=None, chain=DEFAULT_CHAIN, after=None
     created = now()
     if after is not None and created <= after:
         created = _next(after)
-    compact = created[:19].replace("-", "").replace(":", "")
+    compact = created[:23].replace("-", "").replace(":", "")  # milliseconds: names sort by time
     return {
         "id": secrets.token_hex(16),
         "stage": stage,

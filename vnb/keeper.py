@@ -136,14 +136,28 @@ class Starter:
         self.line.answer(self._hear)
         self.line.close()
 
+    def watch(self, pid):
+        """Wait until a process ends; raises Error as soon as the keeper has ended the job by itself, or was killed."""
+        fd = os.pidfd_open(pid)
+        try:
+            while fd not in (ready := select.select([fd, self.line], [], [])[0]):
+                message = self.line.receive() if ready else None
+                if message is None:
+                    raise KeeperDied(self.begun["head"]["domain"], "the job ended before the command did")
+                self._hear(message)
+        finally:
+            os.close(fd)
+
     def finish(self, what):
         """Have the keeper do "commit" or "abort", and see it end. Raises Error, and the job goes on then."""
         self.line.send(do=what)
-        self.line.answer(self._hear)
-        self.leave()
+        if self.line.answer(self._hear).get("frozen"):
+            self.line.close()  # it stays, until the guest's agent answers
+        else:
+            self.leave()
 
     def leave(self):
-        """Hang up, which ends the job if it still runs, and wait for the keeper to end; do its work if it was killed."""
+        """Hang up, which ends the job if it still runs; wait for the keeper to end, do its work if it was killed."""
         with contextlib.suppress(OSError):
             self.line.socket.shutdown(socket.SHUT_WR)
         with contextlib.suppress(Error):
@@ -361,7 +375,7 @@ class Keeper:
                 raise Error(self.job.head["domain"], f"the job was ended already: {self.job.record['reason']}")
             _end(self.job, message.get("do"), message.get("ledger"))
             self.done = True
-            line.send(done=True)
+            line.send(done=True, frozen=self.job.record["frozen"])
         except Error as error:
             line.send(error=[error.what, error.reason, error.where])
         finally:
@@ -385,10 +399,16 @@ class Keeper:
         if not self.done:
             self._look_at_guest()
         if self.job.record["frozen"]:
-            try:
-                self.job.thaw()
-            except Error as error:
-                self.log(str(error))  # the daemon may come back
+            self._thaw()
+
+    def _thaw(self):
+        try:
+            thawed = self.job.thaw()
+        except Error as error:
+            self.log(str(error))  # the daemon may come back
+            return
+        if thawed and self.done and self.ending is None:
+            self.job.directory.remove()  # this was all that was left to do
 
     def _look_at_scratch(self):
         for path in self.job.record["scratch"]:

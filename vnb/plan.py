@@ -40,9 +40,9 @@ class Plan:
         if self.marks:
             self.head["checkpoint"] = self.head["point"]
         self.union = f"{self.head['point']}.union"  # of one bitmap over several layers, while the job lasts
-        self.socket = options["socket"] or os.path.join(source.socket_directory(directory), _socket_name(self.head))
-        if len(os.fsencode(self.socket)) > SUN_PATH - 16:
-            raise Error(self.socket, f"the path is too long for a socket ({SUN_PATH - 16} bytes at most)")
+        self.socket = options["socket"] or source.socket(directory, _socket_name(self.head))
+        if len(os.fsencode(self.socket)) > SUN_PATH:
+            raise Error(self.socket, f"the path is too long for a socket ({SUN_PATH} bytes at most): see --socket")
         self.sources = {disk.name: disk for disk in chosen}
         self.disks = [self._disk(disk) for disk in chosen]
         self.scratch = {disk.name: self._scratch(disk) for disk in chosen} if source.kind == "running" else {}
@@ -212,7 +212,7 @@ class Plan:
     def _scratch(self, disk):
         """Where the old data goes that the guest overwrites: beside the image, as libvirt itself would do."""
         directory = self.options["scratch_dir"] or (
-            os.path.dirname(disk.path) if disk.type == "file" and disk.path else self.source.socket_directory("")
+            os.path.dirname(disk.path) if disk.type == "file" and disk.path else os.path.dirname(self.socket)
         )
         self._warn_of_room(disk, directory)
         return os.path.join(os.path.abspath(directory), f"vnb-{self.head['id'][:12]}-{disk.name}.scratch")

@@ -79,7 +79,9 @@ def add_union(name, wanted, bitmap, union):
     top = wanted[0].path
     run(name, "qemu-img", "bitmap", "--add", "--disable", "-f", "qcow2", top, union)
     for layer in wanted:
-        run(name, "qemu-img", "bitmap", "--merge", bitmap, "-b", layer.path, "-F", "qcow2", "-f", "qcow2", top, union)
+        # An image that is named twice would be locked against itself.
+        source = [] if layer.path == top else ["-b", layer.path, "-F", "qcow2"]
+        run(name, "qemu-img", "bitmap", "--merge", bitmap, *source, "-f", "qcow2", top, union)
 
 
 def remove_bitmap(name, path, bitmap):

@@ -72,8 +72,9 @@ class Running:
     def head_fields(self):
         return _domain_fields(self.domain)
 
-    def socket_directory(self, _directory):
-        return self.domain.private_directory()
+    def socket(self, _directory, name):
+        """Where QEMU puts its socket, in a directory that only its user and root may enter."""
+        return os.path.join(self.domain.private_directory(), name)
 
     def exports(self, plan):
         """{disk name: (uri, dirty meta context)}"""
@@ -183,8 +184,9 @@ class _Offline:
         if disk.path is None:
             raise Error(disk.name, f"a disk of type {disk.type} can be read while its domain runs only")
 
-    def socket_directory(self, directory):
-        return directory
+    def socket(self, directory, _name):
+        """What the sockets' paths start with, one a disk: the directory is that of this one job."""
+        return os.path.join(directory, "")
 
     def exports(self, plan):
         return {
@@ -196,7 +198,7 @@ class _Offline:
         }
 
     def _socket(self, plan, name):
-        return f"{plan.socket.removesuffix('.sock')}-{name}.sock"
+        return f"{plan.socket}{name}.sock"
 
     def _bitmap(self, plan, disk):
         """The bitmap that says what changed: the parent's, or the union that start() makes of its layers."""

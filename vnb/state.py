@@ -54,10 +54,11 @@ def boot_id():
 
 
 def start_of(pid):
-    """When a process started, in ticks since boot, or None where there is none: pids are used again."""
+    """When a process started, in ticks since boot, or None where none lives: pids are used again."""
     try:
         with open(f"/proc/{int(pid)}/stat", encoding="utf-8", errors="replace") as file:
-            return int(file.read().rpartition(")")[2].split()[19])
+            fields = file.read().rpartition(")")[2].split()
+            return None if fields[0] in "ZX" else int(fields[19])  # dead, but nobody has asked how it ended
     except (OSError, TypeError, ValueError):
         return None
 

@@ -110,7 +110,9 @@ def _recover_job(domain, say):
         say(f"{domain.name}: ending the backup job of process {match['pid']}, which is dead")
         domain.end_backup()
         return
-    raise Error(domain.name, f"a backup job by process {match['pid']} is active: left alone (virsh domjobabort ends it)")
+    raise Error(
+        domain.name, f"a backup job by process {match['pid']} is active: left alone (virsh domjobabort ends it)"
+    )
 
 
 def _recover_scratch(domain, say):
@@ -234,7 +236,7 @@ def prune(args, say):
                 if about is None or about.get("chain") != args["--chain"]:
                     continue
                 if about.get("ledger") != ledger.name and not args["--force"]:
-                    say(f"{domain.name}: checkpoint {name} is of ledger {about.get('ledger')}: left alone (see --force)")
+                    say(f"{domain.name}: checkpoint {name} is of {about.get('ledger')}: left alone (see --force)")
                     continue
                 domain.delete_checkpoint(name)
                 count += 1

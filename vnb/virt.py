@@ -143,9 +143,15 @@ class Domain:
 
     def running_job(self):
         """What kind of job runs, in words, or None. Never waits."""
-        if self.call("jobInfo")[0] == libvirt.VIR_DOMAIN_JOB_NONE:
-            return None
-        operation = self.call("jobStats").get("operation")
+        try:
+            if self._domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE:
+                return None
+            operation = self._domain.jobStats().get("operation")
+        except libvirt.libvirtError as error:
+            # "backup job data missing": a backup job is beginning or ending at this moment.
+            if error.get_error_code() == libvirt.VIR_ERR_INTERNAL_ERROR and "backup job" in error.get_error_message():
+                return "backup"
+            raise error_of(self.what, error) from None
         names = {
             libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP: "backup",
             libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT: "migration",

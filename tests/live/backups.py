@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What tests of backups do again and again: back up, restore a point, hold it against a reference."""
+
+import json
+import os
+
+from lab import compare
+
+STORE = "vnb-extents | vnb-read | vnb-pack -z -o {set}"
+
+
+def backup(lab, vm, level, directory, options="", check=True, store=STORE):
+    """One backup by `run`, stored in a set; returns the finished process."""
+    command = store.format(set=directory)
+    return lab.sh(
+        f"vnb-checkpoint run {vm.name} --level {level} --ledger {directory} {options} -- '{command}'", check=check
+    )
+
+
+def tip(lab, directory):
+    """The checkpoint that the next increment starts from."""
+    return lab.sh(f"vnb-cat --tip {directory}").stdout.decode().strip()
+
+
+def levels(directory):
+    """The levels of a set's segments, in the order of their names: by time, within one chain."""
+    return [name.split(".")[-2] for name in sorted(os.listdir(directory))]
+
+
+def restores(lab, directory, reference, point=None):
+    """Restore a point and hold every disk against its reference (dict of raw image by disk)."""
+    target = lab.new_directory("restored")
+    until = f"--until {point}" if point else ""
+    lab.sh(f"vnb-cat {until} {directory} | vnb-apply {target}")
+    assert sorted(os.listdir(target)) == sorted(f"{name}.qcow2" for name in reference)
+    for name, image in reference.items():
+        compare(image, f"{target}/{name}.qcow2", "qcow2")
+
+
+def listed(lab, vm, directory):
+    """What vnb-checkpoint list says: {checkpoint: row}."""
+    lines = lab.sh(f"vnb-checkpoint list {vm.name} --json --ledger {directory}").stdout.splitlines()
+    return {row["checkpoint"]: row for row in map(json.loads, lines)}

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Freeze, begin, thaw: a guest that was frozen by a backup is thawed as soon as its agent answers, whatever happened."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+
+import pytest
+from backups import STORE, backup
+from lab import wait_for
+
+
+@pytest.fixture
+def directory(lab):
+    return lab.new_directory("set")
+
+
+def status(vm):
+    return vm.agent("guest-fsfreeze-status", timeout=10)
+
+
+def record(lab, vm):
+    try:
+        with open(lab.path("state", "jobs", vm.uuid, "job.json"), encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return None
+
+
+def agent_pid(vm):
+    return vm.run("pidof qemu-ga").split()[0]
+
+
+def pause_agent(vm, seconds):
+    """Stop the agent, and have the guest let it go on after some seconds."""
+    pid = agent_pid(vm)
+    vm.run(f"(sleep 1; kill -STOP {pid}; sleep {seconds}; kill -CONT {pid}) > /dev/null 2>&1 &")
+    wait_for(lambda: not vm._answers(), "the agent to stop")
+
+
+def test_all_file_systems_are_frozen_while_the_job_starts(lab, linux, directory):
+    done = backup(lab, linux, "full", directory)
+    assert re.search(rf"{linux.name}: [1-9]\d* file systems frozen for \d+ ms\n", done.stderr)
+    assert status(linux) == "thawed"
+
+
+def test_chosen_mountpoints_none_and_required(lab, linux, directory):
+    done = backup(lab, linux, "full", directory, "--freeze /mnt/vda")
+    assert f"{linux.name}: 1 file systems frozen" in done.stderr
+    done = backup(lab, linux, "inc", directory, "--no-freeze")
+    assert "frozen" not in done.stderr
+    assert status(linux) == "thawed"
+
+
+def test_without_an_agent_it_is_a_warning_or_an_error(lab, vm, directory):
+    done = backup(lab, vm, "full", directory)
+    warning = f"vnb-checkpoint: {vm.name}: the guest is not frozen: it has no channel for a guest agent\n"
+    assert done.stderr == warning
+    done = backup(lab, vm, "inc", directory, "--strict", check=False)
+    assert (done.returncode, done.stderr) == (1, f"{warning}vnb-checkpoint: {vm.name}: 1 warnings, and --strict\n")
+    before = vm.checkpoints()
+    done = backup(lab, vm, "inc", directory, "--require-freeze", check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"vnb-checkpoint: {vm.name}: cannot freeze the guest: it has no channel for a guest agent\n"
+    )
+    assert vm.checkpoints() == before
+
+
+def test_a_begin_that_fails_thaws(lab, linux, directory):
+    done = backup(lab, linux, "full", directory, "--scratch-dir /nonexistent", check=False)
+    assert done.returncode == 1
+    assert "file systems frozen for" in done.stderr
+    assert status(linux) == "thawed"
+    assert lab.leftovers() == []
+
+
+def test_a_freeze_of_somebody_else_is_left_alone(lab, linux, directory):
+    linux.handle.fsFreeze()
+    try:
+        done = backup(lab, linux, "full", directory, "--no-freeze")
+        assert status(linux) == "frozen"
+        done = backup(lab, linux, "full", directory)
+        assert "the guest is not frozen: " in done.stderr
+        assert status(linux) == "frozen"
+    finally:
+        linux.handle.fsThaw()
+
+
+@pytest.mark.parametrize("victim", ["keeper", "command", "both"])
+def test_killed_between_freeze_and_thaw(lab, linux, directory, victim):
+    before = linux.checkpoints()
+    store = STORE.format(set=directory)
+    script = f"exec vnb-checkpoint run {linux.name} --level full --ledger {directory} -- '{store}'"
+    process = subprocess.Popen(["bash", "-c", script], env=lab.env, stderr=subprocess.PIPE, text=True)
+    frozen = wait_for(lambda: (found := record(lab, linux)) and found["frozen"] and found, "the intent to freeze")
+    keeper = frozen["owner"]["pid"]
+    if victim in ("keeper", "both"):
+        os.kill(keeper, signal.SIGKILL)
+    if victim in ("command", "both"):
+        process.kill()
+    process.communicate(timeout=60)
+    if victim == "both":
+        lab.sh(f"vnb-checkpoint recover {linux.name} --ledger {directory}")
+    wait_for(lambda: status(linux) == "thawed", "the thaw")
+    wait_for(lambda: not linux.has_job(), "the end of the job")
+    wait_for(lambda: record(lab, linux) is None or record(lab, linux)["phase"] == "ended", "the end of the record")
+    lab.sh(f"vnb-checkpoint abort {linux.name}")
+    assert linux.checkpoints() == before
+    assert lab.leftovers() == []
+
+
+def test_an_agent_that_hangs_and_comes_back_is_told_to_thaw(lab, linux, directory):
+    """It does what it was asked to when it goes on, also the freeze that nobody waits for any more."""
+    pause_agent(linux, 30)
+    done = backup(lab, linux, "full", directory)
+    assert "the guest is not frozen: " in done.stderr
+    assert record(lab, linux)["frozen"], done.stderr
+    wait_for(lambda: record(lab, linux) is None, "the thaw", 120)
+    assert status(linux) == "thawed"
+    linux.run("echo alive > /mnt/vda/alive; sync")

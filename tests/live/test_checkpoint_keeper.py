@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The keeper: a job that nobody ends is ended, whoever was killed; a backup never costs the guest its life."""
+
+import json
+import os
+import signal
+import subprocess
+
+import libvirt
+import pytest
+from backups import backup, listed, restores, tip
+from guest import linux
+from lab import Disk, MiB, wait_for
+
+# A stage that has its input and does not end by itself: tail follows what never grows.
+ENDLESS = "cat > /dev/null; exec tail -f /dev/null"
+
+
+@pytest.fixture
+def directory(lab):
+    return lab.new_directory("set")
+
+
+def start(lab, script):
+    """A bash script in the background."""
+    return subprocess.Popen(
+        ["bash", "-c", "set -o pipefail\n" + script], env=lab.env, cwd=lab.directory, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+    )
+
+
+def record(lab, vm):
+    """The job's record, or None."""
+    try:
+        with open(lab.path("state", "jobs", vm.uuid, "job.json"), encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return None
+
+
+def running(lab, vm):
+    """Wait until the job runs; its record."""
+    wait_for(lambda: (record(lab, vm) or {}).get("phase") == "running", "the job")
+    return record(lab, vm)
+
+
+def keeper_log(lab, vm):
+    with open(lab.path("state", "jobs", vm.uuid, "keeper.log"), encoding="utf-8") as file:
+        return file.read()
+
+
+def begin(lab, vm, directory, level="full", options=""):
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level {level} --ledger {directory} {options} > {lab.path('begun')}")
+
+
+def test_run_killed_ends_the_job_and_loses_nothing(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    vm.write("vda", 0, MiB)
+    process = start(lab, f"exec vnb-checkpoint run {vm.name} --level inc --ledger {directory} -- '{ENDLESS}'")
+    running(lab, vm)
+    before = vm.checkpoints()
+    os.kill(process.pid, signal.SIGKILL)
+    wait_for(lambda: not vm.has_job(), "the end of the job")
+    wait_for(lambda: len(vm.checkpoints()) == len(before) - 1, "the end of its checkpoint")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    vm.write("vda", 2 * MiB, MiB)
+    backup(lab, vm, "inc", directory)
+    restores(lab, directory, vm.reference())
+
+
+def test_the_keeper_killed_has_its_job_ended_by_run(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    before = vm.checkpoints()
+    process = start(lab, f"exec vnb-checkpoint run {vm.name} --level inc --ledger {directory} -- '{ENDLESS}'")
+    os.kill(running(lab, vm)["owner"]["pid"], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "the keeper was killed by SIGKILL: ending its job" in said
+    assert not vm.has_job()
+    assert vm.checkpoints() == before
+
+
+def test_both_killed_is_put_right_by_the_next_backup(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    begin(lab, vm, directory, "inc")
+    os.kill(record(lab, vm)["owner"]["pid"], signal.SIGKILL)
+    assert vm.has_job()
+    vm.write("vda", 0, MiB)
+    done = backup(lab, vm, "inc", directory)
+    assert "ending the job of a keeper that died" in done.stderr
+    assert len(vm.checkpoints()) == 2
+    restores(lab, directory, vm.reference())
+
+
+def test_abort_and_commit_after_the_keeper_was_killed(lab, vm, directory):
+    begin(lab, vm, directory)
+    os.kill(record(lab, vm)["owner"]["pid"], signal.SIGKILL)
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+    assert vm.checkpoints() == []
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level full --ledger {directory} | vnb-extents | vnb-read"
+           f" | vnb-pack -o {directory}")
+    os.kill(record(lab, vm)["owner"]["pid"], signal.SIGKILL)
+    lab.sh(f"vnb-checkpoint commit {vm.name}")
+    assert vm.checkpoints() == [tip(lab, directory)]
+
+
+def test_begin_abandoned_is_ended_when_nobody_was_connected(lab, vm, directory):
+    begin(lab, vm, directory, options="--idle 1s")
+    wait_for(lambda: not vm.has_job(), "the end of the job")
+    wait_for(lambda: record(lab, vm)["phase"] == "ended", "the record")
+    assert vm.checkpoints() == []
+    done = lab.sh(f"vnb-checkpoint commit {vm.name}", check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("the job was ended already: nobody was connected for 1 seconds\n")
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+
+
+def test_a_client_that_is_connected_keeps_the_job(lab, vm, directory):
+    begin(lab, vm, directory, options="--idle 1s --deadline 4s")
+    uri = record(lab, vm)["disks"][0]["source"]["uri"]
+    client = subprocess.Popen(["nbdsh", "-u", uri, "-c", "input()"], stdin=subprocess.PIPE)
+    wait_for(lambda: record(lab, vm)["phase"] == "ended", "the record")
+    client.communicate(b"\n")
+    assert "deadline of 4 seconds" in keeper_log(lab, vm)
+    assert vm.checkpoints() == []
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+
+
+def test_a_stage_that_fails_or_dies_leaves_the_chain_as_it_was(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    before = vm.checkpoints()
+    for store in ("false", "vnb-extents | vnb-read | head -c 1000 > /dev/null; kill -9 $$",
+                  "vnb-extents | vnb-read > /dev/full", "true"):
+        vm.write("vda", 4 * MiB, MiB)
+        done = backup(lab, vm, "inc", directory, check=False, store=store)
+        assert done.returncode == 1, store
+        assert vm.checkpoints() == before
+        assert not vm.has_job()
+    backup(lab, vm, "inc", directory)
+    restores(lab, directory, vm.reference())
+
+
+def test_a_second_backup_is_told_at_once_who_runs(lab, vm, directory):
+    begin(lab, vm, directory)
+    owner = record(lab, vm)["owner"]
+    done = lab.sh(f"vnb-checkpoint begin {vm.name} --level full | cat", check=False, timeout=10)
+    assert done.returncode == 1
+    assert f"vnb-checkpoint: {vm.name}: a backup runs already, begun 20" in done.stderr
+    assert f"(process {owner['pid']} on {owner['host']})" in done.stderr
+    # Another state directory knows nothing of it, as another host would: libvirt does.
+    done = lab.sh(f"vnb-checkpoint begin {vm.name} --level full --state-dir {lab.path('other')} | cat", check=False,
+                  timeout=10)
+    assert done.stderr == f"vnb-checkpoint: {vm.name}: a backup job is active already\n"
+    done = lab.sh(f"vnb-checkpoint recover {vm.name} --state-dir {lab.path('other')}", check=False)
+    assert done.returncode == 1
+    assert f"a backup job by process {owner['pid']} is active: left alone" in done.stderr
+    assert vm.has_job()
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+    lab.sh(f"vnb-checkpoint abort {vm.name}")  # harmless
+    assert vm.checkpoints() == []
+
+
+def test_a_job_that_is_not_ours_is_left_alone(lab, vm, directory):
+    server = f'<server transport="unix" socket="{vm.private_directory()}/other"/>'
+    vm.handle.backupBegin(f'<domainbackup mode="pull">{server}</domainbackup>', None)
+    done = backup(lab, vm, "full", directory, check=False)
+    assert done.stderr == f"vnb-checkpoint: {vm.name}: a backup job is active already\n"
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+    done = lab.sh(f"vnb-checkpoint recover {vm.name}")
+    assert "a backup job that is not of vnb is active: left alone" in done.stderr
+    assert vm.has_job()
+    vm.handle.abortJob()
+    wait_for(lambda: not vm.has_job(), "the end of the job")
+
+
+def test_libvirtd_restarted_midway_loses_nothing(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    vm.write("vda", 0, 8 * MiB)
+    begin(lab, vm, directory, "inc")
+    lab.restart_libvirtd()
+    lab.sh(f"vnb-extents < {lab.path('begun')} | vnb-read | vnb-pack -o {directory}")
+    lab.sh(f"vnb-checkpoint commit {vm.name}")
+    restores(lab, directory, vm.reference())
+    begin(lab, vm, directory, "inc")
+    lab.restart_libvirtd()
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+    assert not vm.has_job()
+    vm.write("vda", 9 * MiB, MiB)
+    backup(lab, vm, "inc", directory)
+    restores(lab, directory, vm.reference())
+
+
+@pytest.fixture
+def small(lab):
+    """A file system of 48 MiB, mounted before a domain starts: QEMU sees none that comes later."""
+    image, path = lab.path("small.img"), lab.path("small")
+    with open(image, "wb") as file:
+        file.truncate(48 * MiB)
+    os.makedirs(path, exist_ok=True)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, path], check=True)
+    os.chmod(path, 0o777)  # noqa: S103 - QEMU's user writes there
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+def test_a_scratch_under_its_reserve_ends_the_job(lab, small, directory):
+    vm = lab.domain(Disk("vda"))
+    vm.write("vda", 0, 40 * MiB)
+    begin(lab, vm, directory, options=f"--scratch-dir {small} --scratch-reserve 30m")
+    vm.write("vda", 0, 20 * MiB, pattern=0x33)
+    wait_for(lambda: not vm.has_job(), "the end of the job")
+    wait_for(lambda: record(lab, vm)["phase"] == "ended", "the record")
+    assert "bytes are left in" in keeper_log(lab, vm)
+    assert vm.state() == libvirt.VIR_DOMAIN_RUNNING
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+    vm.remove()
+
+
+def test_a_scratch_that_is_full_does_not_cost_the_guest_its_life(lab, small, directory):
+    """QEMU stops a guest whose old data finds no room: it must run again, and what it wrote must be there."""
+    vm = linux(lab, Disk("vda", 128 * MiB, filesystem="ext4"))
+    vm.run("dd if=/dev/zero bs=1M count=70 | tr '\\0' A > /mnt/vda/file; sync")
+    begin(lab, vm, directory, options=f"--scratch-dir {small} --scratch-reserve 0 --no-freeze")
+    vm.run("(dd if=/dev/zero bs=1M count=70 | tr '\\0' B | dd of=/mnt/vda/file conv=notrunc; sync; touch /run/done)"
+           " > /dev/null 2>&1 &")
+    wait_for(lambda: record(lab, vm)["phase"] == "ended", "the end of the job")
+    assert "the guest was stopped by a write error" in keeper_log(lab, vm)
+    assert vm.state() == libvirt.VIR_DOMAIN_RUNNING
+    assert vm.checkpoints() == []
+    vm.run("until [ -e /run/done ]; do sleep 0.1; done")
+    assert vm.run("tr -d B < /mnt/vda/file | wc -c").strip() == "0"
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+    backup(lab, vm, "full", directory)
+    vm.remove()
+
+
+def test_the_guest_shuts_down_midway(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    before = vm.checkpoints()
+    vm.write("vda", 0, MiB)
+    begin(lab, vm, directory, "inc")
+    vm.destroy()
+    done = lab.sh(f"vnb-extents < {lab.path('begun')} | vnb-read | vnb-pack -o {directory}", check=False)
+    assert done.returncode == 1
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+    assert vm.checkpoints() == before
+    vm.start()
+    vm.write("vda", 2 * MiB, MiB)
+    backup(lab, vm, "inc", directory)
+    restores(lab, directory, vm.reference())
+
+
+def test_qemu_dies_midway(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    begin(lab, vm, directory, "inc")
+    vm.kill()
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+    vm.start()
+    vm.write("vda", 2 * MiB, MiB)
+    done = backup(lab, vm, "inc", directory)
+    assert "full in this increment" in done.stderr
+    restores(lab, directory, vm.reference())
+    assert all(row["saved"] for row in listed(lab, vm, directory).values())
+
+
+def test_ctrl_c_in_the_middle(lab, vm, directory):
+    process = start(lab, f"exec vnb-checkpoint run {vm.name} --level full --ledger {directory} -- '{ENDLESS}'")
+    running(lab, vm)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert "Traceback" not in said
+    assert vm.checkpoints() == []

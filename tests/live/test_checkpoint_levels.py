@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""vnb-checkpoint: every level of a running domain, and what a disk that cannot follow gets."""
+
+import pytest
+from backups import backup, levels, listed, restores, tip
+from lab import Disk, MiB
+
+
+@pytest.fixture
+def directory(lab):
+    return lab.new_directory("set")
+
+
+def change(vm, step):
+    """Write, zero and trim at places that differ from step to step and overlap with what was there."""
+    for name in vm.disks:
+        vm.write(name, step * MiB, 3 * MiB, pattern=0x10 + step)
+        vm.write_random(name, (20 + step) * MiB, 2 * MiB, seed=step)
+        vm.zero(name, (step + 1) * MiB, MiB // 2)
+        vm.zero(name, (20 + step) * MiB, MiB, unmap=True)
+        vm.discard(name, (step + 2) * MiB, MiB // 4)
+
+
+def test_each_point_of_a_chain_restores(lab, vm, directory):
+    points = []
+    for step, level in enumerate(["full", "inc", "auto", "inc"]):
+        change(vm, step)
+        backup(lab, vm, level, directory)
+        points.append((tip(lab, directory), vm.reference()))
+    assert levels(directory) == ["full", "inc", "inc", "inc"]
+    for point, reference in points:
+        restores(lab, directory, reference, point)
+    assert lab.leftovers() == []
+
+
+def test_a_range_that_the_guest_zeroed_restores_as_zero(lab, vm, directory):
+    """Dirty and zero in the source must not be left out: the old bytes would come back."""
+    vm.write("vda", 8 * MiB, 12 * MiB, pattern=0x22)
+    backup(lab, vm, "full", directory)
+    vm.zero("vda", 8 * MiB, 4 * MiB)
+    vm.zero("vda", 12 * MiB, 4 * MiB, unmap=True)
+    vm.discard("vda", 16 * MiB, 4 * MiB)
+    backup(lab, vm, "inc", directory)
+    restores(lab, directory, vm.reference())
+
+
+def test_auto_says_what_it_chose_and_why(lab, vm, directory):
+    done = backup(lab, vm, "auto", directory)
+    assert f"{vm.name}: level full: nothing of chain main is saved in {directory}" in done.stderr
+    done = backup(lab, vm, "auto", directory)
+    assert f"{vm.name}: level inc, since {sorted(vm.checkpoints())[0]}" in done.stderr
+    assert levels(directory) == ["full", "inc"]
+
+
+def test_auto_makes_a_full_when_the_checkpoints_are_gone(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    for checkpoint in vm.handle.listAllCheckpoints():
+        checkpoint.delete()
+    assert backup(lab, vm, "inc", directory, check=False).returncode == 1
+    done = backup(lab, vm, "auto", directory)
+    assert "the checkpoints of the saved points are all gone" in done.stderr
+    assert levels(directory) == ["full", "full"]
+    restores(lab, directory, vm.reference())
+
+
+def test_copy_leaves_no_checkpoint_and_takes_any_format(lab, directory):
+    vm = lab.domain(Disk("vda"), Disk("vdb", format="raw"), Disk("vdc", compat="0.10"))
+    for name in vm.disks:
+        vm.write(name, MiB, MiB)
+    backup(lab, vm, "copy", directory)
+    assert vm.checkpoints() == []
+    restores(lab, directory, vm.reference())
+
+
+def test_diff_leaves_no_checkpoint_and_counts_from_where_it_is_told(lab, vm, directory):
+    change(vm, 0)
+    backup(lab, vm, "full", directory)
+    full = tip(lab, directory)
+    change(vm, 1)
+    backup(lab, vm, "inc", directory)
+    before = vm.checkpoints()
+    change(vm, 2)
+    backup(lab, vm, "diff", directory)
+    reference = vm.reference()
+    restores(lab, directory, reference)
+    backup(lab, vm, "diff", directory, "--since full")
+    restores(lab, directory, reference)
+    backup(lab, vm, "diff", directory, f"--since {full}")
+    restores(lab, directory, reference)
+    assert vm.checkpoints() == before
+    # A diff is a leaf: the next increment goes on from the last point with a checkpoint.
+    change(vm, 3)
+    backup(lab, vm, "inc", directory)
+    restores(lab, directory, vm.reference())
+
+
+def test_only_the_last_fulls_checkpoint_and_the_newest_two_stay(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    full = tip(lab, directory)
+    made = []
+    for _ in range(4):
+        backup(lab, vm, "inc", directory)
+        made.append(tip(lab, directory))
+    assert vm.checkpoints() == sorted([full, *made[-2:]])
+
+
+def test_two_chains_side_by_side_and_a_foreign_checkpoint(lab, vm):
+    vm.handle.checkpointCreateXML("<domaincheckpoint><name>foreign</name></domaincheckpoint>", 0)
+    sets = {"a": lab.new_directory("set"), "b": lab.new_directory("set")}
+    points = []
+    for step, chain in enumerate("abaabb"):
+        change(vm, step)
+        backup(lab, vm, "auto", sets[chain], f"--chain {chain}")
+        points.append((sets[chain], tip(lab, sets[chain]), vm.reference()))
+    for directory, point, reference in points:
+        restores(lab, directory, reference, point)
+    assert "foreign" in vm.checkpoints()
+    rows = listed(lab, vm, sets["a"])
+    assert not rows["foreign"]["ours"]
+    assert {row["chain"] for row in rows.values()} == {None, "a", "b"}
+
+
+def test_a_disk_that_is_new_or_whose_bitmap_is_missing_is_full_inside_an_increment(lab, vm, directory):
+    change(vm, 0)
+    backup(lab, vm, "full", directory, "--exclude vdb")
+    change(vm, 1)
+    done = backup(lab, vm, "inc", directory)
+    assert f"{vm.name}: vdb: full in this increment: " in done.stderr
+    restores(lab, directory, vm.reference())
+    # QEMU died hard: no bitmap is sound any more.
+    vm.kill()
+    vm.start()
+    change(vm, 2)
+    done = backup(lab, vm, "inc", directory)
+    assert "vda: full in this increment" in done.stderr
+    assert "vdb: full in this increment" in done.stderr
+    restores(lab, directory, vm.reference())
+    change(vm, 3)
+    assert "full" not in backup(lab, vm, "inc", directory).stderr
+    restores(lab, directory, vm.reference())
+
+
+def test_a_grown_disk_follows_and_a_shrunk_one_is_full(lab, vm, directory):
+    change(vm, 0)
+    backup(lab, vm, "full", directory)
+    vm.handle.blockResize("vda", 96 * MiB, 1)  # bytes
+    vm.write("vda", 80 * MiB, MiB)
+    assert "full in" not in backup(lab, vm, "inc", directory).stderr
+    grown = tip(lab, directory)
+    reference = vm.reference()
+    restores(lab, directory, reference)
+    vm.handle.blockResize("vda", 32 * MiB, 1)
+    done = backup(lab, vm, "inc", directory)
+    assert f"vda: full in this increment: it shrank from {96 * MiB} to {32 * MiB} bytes" in done.stderr
+    restores(lab, directory, vm.reference())
+    restores(lab, directory, reference, grown)
+
+
+def test_raw_and_v2_disks_are_refused_by_name_or_taken_in_full(lab, directory):
+    vm = lab.domain(Disk("vda"), Disk("vdb", format="raw"))
+    done = backup(lab, vm, "full", directory, check=False)
+    assert done.returncode == 1
+    assert done.stderr == ("vnb-checkpoint: vdb: a raw image cannot hold a bitmap: "
+                           "--raw takes it in full each time, --exclude vdb leaves it out\n")
+    change(vm, 0)
+    backup(lab, vm, "full", directory, "--raw")
+    change(vm, 1)
+    backup(lab, vm, "inc", directory, "--raw")
+    restores(lab, directory, vm.reference())
+    old = lab.domain(Disk("vda", compat="0.10"))
+    done = backup(lab, old, "full", lab.new_directory("set"), check=False)
+    assert done.returncode == 1
+    assert "vda: a qcow2 image of version 2 cannot hold a bitmap" in done.stderr
+    assert lab.leftovers() == []
+
+
+def test_a_backing_chain_and_other_cluster_sizes(lab, directory):
+    base = Disk("vda", cluster_size=4096)
+    base.create(lab.directory)
+    vm = lab.domain(Disk("vda", backing=base.path), Disk("vdb", cluster_size=2 * MiB))
+    change(vm, 0)
+    backup(lab, vm, "full", directory)
+    change(vm, 1)
+    backup(lab, vm, "inc", directory)
+    restores(lab, directory, vm.reference())
+
+
+def test_include_exclude_and_what_is_left_out(lab, vm, directory):
+    done = backup(lab, vm, "full", directory, "--include vdz", check=False)
+    assert (done.returncode, done.stderr) == (1, f"vnb-checkpoint: --include: {vm.name} has no disk vdz\n")
+    done = backup(lab, vm, "full", directory, "--exclude vda --exclude vdb", check=False)
+    assert (done.returncode, done.stderr) == (1, f"vnb-checkpoint: {vm.name}: no disk is left to back up\n")
+    backup(lab, vm, "full", directory, "--include vda")
+    restores(lab, directory, vm.reference("vda"))
+
+
+def test_a_threshold_that_is_not_met_costs_nothing(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    before = vm.checkpoints()
+    done = lab.sh(f"vnb-checkpoint begin {vm.name} --level inc --ledger {directory} --threshold 1m | cat", check=False)
+    assert done.returncode == 3
+    assert done.stdout == b""
+    done = backup(lab, vm, "inc", directory, "--threshold 1m", store="echo started")
+    assert b"started" not in done.stdout
+    assert f"{vm.name}: 0 bytes to back up, less than {MiB}" in done.stderr
+    assert vm.checkpoints() == before
+    vm.write("vda", 0, 2 * MiB)
+    backup(lab, vm, "inc", directory, "--threshold 1m")
+    assert levels(directory) == ["full", "inc"]
+    assert lab.leftovers() == []
+
+
+def test_since_names_the_parent_of_a_stream_that_goes_elsewhere(lab, vm):
+    """The ledger in the state directory knows nothing of a set on another host: the receiver names the parent."""
+    elsewhere = lab.new_directory("set")
+    change(vm, 0)
+    script = (
+        "vnb-checkpoint begin {vm} --level {level} {since} | vnb-extents | vnb-read | vnb-pack -z | vnb-pack -o {set} "
+        "&& vnb-checkpoint commit {vm} || {{ vnb-checkpoint abort {vm}; exit 1; }}"
+    )
+    lab.sh(script.format(vm=vm.name, level="full", since="", set=elsewhere))
+    change(vm, 1)
+    lab.sh(script.format(vm=vm.name, level="inc", since=f"--since $(vnb-cat --tip {elsewhere})", set=elsewhere))
+    change(vm, 2)
+    lab.sh(script.format(vm=vm.name, level="inc", since="", set=elsewhere))  # by the heads in the state directory
+    restores(lab, elsewhere, vm.reference())
+    assert lab.leftovers() == []

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Domains that are off, started paused, paused; images without libvirt: the same levels, the same chains."""
+
+import os
+import signal
+
+import libvirt
+import pytest
+from backups import backup, levels, restores, tip
+from lab import MiB, run, wait_for
+
+
+@pytest.fixture
+def directory(lab):
+    return lab.new_directory("set")
+
+
+def raw_copy(lab, image):
+    """The content of an image that nobody uses, by qemu-img."""
+    path = os.path.join(lab.new_directory("copy"), "raw")
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, path)
+    return path
+
+
+def references(lab, vm):
+    return {name: raw_copy(lab, disk.path) for name, disk in vm.disks.items()}
+
+
+def test_one_chain_goes_on_whether_the_domain_runs_or_not(lab, vm, directory):
+    points = []
+
+    def take(level, offset):
+        backup(lab, vm, level, directory, store="vnb-extents | vnb-read | vnb-pack -o {set}")
+        points.append((tip(lab, directory), vm.reference() if vm.is_active() else references(lab, vm)))
+
+    take("full", 0)
+    vm.write("vda", 4 * MiB, MiB)
+    vm.destroy()
+    take("inc", 0)
+    take("inc", 0)
+    vm.start()
+    vm.write("vda", 6 * MiB, MiB)
+    vm.zero("vdb", 8 * MiB, MiB, unmap=True)
+    take("inc", 0)
+    vm.write("vdb", 20 * MiB, MiB)
+    vm.destroy()
+    take("auto", 0)
+    vm.start()
+    take("auto", 0)
+    assert levels(directory) == ["full", *["inc"] * 5]
+    for point, reference in points:
+        restores(lab, directory, reference, point)
+
+
+def test_a_chain_that_begins_offline(lab, vm, directory):
+    vm.destroy()
+    backup(lab, vm, "full", directory)
+    vm.start()
+    vm.write("vda", 30 * MiB, MiB)
+    assert "full in this" not in backup(lab, vm, "inc", directory).stderr
+    restores(lab, directory, vm.reference())
+
+
+def test_copy_and_diff_offline_leave_no_bitmap(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    vm.write("vda", 30 * MiB, MiB)
+    vm.destroy()
+    before = run("qemu-img", "info", "--output=json", vm.disks["vda"].path)
+    backup(lab, vm, "diff", directory)
+    restores(lab, directory, references(lab, vm))
+    backup(lab, vm, "copy", lab.new_directory("copies"))
+    assert run("qemu-img", "info", "--output=json", vm.disks["vda"].path) == before
+
+
+def test_over_a_snapshot_a_bitmap_counts_as_the_union_of_its_layers(lab, vm, directory):
+    """qemu-nbd shows what changed since the snapshot alone; the older changes are in the layer below."""
+    backup(lab, vm, "full", directory)
+    vm.write("vda", 30 * MiB, MiB)
+    overlay = lab.path(vm.name, "overlay.qcow2")
+    vm.handle.snapshotCreateXML(
+        f"<domainsnapshot><disks><disk name='vda' snapshot='external'><source file='{overlay}'/></disk>"
+        "<disk name='vdb' snapshot='no'/></disks></domainsnapshot>",
+        libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA,
+    )
+    vm.files.add("overlay.qcow2")
+    vm.disks["vda"].path = overlay
+    vm.write("vda", 40 * MiB, MiB)
+    vm.destroy()
+    done = backup(lab, vm, "inc", directory)
+    assert "full in this increment" not in done.stderr
+    restores(lab, directory, references(lab, vm))
+    info = run("qemu-img", "info", "--output=json", overlay)
+    assert ".union" not in info
+
+
+def test_offline_after_a_hard_death_is_full(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    vm.write("vda", 30 * MiB, MiB)
+    vm.kill()
+    done = backup(lab, vm, "inc", directory, check=False)
+    assert done.returncode == 1
+    assert "the checkpoints of the saved points are all gone: a full backup is needed first" in done.stderr
+    backup(lab, vm, "auto", directory)
+    assert levels(directory) == ["full", "full"]
+    restores(lab, directory, references(lab, vm))
+
+
+def test_a_server_that_is_left_behind_ends_with_its_keeper(lab, vm, directory):
+    """It holds the images: the domain would not start."""
+    vm.destroy()
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level full --ledger {directory} > {lab.path('begun')}")
+    keepers = [pid for pid, line in lab.processes().items() if "vnb-checkpoint" in line]
+    assert [line for line in lab.processes().values() if line.startswith("qemu-nbd")]
+    with pytest.raises(libvirt.libvirtError, match="lock"):
+        vm.start()
+    for pid in keepers:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not lab.processes(), "the end of the servers")
+    vm.start()
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+    assert vm.checkpoints() == []
+    assert vm.bitmaps("vda") == []
+
+
+def test_begin_and_abort_offline_leave_the_images_as_they_were(lab, vm, directory):
+    vm.destroy()
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level full --ledger {directory} > {lab.path('begun')}")
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+    assert vm.checkpoints() == []
+    assert "bitmaps" not in run("qemu-img", "info", "--output=json", vm.disks["vda"].path)
+
+
+def test_start_paused_and_gone_again(lab, vm, directory):
+    vm.destroy()
+    backup(lab, vm, "full", directory, "--start-paused")
+    assert not vm.is_active()
+    vm.start()
+    vm.write("vda", 30 * MiB, MiB)
+    vm.destroy()
+    backup(lab, vm, "inc", directory, "-S")
+    assert not vm.is_active()
+    restores(lab, directory, references(lab, vm))
+
+
+def test_start_paused_ends_with_a_keeper_that_is_killed(lab, vm, directory):
+    vm.destroy()
+    lab.sh(f"vnb-checkpoint begin {vm.name} -S --level full --ledger {directory} > {lab.path('begun')}")
+    assert vm.state() == libvirt.VIR_DOMAIN_PAUSED
+    for pid, line in lab.processes().items():
+        if "vnb-checkpoint" in line:
+            os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not vm.is_active(), "the end of the domain")
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+    assert vm.checkpoints() == []
+
+
+def test_a_paused_domain_and_pause(lab, vm, directory):
+    vm.pause()
+    backup(lab, vm, "full", directory)
+    assert vm.state() == libvirt.VIR_DOMAIN_PAUSED
+    vm.resume()
+    backup(lab, vm, "inc", directory, "--pause")
+    assert vm.state() == libvirt.VIR_DOMAIN_RUNNING
+    restores(lab, directory, vm.reference())
+
+
+def test_image_files_without_libvirt(lab, directory):
+    image = lab.path("disk with space.qcow2")
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, "64M")
+    script = (
+        "vnb-checkpoint run --image 'vda={image}' --level {level} --ledger {set} -- "
+        "'vnb-extents | vnb-read | vnb-pack -o {set}'"
+    )
+    points = []
+    for step, level in enumerate(["full", "inc", "auto", "diff", "inc"]):
+        run("qemu-io", "-f", "qcow2", "-c", f"write -P {step + 1} {step}M 2M", "-c", f"write -z {step}M 64k", image)
+        lab.sh(script.format(image=image, level=level, set=directory))
+        points.append(raw_copy(lab, image))
+    names = sorted(os.listdir(directory))
+    assert [name.split(".")[-2] for name in names] == ["full", "inc", "inc", "diff", "inc"]
+    for name, reference in zip(names, points):
+        restores(lab, directory, {"vda": reference}, name.rsplit(".", 2)[0])
+    os.unlink(image)
+    assert lab.leftovers() == []
+
+
+def test_an_image_in_use_is_refused(lab, vm, directory):
+    image = vm.disks["vda"].path
+    done = lab.sh(f"vnb-checkpoint begin --image vda={image} --level full --ledger {directory} | cat", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("vnb-checkpoint: vda: ")
+    assert "lock" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_domain_that_is_not_there(lab):
+    done = lab.sh("vnb-checkpoint begin nobody --level full | cat", check=False)
+    assert (done.returncode, done.stderr) == (1, "vnb-checkpoint: nobody: no such domain at qemu:///system\n")
