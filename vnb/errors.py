@@ -41,9 +41,16 @@ class OutputClosed(BaseException):
     """Whoever read our standard output has closed it: clean up, then die by SIGPIPE."""
 
 
-def one_line(text):
-    """The text with what would break the line or steer a terminal made visible: it may come from a stream."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text).strip())
+def one_line(text, limit=4096):
+    """
+    The text with what would break the line or steer a terminal made visible: it may come from a stream.
+
+    limit (int): characters; a text that is longer is cut.
+    """
+    text = str(text).strip()
+    if len(text) > limit:
+        text = text[:limit] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def os_error(what, error, where=None):

@@ -1,32 +1,40 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The one runner of all commands: arguments in, outcome to stderr and exit status, as vnb(7) says."""
 
+import contextlib
 import importlib
 import os
 import signal
 import sys
 
 from vnb import __version__
-from vnb.errors import Error, Interrupted, OutputClosed, UsageError
+from vnb.errors import Error, Interrupted, OutputClosed, UsageError, os_error
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def command(name, module):
     """Run the command called name, whose usage text and main(args) are in module. Does not return."""
-    sys.exit(outcome(name, importlib.import_module(module), sys.argv[1:]))
+    _open_standard_descriptors()
+    sys.exit(outcome(name, module, sys.argv[1:]))
 
 
 def outcome(name, module, argv):
-    """Run module.main and return the exit status; dies by a signal where that is the outcome."""
-    from docopt import DocoptExit, docopt
+    """
+    Run main() of a module and return the exit status; dies by a signal where that is the outcome.
 
+    module (module or str): imported here where it is a name, since that takes long enough to be interrupted.
+    """
     debug = "--debug" in argv[: argv.index("--") if "--" in argv else None]
-    for signum in ENDING_SIGNALS:
-        # A signal that is ignored stays so: nohup(1) and shells without job control rely on it.
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, _interrupt)
     try:
+        for signum in ENDING_SIGNALS:
+            # A signal that is ignored stays so: nohup(1) and shells without job control rely on it.
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, _interrupt)
+        from docopt import DocoptExit, docopt
+
+        if isinstance(module, str):
+            module = importlib.import_module(module)
         try:
             args = docopt(module.__doc__, argv, help=False, options_first=getattr(module, "OPTIONS_FIRST", False))
         except DocoptExit as exit_:
@@ -38,11 +46,11 @@ def outcome(name, module, argv):
             _print(f"{name} {__version__}")
         else:
             status = module.main(args) or 0
-            sys.stdout.flush()
+            _flush()
             return status
         return 0
     except UsageError as error:
-        print(f"{name}: {error}", DocoptExit.usage.strip(), sep="\n", file=sys.stderr)
+        _say(f"{name}: {error}\n{DocoptExit.usage.strip()}")
         return 2
     except Error as error:
         return _fail(name, error, debug)
@@ -59,7 +67,7 @@ def outcome(name, module, argv):
         return _fail(name, Error(None, "out of memory"), debug)
     except Interrupted as interrupted:
         if interrupted.signum != signal.SIGINT:
-            print(f"{name}: ended by {signal.Signals(interrupted.signum).name}", file=sys.stderr)
+            _say(f"{name}: ended by {signal.Signals(interrupted.signum).name}")
         _die(interrupted.signum)
 
 
@@ -67,12 +75,27 @@ def note(name, text):
     """One line for people on stderr, from a command that goes on."""
     from vnb.errors import one_line
 
-    print(f"{name}: {one_line(text)}", file=sys.stderr, flush=True)
+    _say(f"{name}: {one_line(text)}")
+
+
+def _say(text):
+    # Nobody is left to be told when this fails, and what came before is told by the exit status.
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _print(text):
-    print(text)
-    sys.stdout.flush()
+    _flush(text + "\n")
+
+
+def _flush(text=""):
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise os_error("stdout", error) from None
 
 
 def _fail(name, error, debug):
@@ -80,7 +103,11 @@ def _fail(name, error, debug):
         import traceback
 
         traceback.print_exc()
-    print(f"{name}: {error}", file=sys.stderr)
+    try:
+        sys.stdout.flush()  # what was printed before it failed comes first
+    except OSError:
+        _discard_stdout()
+    _say(f"{name}: {error}")
     return 1
 
 
@@ -101,8 +128,34 @@ def _is_stdout_closed():
 
 def _die(signum):
     """End by this signal, so that a shell sees what happened, with nothing more on stdout."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)  # what Python still has buffered for stdout goes nowhere
+    _discard_stdout()
     signal.signal(signum, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signum])  # whoever started us may have left it blocked
     os.kill(os.getpid(), signum)
     signal.pause()
+
+
+def _discard_stdout():
+    """What Python still has buffered for stdout goes nowhere, now and at its exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+def _open_standard_descriptors():
+    """
+    Open what is closed of stdin, stdout and stderr, so that using it fails, or for stderr does nothing.
+
+    Else the next file that is opened gets its number, and what is printed goes into a backup.
+    """
+    for fd, mode in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_RDWR)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, mode), True)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    # A name in a stream may have letters that the terminal's encoding does not have.
+    sys.stdout.reconfigure(errors="backslashreplace")
