@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """For the tests of vnb-apply: run it on streams made from plans (tests/makers.py), look at what it made."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
 
 import makers
+import pytest
 
 from vnb import stream
 
@@ -92,19 +94,33 @@ def eventually(condition, deadline=DEADLINE):
     return found
 
 
-def processes_with(text):
-    """Ids of processes whose command line holds a text: what was started for a test has its directory in it."""
+def processes_with(text, program=""):
+    """Ids of processes of a program, or any, with a text in their arguments: a test's own directory, say."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{pid}/cmdline", "rb") as file:
-                if os.fsencode(str(text)) in file.read():
-                    found.append(int(pid))
+                command = file.read()
         except OSError:
             continue
+        if os.fsencode(str(text)) in command and command.startswith(program.encode()):
+            found.append(int(pid))
     return found
 
 
 def left_behind(directory):
     """What is in a directory that vnb-apply was to leave empty, and processes that still have to do with it."""
     return [*os.listdir(directory), *processes_with(directory)]
+
+
+@contextlib.contextmanager
+def mounted(path, options):
+    """A small file system in memory, mounted at path as long as the context lasts."""
+    path.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mount is not allowed here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", path], check=True)

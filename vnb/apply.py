@@ -17,11 +17,14 @@ Options:
   --version        print the version
 """
 
+import contextlib
+import signal
+
 from vnb import place, stream
 from vnb.chain import Follow
 from vnb.errors import Error, UsageError
 from vnb.imagedir import ImageDirectory
-from vnb.run import note
+from vnb.run import ENDING_SIGNALS, note
 from vnb.stream import Data, Extents
 from vnb.writer import Buffers, Writer
 
@@ -39,6 +42,20 @@ def main(args):
         for segment in stream.stdin(stage="data", consumer=True, pool=buffers):
             restore.apply(segment)
         restore.finish()
+        with undisturbed():
+            restore.publish()
+
+
+@contextlib.contextmanager
+def undisturbed():
+    """Signals that ask us to end wait, and when this succeeds they come too late: what they would stop is done."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    try:
+        yield
+        for signum in ENDING_SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
 
 
 def parse_disks(values):
@@ -103,7 +120,7 @@ class Restore:
                 buffers.give(frame.payload)
 
     def finish(self):
-        """All segments are there: make what was written durable, and give the new images their names."""
+        """All segments are there: make what was written durable."""
         self.buffers.check()
         for name in self.chosen:
             if name not in self._disks:
@@ -112,6 +129,9 @@ class Restore:
             disk.writer.start_finish()
         for disk in self._disks.values():
             disk.writer.finish()
+
+    def publish(self):
+        """Give the new images their names."""
         if self._directory is not None:
             self._directory.publish([disk.place.file_name for disk in self._disks.values() if disk.place.fresh])
 

@@ -49,7 +49,7 @@ class ImageDirectory:
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
-                raise os_error(error.filename or path, error) from None
+                raise os_error(path, error) from None
             raise
 
     def __enter__(self):

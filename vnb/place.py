@@ -106,7 +106,7 @@ class Export(Existing):
             handle.set_uri_allow_local_file(True)  # a URI names the files with TLS keys; it is our user's
             handle.aio_connect_uri(self.text)
 
-        export = target.Nbd(self.name, connect)
+        export = target.Nbd(self.name, self.text, connect)
         try:
             self._check(export.size, size)
         except Error:

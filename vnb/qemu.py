@@ -2,19 +2,17 @@
 """Image files through QEMU's own tools: qemu-img makes and resizes them, a private qemu-nbd writes them."""
 
 import os
-import re
-import signal
 import socket
 import subprocess
 import tempfile
 
+from vnb.child import Child
 from vnb.errors import Error, os_error
 from vnb.target import Early, Lost, Nbd
 
 # QEMU takes a buffer for each request and gives it back, and glibc asks the kernel for each one of this size: half of
 # a restore was page faults. With these it keeps the memory, at most as much as was ever in flight at once.
 _TUNABLES = "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=268435456"
-_NOT_FOUND = 127  # the shell's status for a program that is not there
 
 
 def create(path, what, format_, size, options=None):
@@ -38,13 +36,17 @@ def resize(path, what, format_, size):
 def _qemu_img(arguments, path, what):
     try:
         done = subprocess.run(
-            ["qemu-img", *arguments], stdin=subprocess.DEVNULL, capture_output=True, cwd=os.path.dirname(path),
-            check=False, env=_environment(),
+            ["qemu-img", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            check=False,
         )
+    except FileNotFoundError:
+        raise Error("qemu-img", "not found (it is in the package qemu-utils)") from None
     except OSError as error:
-        raise _not_started("qemu-img", error) from None
+        raise os_error("qemu-img", error) from None
     if done.returncode:
-        raise Error(what, _last_words(done.stderr, path) or _ended("qemu-img", done.returncode))
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        words = lines[-1] if lines else f"qemu-img: it ended with status {done.returncode}"
+        raise Error(what, _without(path, words))
 
 
 class Server:
@@ -52,16 +54,12 @@ class Server:
     A qemu-nbd with one image, for one connection that nobody else can have. Ends when that is closed.
 
     path (str): absolute. what (str): stands for it in messages.
-
     connection (socket): connected before the server runs; whatever becomes of us, it sees the end of it.
     """
 
     def __init__(self, path, what, format_, unsafe, discard):
         self._path = path
         self._what = what
-        self._process = None
-        # Its standard error is read when it is dead, so it goes where it cannot block.
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         listener, self.connection = _private_connection()
         command = [
             "qemu-nbd",
@@ -73,40 +71,24 @@ class Server:
         ]
         try:
             with listener:
-                # It is handed the listening socket as systemd does it: as descriptor 3, with its own number beside it.
-                self._process = subprocess.Popen(
-                    ["sh", "-c", 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 </dev/null', "sh", *command],
-                    stdin=listener, stdout=subprocess.DEVNULL, stderr=self._stderr, env=_environment(),
-                    # Signals to our process group are for us: we decide what becomes of the image.
-                    start_new_session=True,
-                )
-        except OSError as error:
-            self._stderr.close()
+                self._child = Child(command, "qemu-utils", listener, environment=_environment())
+        except Error:
             self.connection.close()
-            raise _not_started("qemu-nbd", error) from None
+            raise
 
     def wait(self):
         """Wait until it has closed the image and ended, after the connection was closed. Raises Error."""
-        status = self._process.wait()
-        if status:
-            self._stderr.seek(0)
-            words = _last_words(self._stderr.read()[-4096:], self._path) if status != _NOT_FOUND else None
-            raise Error(self._what, words or _ended("qemu-nbd", status))
+        if self._child.process.wait():
+            raise Error(self._what, _without(self._path, str(self._child.failure())))
 
     def kill(self):
         """End it at once; harmless when it has ended. From any thread."""
-        process = self._process
-        if process is not None:
-            process.kill()
+        self._child.process.kill()
 
     def close(self):
-        """Let go of it; kills it if it has not ended."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-            self._stderr.close()
-            self.connection.close()
+        """Let go of it, once it has ended or was killed."""
+        self._child.end()
+        self.connection.close()
 
 
 class Image(Nbd):
@@ -127,7 +109,9 @@ class Image(Nbd):
         self._server = None
         try:
             self._server = Server(path, what, format_, unsafe=new, discard=not keep)
-            super().__init__(name, lambda handle: handle.aio_connect_socket(self._server.connection.detach()), keep)
+            super().__init__(
+                name, what, lambda handle: handle.aio_connect_socket(self._server.connection.detach()), keep
+            )
         except BaseException as error:
             better = self._explained(error) if isinstance(error, Lost) else error
             self.close()
@@ -195,27 +179,13 @@ def _private_connection():
 
 def _environment():
     tunables = os.environ.get("GLIBC_TUNABLES")
-    return {**os.environ, "GLIBC_TUNABLES": f"{tunables}:{_TUNABLES}" if tunables else _TUNABLES}
+    return {"GLIBC_TUNABLES": f"{tunables}:{_TUNABLES}" if tunables else _TUNABLES}
 
 
-def _last_words(said, path):
-    lines = said.decode(errors="replace").strip().splitlines()
-    if not lines:
-        return None
-    words = re.sub("^(qemu-img|qemu-nbd|sh): ", "", lines[-1])
+def _without(path, words):
+    """What QEMU says after the name of the image, which may be a name that the user never saw."""
+    if "Is another process using the image" in words:
+        return "is in use: another process has its locks"
     for marker in (f"'{path}': ", f"{path}: "):
         words = words.rpartition(marker)[2]
     return words
-
-
-def _ended(program, status):
-    if status == _NOT_FOUND:
-        return f"{program} was not found (Debian: qemu-utils)"
-    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with status {status}"
-    return f"{program} {how}"
-
-
-def _not_started(program, error):
-    if isinstance(error, FileNotFoundError):
-        return Error(program, "not found (Debian: qemu-utils)")
-    return os_error(program, error)

@@ -103,14 +103,15 @@ class Nbd:
     """
     An NBD export.
 
-    name (str): the disk, for messages. connect (callable): begins to connect an nbd.NBD(), without waiting.
-    keep (bool): zeroes stay allocated. size (int): of the export, in bytes.
+    name (str): the disk, what (str): the export, both for messages.
+    connect (callable): begins to connect an nbd.NBD(), without waiting. keep (bool): zeroes stay allocated.
+    size (int): of the export, in bytes.
     """
 
     _handle = None
     _fd = None  # of the connection, for abort()
 
-    def __init__(self, name, connect, keep=False):
+    def __init__(self, name, what, connect, keep=False):
         import nbd
 
         self._nbd = nbd
@@ -125,12 +126,12 @@ class Nbd:
             self._fd = os.dup(self._handle.aio_get_fd())
             self.size = self._handle.get_size()
             if self._handle.is_read_only():
-                raise Error(name, "the NBD server offers it to read only")
+                raise Error(what, "the NBD server lets nobody write to it")
             self._can_zero = self._handle.can_zero()
             self._can_flush = self._handle.can_flush()
             self._max = self._handle.get_block_size(nbd.SIZE_MAXIMUM) or MAX_NBD
         except nbd.Error as error:
-            raise Lost(name, f"cannot connect: {_reason(error)}") from None
+            raise Lost(what, f"cannot connect: {_reason(error)}") from None
 
     def write(self, offset, plain, done):
         """Begin to write plain (bytes-like) at offset; done() is called when it may be used again."""
@@ -278,9 +279,8 @@ def _call(name, fd, *arguments):
 
 
 def _reason(error):
-    from vnb.export import reason
-
-    return reason(error)
+    """What went wrong in an nbd.Error: the system's words where there are, else libnbd's without its function."""
+    return os.strerror(error.errnum) if error.errnum else error.string.partition(": ")[2] or error.string
 
 
 def _after(done, count):
