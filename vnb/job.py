@@ -130,8 +130,12 @@ class Job:
             ),
             key=lambda head: head["created"],
         )
-        fulls = [head for head in ours if head["level"] == "full"]
-        kept = {head["checkpoint"] for head in ours[-KEPT_CHECKPOINTS:] + fulls[-1:]}
+        if self.record["broken"]:
+            # QEMU died hard: older bitmaps are inconsistent. No increment can use them, and no disk can be resized.
+            kept = {self.head["checkpoint"]}
+        else:
+            fulls = [head for head in ours if head["level"] == "full"]
+            kept = {head["checkpoint"] for head in ours[-KEPT_CHECKPOINTS:] + fulls[-1:]}
         for head in ours:
             if head["checkpoint"] not in kept:
                 source.delete_checkpoint(head["checkpoint"])
@@ -155,7 +159,7 @@ def begin(directory, source, options, note, warn):
     directory.save(job.record)
     try:
         plan.start(job)
-        job.record.update(phase="running", head=plan.head, disks=plan.disks)
+        job.record.update(phase="running", head=plan.head, disks=plan.disks, broken=plan.broken)
         directory.save(job.record)
         job.files = _files(source, plan, warn)
     except BaseException:

@@ -28,6 +28,7 @@ class Plan:
         self.warn = warn
         self.ledger = Ledger.of(options["state"], source.uuid, options["ledger"])
         self.have = source.have()
+        self.broken = False  # bitmaps of older checkpoints turned out to be: these checkpoints are of no use
         self.level, self.parent, self.known = self._level()
         self.marks = self.level in ("full", "inc")  # a point that the next increment may start from
         everything = source.disks()
@@ -66,6 +67,7 @@ class Plan:
             "started": self.source.started,
             "suspended": False,
             "frozen": False,
+            "broken": False,
             "servers": [],
             "sockets": [],
             "unions": [],
@@ -85,6 +87,7 @@ class Plan:
                 broken = [disk for disk in inc if f"'{disk['name']}'" in error.reason] or inc
                 if not broken:
                     raise
+                self.broken = True
                 for disk in broken:
                     self._take_in_full(disk, error.reason)
         if self.marks:
@@ -145,6 +148,7 @@ class Plan:
             f"nothing of chain {self.options['chain']} is saved in {self.ledger.directory}" if not ours
             else "the checkpoints of the saved points are all gone"
         )
+        self.broken = any(segment.head["checkpoint"] in self.have for segment in ours)
         if level == "auto":
             self.note(f"{self.source.name}: level full: {why}")
             return "full", None, None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Freeze, begin, thaw: a guest that was frozen by a backup is thawed as soon as its agent answers, whatever happened."""
+"""Freeze, begin, thaw: a guest that a backup froze is thawed as soon as its agent answers, whatever happened."""
 
 import json
 import os

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""list, size, recover, redefine, prune: checkpoints that were lost, left behind, or are no longer wanted."""
+
+import json
+import os
+import signal
+
+import libvirt
+import pytest
+from backups import backup, levels, listed, restores, tip
+from lab import Disk, MiB, run
+
+
+@pytest.fixture
+def directory(lab):
+    return lab.new_directory("set")
+
+
+def begin_and_kill_keeper(lab, vm, directory, level="full"):
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level {level} --ledger {directory} > {lab.path('begun')}")
+    with open(lab.path("state", "jobs", vm.uuid, "job.json"), encoding="utf-8") as file:
+        os.kill(json.load(file)["owner"]["pid"], signal.SIGKILL)
+
+
+def forget(vm):
+    """libvirt loses what it knew of the checkpoints, as when a domain is moved; the bitmaps stay."""
+    for checkpoint in vm.handle.listAllCheckpoints():
+        checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+
+
+def test_list_and_size_say_what_an_increment_would_have(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    vm.write("vda", 0, 2 * MiB)
+    vm.write("vdb", 0, MiB)
+    point = tip(lab, directory)
+    row = listed(lab, vm, directory)[point]
+    assert row["increment"] == 3 * MiB
+    assert row["disks"] == ["vda", "vdb"]
+    assert row["saved"] == os.path.join(directory, f"{point}.full.vnb")
+    assert lab.sh(f"vnb-checkpoint size {vm.name} --ledger {directory}").stdout.decode() == (
+        f"vda  {2 * MiB}\nvdb  {MiB}\ntotal  {3 * MiB}\n"
+    )
+    done = lab.sh(f"vnb-checkpoint size {vm.name} --ledger {directory} --json")
+    assert json.loads(done.stdout) == {"since": point, "disks": {"vda": 2 * MiB, "vdb": MiB}, "bytes": 3 * MiB}
+
+
+def test_recover_ends_what_a_crash_left_and_leaves_the_chain_usable(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    before = vm.checkpoints()
+    vm.write("vda", 0, MiB)
+    begin_and_kill_keeper(lab, vm, directory, "inc")
+    done = lab.sh(f"vnb-checkpoint recover {vm.name} --ledger {directory}")
+    assert f"vnb-checkpoint: {vm.name}: ending the job of a keeper that died" in done.stderr
+    assert vm.checkpoints() == before
+    assert lab.leftovers() == []
+    backup(lab, vm, "inc", directory)
+    restores(lab, directory, vm.reference())
+
+
+def test_recover_without_the_state_directory_knows_the_owner_by_the_socket(lab, vm, directory):
+    begin_and_kill_keeper(lab, vm, directory)
+    other = f"--state-dir {lab.path('other')} --ledger {directory}"
+    done = lab.sh(f"vnb-checkpoint recover {vm.name} {other}")
+    assert "ending the backup job of process" in done.stderr
+    assert "deleting checkpoint vnb.main." in done.stderr
+    assert vm.checkpoints() == []
+    assert lab.leftovers() == []
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+
+
+def test_recover_leaves_a_living_backup_and_another_ledger_alone(lab, vm, directory):
+    other = lab.new_directory("set")
+    backup(lab, vm, "full", other, "--chain other")
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level full --ledger {directory} > {lab.path('begun')}")
+    done = lab.sh(f"vnb-checkpoint recover {vm.name} --ledger {directory}", check=False)
+    assert done.returncode == 1
+    assert "a backup runs already" in done.stderr
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+    name, = vm.checkpoints()
+    done = lab.sh(f"vnb-checkpoint recover {vm.name} --ledger {directory}")
+    assert f"checkpoint {name} is of ledger " in done.stderr
+    assert vm.checkpoints() == [name]
+    lab.sh(f"vnb-checkpoint recover {vm.name} --ledger {directory} --force")
+    assert vm.checkpoints() == []
+
+
+def test_recover_of_a_domain_that_is_off_by_now(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    begin_and_kill_keeper(lab, vm, directory, "inc")
+    before = [tip(lab, directory)]
+    vm.destroy()
+    lab.sh(f"vnb-checkpoint recover {vm.name} --ledger {directory}")
+    assert vm.checkpoints() == before
+    assert run("qemu-img", "info", "--output=json", vm.disks["vda"].path).count('"vnb.main.') == 1
+    vm.start()
+    backup(lab, vm, "inc", directory)
+    restores(lab, directory, vm.reference())
+
+
+def test_a_checkpoint_whose_bitmap_is_missing_on_one_disk_is_deleted_all_the_same(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    vm.destroy()
+    run("qemu-img", "bitmap", "--remove", "-f", "qcow2", vm.disks["vda"].path, tip(lab, directory))
+    vm.start()
+    lab.sh(f"vnb-checkpoint prune {vm.name} --ledger {directory}")
+    assert vm.checkpoints() == []
+    assert vm.bitmaps("vdb") == []
+
+
+def test_a_scratch_file_left_behind_is_removed(lab, vm, directory):
+    left = os.path.join(vm.directory, "vnb-0123456789ab-vda.scratch")
+    run("qemu-img", "create", "-q", "-f", "qcow2", left, "1M")
+    kept = os.path.join(vm.directory, "vnb-mine.scratch")
+    vm.files.add("vnb-mine.scratch")
+    run("qemu-img", "create", "-q", "-f", "qcow2", kept, "1M")
+    lab.sh(f"vnb-checkpoint recover {vm.name} --ledger {directory}")
+    assert not os.path.exists(left)
+    assert os.path.exists(kept)
+
+
+def test_redefine_gives_a_domain_its_checkpoints_back(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    for _ in range(3):  # the parent of the last ones is pruned: libvirt wants one that it knows
+        vm.write("vda", 0, MiB)
+        backup(lab, vm, "inc", directory)
+    before = vm.checkpoints()
+    forget(vm)
+    assert vm.checkpoints() == []
+    vm.write("vda", 4 * MiB, MiB)
+    done = lab.sh(f"vnb-checkpoint redefine {vm.name} --ledger {directory}")
+    assert vm.checkpoints() == before
+    assert f"{before[0]}: redefined" in done.stderr
+    assert "full in this" not in backup(lab, vm, "inc", directory).stderr
+    assert levels(directory) == ["full", *["inc"] * 4]
+    restores(lab, directory, vm.reference())
+
+
+def test_redefine_says_which_bitmap_is_gone_and_auto_makes_a_full(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    for checkpoint in vm.handle.listAllCheckpoints():
+        checkpoint.delete()
+    done = lab.sh(f"vnb-checkpoint redefine {vm.name} --ledger {directory}", check=False)
+    assert done.returncode == 1
+    assert f"vnb-checkpoint: {tip(lab, directory)}: not redefined: " in done.stderr
+    assert done.stderr.endswith("no checkpoint is usable: the next backup must be a full one (--level auto)\n")
+    backup(lab, vm, "auto", directory)
+    assert levels(directory) == ["full", "full"]
+
+
+def test_redefine_offline_looks_into_the_images(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    vm.destroy()
+    forget(vm)
+    lab.sh(f"vnb-checkpoint redefine {vm.name} --ledger {directory}")
+    vm.start()
+    vm.write("vda", 4 * MiB, MiB)
+    backup(lab, vm, "inc", directory)
+    restores(lab, directory, vm.reference())
+
+
+def test_prune_drops_one_chain_and_no_other(lab, vm, directory):
+    other = lab.new_directory("set")
+    vm.handle.checkpointCreateXML("<domaincheckpoint><name>foreign</name></domaincheckpoint>", 0)
+    backup(lab, vm, "full", directory)
+    backup(lab, vm, "full", other, "--chain other")
+    lab.sh(f"vnb-checkpoint prune {vm.name} --ledger {directory}")
+    assert vm.checkpoints() == sorted(["foreign", tip(lab, other)])
+
+
+def test_the_domains_files_and_what_qemu_img_says_are_in_the_stream(lab, directory):
+    kernel = lab.path("kernel")
+    with open(kernel, "wb") as file:
+        file.write(os.urandom(3 * MiB))
+    os.chmod(kernel, 0o644)  # noqa: S103 - QEMU's user reads it
+    vm = lab.domain(Disk("vda"), os_xml=f"<kernel>{kernel}</kernel>")
+    done = lab.sh(f"vnb-checkpoint begin {vm.name} --level copy | vnb-dump --json")
+    frames = [json.loads(line) for line in done.stdout.splitlines()]
+    files = [frame for frame in frames if "file" in (frame.get("type"), frame.get("frame"))]
+    assert len(files) == 4  # three parts of the kernel
+    text = json.dumps(frames[0])
+    assert "<domain " in text
+    assert "inactive_xml" in text
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+    vm.remove()
+
+
+def test_no_secret_is_fetched(lab, directory):
+    graphics = '<graphics type="vnc" port="-1" autoport="yes" passwd="s3cret"/>'
+    vm = lab.domain(Disk("vda"), extra_xml=graphics, start=False)
+    done = lab.sh(f"vnb-checkpoint begin {vm.name} --level copy | cat")
+    assert b"s3cret" not in done.stdout
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+    vm.remove()
