@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 
-DEADLINE = 60  # seconds that anything may take before a test fails instead of hanging
+DEADLINE = 10  # seconds that anything may take before a test fails instead of hanging
 
 
 class Map:
@@ -58,6 +58,21 @@ def mapped(*arguments, lines=1, **options):
             served.process.terminate()
         with served.process:
             served.process.wait(DEADLINE)
+
+
+@contextlib.contextmanager
+def sign(path):
+    """A function that waits until somebody has written to the FIFO at path."""
+    os.mkfifo(path)
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+
+        def wait():
+            assert select.select([fd], [], [], DEADLINE)[0], "no sign"
+
+        yield wait
+    finally:
+        os.close(fd)
 
 
 def run(*command, **options):

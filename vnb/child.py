@@ -14,34 +14,32 @@ NOT_FOUND = 127  # the shell's status for a program that is not there
 
 # It is handed the listening socket as systemd does it: as descriptor 3, with its own number beside it.
 _LISTEN = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 </dev/null'
-# It gets SIGTERM when we die, SIGKILL included.
-_WITH_PARENT = ("setpriv", "--pdeathsig", "TERM", "--")
-
 
 class Child:
     """
     A program. name (str): for messages. package (str): what to install where it is missing.
 
-    listener (socket or None): handed over as systemd does it. with_parent (bool): it must not outlive us, and does
-    not see to that by itself. keep (iterable of int): descriptors that it inherits. environment (dict): in addition.
-    directory (str): where it runs, by default where we do.
-    Signals to our process group are not for it. Its standard error is kept, and told when it fails, unless debug.
+    listener (socket or None): handed over as systemd does it. keep (iterable of int): descriptors that it inherits.
+    environment (dict): in addition. directory (str): where it runs, by default where we do.
+    ending (signal): what ends it; it also gets that when we die, SIGKILL included, but no signal to our process group.
+    Its standard error is kept, and told when it fails, unless debug.
     """
 
-    def __init__(self, command, package, listener=None, with_parent=False, keep=(), environment=None, directory=None,
-                 debug=False):
+    def __init__(
+        self, command, package, listener=None, keep=(), environment=None, directory=None, ending=signal.SIGTERM,
+        debug=False,
+    ):
         self.name = command[0]
         self.fd = None
         self._package = package
+        self._ending = ending
         # Read when it is dead, so it goes where it cannot block.
         self._stderr = None if debug else os.memfd_create("stderr", os.MFD_CLOEXEC)
         if listener is not None:
             command = ["sh", "-c", _LISTEN, "sh", *command]
-        if with_parent:
-            command = [*_WITH_PARENT, *command]
         try:
             self.process = subprocess.Popen(
-                command,
+                ["setpriv", "--pdeathsig", ending.name[len("SIG") :], "--", *command],
                 stdin=subprocess.DEVNULL if listener is None else listener,
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
@@ -81,7 +79,7 @@ class Child:
         if self.fd is None:
             return
         if self.process.poll() is None:
-            self.process.terminate()
+            self.process.send_signal(self._ending)
             if not self.wait(PATIENCE):
                 self.process.kill()
         self.process.wait()

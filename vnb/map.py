@@ -3,8 +3,8 @@
 
 Usage:
   vnb-map [options] [--disk NAME]... [--debug]
-          (--socket PATH | --listen ADDR | --fuse DIR | --device DEV | --run CMD)
-          SET_OR_FILE...
+      (--socket PATH | --listen ADDR | --fuse DIR | --device DEV | --run CMD)
+      SET_OR_FILE...
   vnb-map --stop FILE [--debug]
   vnb-map --help | --version
 
@@ -42,6 +42,7 @@ import fcntl
 import os
 import re
 import signal
+import stat
 import subprocess
 
 from vnb import mapserver
@@ -86,11 +87,12 @@ def host_and_port(text):
     return match[1] or match[2] or DEFAULT_HOST, int(match[3])
 
 
-def serve(args, ready):
+def serve(args, ready, log=False):
     """
     Serve until a signal comes, the command has ended, or nobody can be served any more. Returns the exit status.
 
-    ready (function): called with the lines (list of str) that say where the disks are.
+    ready (function): called with the lines (list of str) that say where the disks are. log (bool): what goes wrong
+    with a request later is for the system's log.
     """
     debug = args["--debug"]
     with contextlib.ExitStack() as stack:
@@ -105,7 +107,7 @@ def serve(args, ready):
             "disks": args["--disk"],
             "all_points": not args["--writable"],  # the cow filter has one overlay for whatever is written to
         }
-        nbdkit = stack.enter_context(mapserver.Nbdkit(below, choice, private, nbdkit_options(args), debug))
+        nbdkit = stack.enter_context(mapserver.Nbdkit(below, choice, private, nbdkit_options(args), debug, log))
         below.close()
         served = nbdkit.ready()
         disks = served["disks"]
@@ -225,7 +227,7 @@ def in_background(args):
         os.setsid()
         try:
             with pid_file(args["--daemon"]):
-                serve(args, lambda lines: detach(theirs, lines))
+                serve(args, lambda lines: detach(theirs, lines), log=not is_file(2))
         except Interrupted as interrupted:
             if interrupted.signum != signal.SIGTERM:
                 raise
@@ -245,34 +247,36 @@ def in_background(args):
 
 
 def detach(pipe, lines):
-    """Tell who started us what is ready, and let go of its standard input and output; errors go where they went."""
+    """Tell who started us what is ready, and let go of what we have from it, but for a file that is to hold errors."""
     null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1):
+    for fd in (0, 1) if is_file(2) else (0, 1, 2):
         os.dup2(null, fd)
     os.close(null)
     with open(pipe, "w") as file:
         print(*lines, sep="\n", file=file)
 
 
+def is_file(fd):
+    """Whether this descriptor is of a regular file."""
+    return stat.S_ISREG(os.fstat(fd).st_mode)
+
+
 @contextlib.contextmanager
 def pid_file(path):
     """Have our process id in a file, locked, for as long as this lasts."""
-    try:
-        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    with contextlib.ExitStack() as stack:
         try:
+            fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            stack.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.callback(os.unlink, path)
             os.ftruncate(fd, 0)
             os.write(fd, f"{os.getpid()}\n".encode())
-            try:
-                yield
-            finally:
-                os.unlink(path)
-        finally:
-            os.close(fd)
-    except BlockingIOError:
-        raise Error(path, "is of a vnb-map that runs") from None
-    except OSError as error:
-        raise os_error(path, error) from None
+        except BlockingIOError:
+            raise Error(path, "is of a vnb-map that runs") from None
+        except OSError as error:
+            raise os_error(path, error) from None
+        yield
 
 
 def stop(path):

@@ -6,7 +6,8 @@ vnb-map hands over what is to be served in a file (parameter "choice", JSON):
 
     operands, until, disks, all_points   see vnb.image.Images
     status    a descriptor: JSON says what is served, when it is, or why it can't be
-    stderr    a descriptor: lines for people
+    stderr    a descriptor: lines for people; null: they go to the system's log
+    parent    the process to end with
     debug     keep nbdkit's own messages
 
 nbdkit makes a message of several lines, a traceback, of every failed request. So its stderr is closed when
@@ -14,10 +15,13 @@ it is ready, and what a user has to know is said here, once.
 """
 
 import builtins
+import ctypes
 import errno
 import json
 import os
 import resource
+import signal
+import syslog
 import threading
 import traceback
 
@@ -30,6 +34,7 @@ from vnb.image import Images
 API_VERSION = 2
 PREFERRED = 512 * f.KiB  # request size: that of most frames, so that one read serves one request
 MAXIMUM = 32 * f.MiB  # request size: NBD's own limit for those that do not ask
+PR_SET_PDEATHSIG = 1
 MANY_LINES = 10_000  # said already: then lines may come again
 
 choice = None
@@ -75,6 +80,10 @@ def get_ready():
 
 def after_fork():
     """Called when connections are about to be accepted: nbdkit has nothing to say any more."""
+    # With a socket handed over nbdkit asks for SIGTERM when its parent dies, and then waits for its clients to go.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != choice["parent"]:
+        os._exit(1)
     reply(answer)
     os.close(choice["status"])
     if not choice["debug"]:
@@ -174,6 +183,10 @@ def tell(error):
         if len(told) >= MANY_LINES:
             told.clear()
         told.add(line)
+    if choice["stderr"] is None:
+        syslog.openlog("vnb-map", syslog.LOG_PID, syslog.LOG_DAEMON)
+        syslog.syslog(syslog.LOG_ERR, line.removeprefix("vnb-map: "))
+        return
     try:
         os.write(choice["stderr"], f"{line}\n".encode())
     except OSError:

@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -24,10 +25,11 @@ HIGH = 10  # descriptors that a child inherits stay clear of 3, where it gets th
 def private_directory():
     """The path of a directory that only we can enter, for as long as this lasts."""
     try:
-        with tempfile.TemporaryDirectory(prefix="vnb-map.", dir=os.environ.get("XDG_RUNTIME_DIR")) as path:
-            yield path
+        made = tempfile.TemporaryDirectory(prefix="vnb-map.", dir=os.environ.get("XDG_RUNTIME_DIR"))
     except OSError as error:
         raise os_error(error.filename, error) from None
+    with made as path:
+        yield path
 
 
 @contextlib.contextmanager
@@ -118,28 +120,37 @@ class Nbdkit(Child):
     nbdkit with the plugin, serving saved disks at an address.
 
     choice (dict): what to serve, see vnb.mapplugin. directory (str): private. options: nbdkit's own.
+    log (bool): what goes wrong with a request is for the system's log, not for our standard error.
     """
 
-    def __init__(self, address, choice, directory, options, debug):
+    def __init__(self, address, choice, directory, options, debug, log=False):
         self._status, status = _high(os.pipe())
-        (people,) = _high([os.dup(2)])
+        inherited = [status] if log else [status, *_high([os.dup(2)])]
+        choice = {
+            **choice,
+            "status": status,
+            "stderr": None if log else inherited[1],
+            "parent": os.getpid(),
+            "debug": debug,
+        }
         path = os.path.join(directory, "choice")
         with open(path, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-            json.dump({**choice, "status": status, "stderr": people, "debug": debug}, file)
+            json.dump(choice, file)
         try:
             super().__init__(
-                ["nbdkit", "--foreground", "--exit-with-parent", f"--threads={THREADS}", *options]
+                ["nbdkit", "--foreground", f"--threads={THREADS}", *options]
                 + (["--verbose"] if debug else [])
                 + ["python", PLUGIN, f"choice={path}"],
                 "nbdkit, with nbdkit-plugin-python",
                 listener=address.listener,
-                keep=(status, people),
+                keep=inherited,
                 environment={"PYTHONPATH": _python_path()},
+                ending=signal.SIGKILL,  # at SIGTERM it waits for its clients to go; it has nothing to put in order
                 debug=debug,
             )
         finally:
-            os.close(status)
-            os.close(people)
+            for fd in inherited:
+                os.close(fd)
 
     def ready(self):
         """Wait until it serves. Returns a dict: disks (name: size), default (name or None), point. Raises Error."""
@@ -206,7 +217,6 @@ class Overlay(Child):
             "qemu-utils",
             listener=address.listener,
             directory=directory,
-            with_parent=True,
             debug=debug,
         )
         self._where = address.listener.family, address.where
@@ -238,7 +248,7 @@ class Fuse(Child):
             os.mkfifo(fifo, 0o600)
             self._fifo = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             super().__init__(
-                ["nbdfuse", f"--pidfile={fifo}", path, uri], "nbdfuse", with_parent=True, debug=debug
+                ["nbdfuse", f"--pidfile={fifo}", path, uri], "nbdfuse", debug=debug
             )
         except BaseException:
             os.unlink(path)
