@@ -114,13 +114,42 @@ def left_behind(directory):
 
 
 @contextlib.contextmanager
-def mounted(path, options):
+def mounted(path, options, kind="tmpfs"):
     """A small file system in memory, mounted at path as long as the context lasts."""
     path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True, check=False)
+    done = subprocess.run(["mount", "-t", kind, "-o", options, kind, path], capture_output=True, check=False)
     if done.returncode:
         pytest.skip("mount is not allowed here")
     try:
         yield
     finally:
         subprocess.run(["umount", path], check=True)
+
+
+@contextlib.contextmanager
+def qemu_nbd(tmp_path, *arguments):
+    """A qemu-nbd; its URI."""
+    socket, ready = tmp_path / "socket", tmp_path / "pid"
+    process = subprocess.Popen(["qemu-nbd", "-t", "-k", socket, f"--pid-file={ready}", *map(str, arguments)])
+    try:
+        eventually(ready.exists)
+        yield f"nbd+unix:///?socket={socket}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def nbdkit(tmp_path, *arguments):
+    """An nbdkit; (URI, process)."""
+    socket, ready = tmp_path / "socket", tmp_path / "ready"
+    process = subprocess.Popen(
+        ["nbdkit", "--foreground", "--exit-with-parent", f"--unix={socket}", f"--pidfile={ready}",
+         *map(str, arguments)], stderr=subprocess.DEVNULL,
+    )
+    try:
+        eventually(ready.exists)
+        yield f"nbd+unix:///?socket={socket}", process
+    finally:
+        process.kill()
+        process.wait()

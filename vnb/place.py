@@ -18,12 +18,14 @@ import struct
 
 from vnb import qemu, target
 from vnb.errors import Error, UsageError, os_error
+from vnb.run import note
 
 _QCOW2_MAGIC = b"QFI\xfb"
 _URI = re.compile(r"nbds?(\+unix|\+vsock)?:", re.ASCII)
 # What QEMU locks in images that it has open: a byte for each thing it does or that nobody else may do (file-posix.c).
 _QEMU_DOES, _QEMU_DENIES = 100, 200
 _QEMU_WRITE, _QEMU_RESIZE = 1, 3
+_BLKROGET = 0x125E  # whether a block device is read-only: it can be opened for writing all the same
 
 
 class NewImage:
@@ -112,6 +114,8 @@ class Export(Existing):
         except Error:
             export.close()
             raise
+        if not export.can_flush:
+            note("vnb-apply", f"{self.text}: the NBD server has no flush: it alone knows when what it took is durable")
         return export
 
 
@@ -160,6 +164,8 @@ class RawFile(Existing):
         # A block device that is mounted, or has others on top of it, can't be opened exclusively.
         fd = _open(self._path, os.O_RDWR | (os.O_EXCL if stat.S_ISBLK(mode) else 0), self.text)
         try:
+            if stat.S_ISBLK(mode) and any(fcntl.ioctl(fd, _BLKROGET, bytes(4))):
+                raise Error(self.text, os.strerror(errno.EROFS))
             self._refuse_in_use(fd)
             if not self._certain and os.pread(fd, len(_QCOW2_MAGIC), 0) == _QCOW2_MAGIC:
                 raise Error(self.text, f"starts as qcow2 images do: say qcow2:{self._path} or raw:{self._path}")

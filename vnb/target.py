@@ -105,7 +105,7 @@ class Nbd:
 
     name (str): the disk, what (str): the export, both for messages.
     connect (callable): begins to connect an nbd.NBD(), without waiting. keep (bool): zeroes stay allocated.
-    size (int): of the export, in bytes.
+    size (int): of the export, in bytes. can_flush (bool): finish() can tell that all is durable.
     """
 
     _handle = None
@@ -128,7 +128,7 @@ class Nbd:
             if self._handle.is_read_only():
                 raise Error(what, "the NBD server lets nobody write to it")
             self._can_zero = self._handle.can_zero()
-            self._can_flush = self._handle.can_flush()
+            self.can_flush = self._handle.can_flush()
             self._max = self._handle.get_block_size(nbd.SIZE_MAXIMUM) or MAX_NBD
         except nbd.Error as error:
             raise Lost(what, f"cannot connect: {_reason(error)}") from None
@@ -191,7 +191,7 @@ class Nbd:
     def finish(self):
         """Make all that was written durable, as far as the server can, and disconnect."""
         try:
-            if self._can_flush:
+            if self.can_flush:
                 self._handle.flush()
             self._handle.shutdown()
         except self._nbd.Error as error:
