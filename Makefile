@@ -20,7 +20,7 @@ demo: setup
 	@.venv/bin/python tests/live/lab.py examples/demo
 
 check: setup
-	.venv/bin/ruff check --quiet .
+	.venv/bin/ruff check --quiet --output-format concise .
 	shellcheck $(SCRIPTS)
 	$(if $(PAGES),mandoc -T lint -W warning $(PAGES))
 	$(PYTEST) tests --ignore tests/live
