@@ -6,7 +6,8 @@ Saved segments from strings, and what they must read as.
 
 An extent is SIZE:CONTENT with sizes in bytes, k, M or G. Content: a letter fills it, `?` is data that does not
 compress (the same in each run), `0` is zero, `-` a hole, `.` what an increment does not say anything of. A disk
-has the size that its extents add up to; an increment may be shorter than its disk: the rest is clean.
+has the size that its extents add up to; an increment may be shorter than its disk: the rest is clean. In the place
+of a string there may be a list of (size, content), and content may be bytes; see changes().
 """
 
 import os
@@ -21,9 +22,26 @@ KINDS = {"0": frame.ZERO, "-": frame.HOLE}
 UNITS = {"k": 10, "M": 20, "G": 30}
 
 
+def changes(image, before=b"", block=64 << 10):
+    """The extents of a disk's bytes, of blocks that are not what they were before."""
+    found = []
+    for at in range(0, len(image), block):
+        part = bytes(image[at : at + block])
+        if before and part == before[at : at + block]:
+            found.append((len(part), "."))
+        else:
+            found.append((len(part), part if any(part) else "-"))
+    return found
+
+
 def extents(text):
-    """Yield (offset, length, content) of a string of extents."""
+    """Yield (offset, length, content) of a string, or a list, of extents."""
     offset = 0
+    if not isinstance(text, str):
+        for length, content in text:
+            yield offset, length, content
+            offset += length
+        return
     for word in text.split():
         size, content = word.split(":")
         length = int(size[:-1]) << UNITS[size[-1]] if size[-1] in UNITS else int(size)
@@ -33,6 +51,8 @@ def extents(text):
 
 def content_of(content, offset, length, seed):
     """The bytes of an extent of data."""
+    if isinstance(content, bytes):
+        return content
     if content == "?":
         return random.Random(f"{seed} {offset}").randbytes(length)  # noqa: S311
     return content.encode() * length

@@ -70,9 +70,13 @@ class Child:
         if status == NOT_FOUND:
             return self._not_started("not found")
         if lines:
-            return Error(self.name, lines[-1].removeprefix(f"{self.name}: "))
+            return Error(self.name, self.reason(lines).removeprefix(f"{self.name}: "))
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         return Error(self.name, f"it {how}")
+
+    def reason(self, lines):
+        """The line that says why it failed, of all that it said (list of str, not empty)."""
+        return lines[-1]
 
     def end(self):
         """End it, and wait until it has ended; harmless when it has."""

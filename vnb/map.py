@@ -62,7 +62,7 @@ def main(args):
 
 
 def check(args):
-    """Raise UsageError for options that do not go together."""
+    """Raise UsageError for options that do not go together, Error for what is missing."""
     for option, needed, others in (
         ("--tls-certificates", "--listen", ("--tls-psk", "--overlay")),
         ("--tls-psk", "--listen", ("--overlay",)),
@@ -77,6 +77,19 @@ def check(args):
                     raise UsageError(option, f"does not go with {other}")
     if args["--listen"]:
         host_and_port(args["--listen"])
+    for path in tls_files(args):
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            raise os_error(path, error) from None
+
+
+def tls_files(args):
+    """The files without which nbdkit has no TLS; it would not name the one that is missing."""
+    if args["--tls-certificates"]:
+        names = ("ca-cert.pem", "server-cert.pem", "server-key.pem")
+        return [os.path.join(args["--tls-certificates"], name) for name in names]
+    return [args["--tls-psk"]] if args["--tls-psk"] else []
 
 
 def host_and_port(text):

@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -152,6 +153,11 @@ class Nbdkit(Child):
             for fd in inherited:
                 os.close(fd)
 
+    def reason(self, lines):
+        """nbdkit goes on after its message, and Python before its own."""
+        exceptions = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+        return (exceptions or [line for line in lines if line.startswith("nbdkit: ")] or lines)[0]
+
     def ready(self):
         """Wait until it serves. Returns a dict: disks (name: size), default (name or None), point. Raises Error."""
         said = b""
@@ -200,9 +206,11 @@ class Overlay(Child):
         backing = f"nbd+unix:///{quote(base, safe='@:')}?socket={self.BELOW}"
         if os.path.lexists(path):
             said = _run(path, "qemu-img", "info", "--output=json", "--format=qcow2", "--", path)
-            below = json.loads(said).get("backing-filename", "nothing")
+            below = json.loads(said).get("backing-filename")
             if below != backing:
-                raise Error(path, f"belongs on top of {unquote(urlsplit(below).path[1:]) or below}, not of {base}")
+                where = urlsplit(below or "")
+                below = unquote(where.path[1:]) if where.scheme == "nbd+unix" else below or "nothing"
+                raise Error(path, f"belongs on top of {below}, not of {base}")
         else:
             options = ["-q", "-u", "-f", "qcow2", "-F", "raw", "-b", backing]
             mask = os.umask(0o077)
@@ -314,12 +322,16 @@ class Device:
 
 def _run(what, *command):
     """Run a program of qemu-utils to its end; what it prints. what (str): the object, for messages. Raises Error."""
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    except OSError as error:
-        raise Error(command[0], f"{error.strerror} (it is in the package qemu-utils)") from None
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
-        reason = lines[-1].removeprefix(f"{command[0]}: ") if lines else f"{command[0]} ended with {done.returncode}"
-        raise Error(what, reason)
-    return done.stdout
+    # Not pipes: what it leaves behind in the background would keep them open.
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, check=False)
+        except OSError as error:
+            raise Error(command[0], f"{error.strerror} (it is in the package qemu-utils)") from None
+        if done.returncode:
+            stderr.seek(0)
+            lines = stderr.read().decode(errors="replace").strip().splitlines()
+            status = f"{command[0]} ended with status {done.returncode}"
+            raise Error(what, lines[-1].removeprefix(f"{command[0]}: ") if lines else status)
+        stdout.seek(0)
+        return stdout.read()
