@@ -42,8 +42,8 @@ Options:
   --strict               exit with status 1 after warnings
   --threshold SIZE       do nothing where there is less to back up; begin exits
                          with status 3, run with 0
-  --scratch-dir DIR      where the data goes that the guest overwrites meanwhile;
-                         default: beside each image
+  --scratch-dir DIR      where the old data goes that the guest overwrites
+                         meanwhile; default: beside each image
   --scratch-reserve SIZE
                          end the job when less room than this is left there
                          [default: 256m]

@@ -135,6 +135,7 @@ class Running:
     def end(self, record):
         """End the job if it runs and is this one; then everything that it started."""
         domain = self.domain
+        domain.settle()
         if domain.is_active and domain.backup_socket() == record["socket"]:
             stuck = domain.is_paused_by_error()
             domain.end_backup()

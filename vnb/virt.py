@@ -227,12 +227,24 @@ class Domain:
             time.sleep(0.01)  # the abort is answered before the block jobs are gone, and nothing else tells
 
     def settle(self):
-        """Wait until a guest that is shutting down is off."""
+        """Wait until a guest that is shutting down is off: libvirt says so a moment after QEMU's monitor is gone."""
         deadline = time.monotonic() + SETTLE_SECONDS
-        while self.call("isActive") and self.call("state")[0] == libvirt.VIR_DOMAIN_SHUTDOWN:
+        while self.call("isActive") and self._is_going():
             if time.monotonic() > deadline:
                 raise Error(self.what, f"is still shutting down after {SETTLE_SECONDS} seconds")
             time.sleep(0.1)  # as above
+
+    def _is_going(self):
+        if self.call("state")[0] == libvirt.VIR_DOMAIN_SHUTDOWN:
+            return True
+        try:
+            # Any question to QEMU's monitor will do.
+            self._domain.blockInfo(next(iter(domxml.disks(self.xml()))).name)
+        except libvirt.libvirtError as error:
+            return "monitor" in error.get_error_message()
+        except StopIteration:
+            return False
+        return False
 
     def is_paused_by_error(self):
         """Whether QEMU stopped the guest because it could not write."""
@@ -321,10 +333,10 @@ class Domain:
                 try:
                     checkpoint.delete(0)
                 except libvirt.libvirtError:
+                    self.settle()  # it may be going off while we ask
                     if self.is_active:
                         self._delete_by_disk(checkpoint)
                         return
-                    self.settle()  # it went off while we asked
                 else:
                     return
             disks = domxml.bitmaps(checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN))

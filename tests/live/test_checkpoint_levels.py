@@ -225,3 +225,13 @@ def test_since_names_the_parent_of_a_stream_that_goes_elsewhere(lab, vm):
     lab.sh(script.format(vm=vm.name, level="inc", since="", set=elsewhere))  # by the heads in the state directory
     restores(lab, elsewhere, vm.reference())
     assert lab.leftovers() == []
+
+
+def test_without_sparse_detection_dirty_zeroes_are_read(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    vm.zero("vda", MiB, 2 * MiB, unmap=True)
+    backup(lab, vm, "inc", directory, "--no-sparse-detection")
+    text = lab.sh(f"vnb-cat {directory} | vnb-dump --json --no-payload").stdout.decode()
+    end = [line for line in text.splitlines() if '"digest"' in line][-1]
+    assert f'"data": {2 * MiB}' in end
+    restores(lab, directory, vm.reference())
