@@ -5,6 +5,7 @@ import contextlib
 import os
 
 from hypothesis import settings
+from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from vnb import codec, index, stream
@@ -133,3 +134,53 @@ def read(content, check_plain=True, **options):
                     frames.append((kind.__name__, frame.fields, payload))
             found.append((segment_.head, segment_.disks, frames, segment_.end, segment_.length))
     return found
+
+
+@st.composite
+def contents(draw):
+    """[(head, disks, frames)]: what a writer may be told."""
+    result = []
+    for number in range(draw(st.integers(1, 3))):
+        inc = draw(st.booleans()) if number else False
+        disks, frames = [], []
+        for name in ("a", "b")[: draw(st.integers(0, 2))]:
+            size = draw(st.integers(0, 300))
+            disks.append(disk(name, size, "inc" if inc else "full", extra=draw(st.none() | st.integers(0, 9))))
+        for file in range(draw(st.integers(0, 2))):
+            payload = draw(st.binary(max_size=9))
+            frames.append(("File", part(path=f"/{file}", size=len(payload)), payload))
+        for at, one in enumerate(disks):
+            offset = 0
+            while offset < one["size"]:
+                length = draw(st.integers(1, one["size"] - offset))
+                what = draw(st.sampled_from(["none", "lz4", "extent", "clean" if inc else "none", "+x"]))
+                if what == "+x":
+                    frames.append(("Other", ["+x", draw(st.integers(0, (1 << 64) - 1))], draw(st.none() | st.binary())))
+                    continue
+                if what == "extent":
+                    frames.append(("extent", at, [offset, length, draw(st.sampled_from([ZERO, HOLE]))]))
+                elif what != "clean":
+                    frames.append((what, at, offset, bytes([draw(st.integers(0, 255))]) * length))
+                offset += length
+        result.append((head(f"p{number}", f"p{number - 1}" if inc else None), disks, frames))
+    return result
+
+
+def written_from(segments):
+    """The stream (bytes) of contents()."""
+    with written() as (writer, content):
+        for head_, disks, frames in segments:
+            out = writer.segment(head_, disks)
+            builder = index.Builder(out)
+            for frame in frames:
+                if frame[0] == "File":
+                    out.file(*frame[1:])
+                elif frame[0] == "Other":
+                    out.frame(stream.Other(*frame[1:]))
+                elif frame[0] == "extent":
+                    extents(out, *frame[1:], builder)
+                else:
+                    data(out, *frame[1:], frame[0], builder)
+            builder.finish()
+            out.end()
+        return content()

@@ -84,14 +84,23 @@ def _say(text):
         print(text, file=sys.stderr, flush=True)
 
 
+def show(text):
+    """Write text to standard output. Raises Error, or BrokenPipeError where nobody reads it."""
+    _stdout(sys.stdout.write, text)
+
+
 def _print(text):
-    _flush(text + "\n")
+    show(text + "\n")
+    _flush()
 
 
-def _flush(text=""):
+def _flush():
+    _stdout(sys.stdout.flush)
+
+
+def _stdout(call, *arguments):
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        call(*arguments)
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -213,6 +213,7 @@ class Reader:
         self.consumer = consumer
         self.pool = pool
         self.passed = passed
+        self.segment = None  # the one that is read
         self._own = bytearray()
 
     def __iter__(self):
@@ -298,11 +299,12 @@ class Segment:
 
     def __init__(self, reader):
         self.reader = reader
+        reader.segment = self
         self.start = reader.input.offset
         self.counts = Counts()
         self.end = None
         self.length = None
-        self._last_index = 0
+        self.last_index = 0  # where the last index frame starts, in the stream; 0: there was none
         self._file = None  # the file of which a part was seen, and more are to come
         self.head = self._read_head()
         self.disks = []
@@ -465,9 +467,9 @@ class Segment:
         _, disk, rows, back = fields
         if not (disk < len(self.disks) and rows > 0 and rows * ROW_SIZE == len(raw.payload)):
             raise self.reader.error("an index of no disk, or of the wrong size", start)
-        if back != (start - self._last_index if self._last_index else 0):
+        if back != (start - self.last_index if self.last_index else 0):
             raise self.reader.error('frame "index" does not point to the one before it', start)
-        self._last_index = start
+        self.last_index = start
 
     def _end(self, raw):
         fields, start = raw.fields, raw.start
@@ -494,7 +496,7 @@ class Segment:
             raise self.reader.error(f'frame "{tail.fields[0]}" where the tail must be', tail.start)
         _, length, back = tail.fields
         self.length = tail.start + f.TAIL.size - self.start
-        if length != self.length or back != (tail.start - self._last_index if self._last_index else 0):
+        if length != self.length or back != (tail.start - self.last_index if self.last_index else 0):
             raise self.reader.error("the tail does not fit the segment", tail.start)
         self._accept(tail, counted=False)
         self.end = end
