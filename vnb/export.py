@@ -24,6 +24,7 @@ MANY_EXTENTS = 16384  # in one reply: ask for less, its list takes memory
 
 # The state of an extent with these two flags of base:allocation: a hole that is not zero has to be read.
 _STATES = (DATA, DATA, ZERO, HOLE)
+_GONE = (ECONNABORTED, ECONNRESET, ENOTCONN, EPIPE)
 _DIRTY = 1  # the flag of a bitmap's meta context
 
 _EVENTS = {
@@ -74,6 +75,10 @@ class Connection:
         # The view itself, which libnbd takes and lets go: its Buffer around it would never be freed (libnbd 1.14).
         return self._request(self.handle.aio_pread, offset, view, offset)
 
+    def ask(self, offset, length):
+        """Begin to ask for the extents of the context in [offset, offset + length); returns a Question."""
+        return Question(self, offset, length)
+
     def status(self, offset, length, extent):
         """Begin to ask for the extents of the context, which libnbd gives to extent(); returns the request."""
         return self._request(self.handle.aio_block_status, offset, length, offset, extent)
@@ -97,21 +102,19 @@ class Connection:
         return done
 
     def error(self, error, offset=None):
-        """The Error for an nbd.Error of a request at an offset, by default that of the oldest one in flight."""
-        if offset is None:
-            offset = next(iter(self._pending.values()), None)
-        if offset is None:
-            return Error(self.name, f"cannot connect: {self.reason(error)}")
-        return Error(self.name, self.reason(error), f"offset {offset}")
-
-    def reason(self, error):
-        """What went wrong, without the names of libnbd's functions; the system's words where they say it all."""
+        """The Error for an nbd.Error of a request at an offset, or of whatever is in flight."""
         text = error.string or "unknown error"
-        gone = error.errnum in (ECONNABORTED, ECONNRESET, ENOTCONN, EPIPE) or "invalid state" in text
-        if gone or "disconnected unexpectedly" in text:
-            return "server closed the connection"
+        if error.errnum in _GONE or "disconnected unexpectedly" in text or "invalid state" in text:
+            # It was noticed somewhere, and is a failure of the oldest request: that one is waited for.
+            text, offset = "server closed the connection", next(iter(self._pending.values()), offset)
+        elif offset is None:
+            offset = next(iter(self._pending.values()), None)
+        # What is left is the server's words, or the system's for its errno, without the names of libnbd's functions.
         text = re.sub(r"^nbd_\w+: ", "", text)
-        return re.sub(r"^(?:connect: |recv: |send: |handshake: |[a-z-]+: command failed: )", "", text)
+        text = re.sub(r"^(?:connect: |recv: |send: |handshake: |[a-z-]+: command failed: )", "", text)
+        if offset is None:
+            return Error(self.name, f"cannot connect: {text}")
+        return Error(self.name, text, f"offset {offset}")
 
     def close(self):
         """
@@ -238,11 +241,11 @@ class Walk:
 
     def _ask(self, offset, end):
         connection = self.connection
-        length = min(self._span, end - offset)
+        length = min(max(self._span, connection.minimum), end - offset)
         # What is left of the last block of an odd size cannot be asked for.
         length = length - length % connection.minimum if connection.has_context else 0
         self._start = offset
-        self._question = Question(connection, offset, length) if length else _Unasked(end - offset, self._unknown)
+        self._question = connection.ask(offset, length) if length else _Unasked(end - offset, self._unknown)
 
     def _take(self):
         self._entries = self._question.answer()

@@ -78,9 +78,11 @@ def _write(out, head, disks, frames):
 def _walk(disk):
     """A generator of lists of (offset, length, state); the server is asked for its contexts at once."""
     name, source = disk["name"], disk.get("source", {})
-    if not isinstance(source, dict) or not isinstance(source.get("uri"), str):
+    if not isinstance(source.get("uri"), str):
         raise Error(name, "the stream does not say where this disk is exported")
-    base = export.Connection(source["uri"], name, export.BASE_ALLOCATION)
+    # Who does not want to wait for a slow base:allocation has all that is dirty read: without it everything is data.
+    sparse = disk["level"] == "full" or source.get("sparse") is not False
+    base = export.Connection(source["uri"], name, export.BASE_ALLOCATION if sparse else None)
     if base.size != disk["size"]:
         raise Error(name, f'the export has {base.size} bytes, the stream says {disk["size"]}')
     if disk["level"] == "full":

@@ -60,8 +60,8 @@ class Export:
     """The connections to one disk's export, and how much to ask of it at a time (request_size, bytes)."""
 
     def __init__(self, disk, count, request_size):
-        name, source = disk["name"], disk.get("source")
-        if not isinstance(source, dict) or not isinstance(source.get("uri"), str):
+        name, source = disk["name"], disk.get("source", {})
+        if not isinstance(source.get("uri"), str):
             raise Error(name, "the stream does not say where this disk is exported")
         first = Connection(source["uri"], name)
         if first.size != disk["size"]:
