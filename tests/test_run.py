@@ -57,8 +57,8 @@ def main(args):
         fd = os.open("/dev/null", os.O_RDONLY)
         assert fd > 2, fd
     if what == "wait":
-        print("ready", file=sys.stderr, flush=True)
         try:
+            print("ready", file=sys.stderr, flush=True)
             signal.pause()
         finally:
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
