@@ -80,9 +80,10 @@ def same(path, format_, expected, tmp_path):
     return copy.read_bytes() == bytes(expected)
 
 
-def qemu_img(*arguments):
+def qemu_img(*arguments, **options):
     """Run qemu-img, which has to succeed; what it says."""
-    return subprocess.run(["qemu-img", *map(str, arguments)], check=True, capture_output=True, text=True).stdout
+    command = ["qemu-img", *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, **options).stdout
 
 
 def eventually(condition, deadline=DEADLINE):

@@ -13,6 +13,7 @@ from applied import left_behind, mounted, refused, segments_of
 from vnb import stream
 from vnb.apply import Restore
 from vnb.errors import Error, StreamError
+from vnb.place import Recipe
 from vnb.writer import Buffers
 
 PLAN = [{"vda": "64k:A 64k:- 64k:?", "vdb": "4k:B"}, {"vda": "64k:0 64k:C", "vdb": "4k:."}]
@@ -44,7 +45,7 @@ def test_text(out):
 def attempt(content, directory):
     """Apply these bytes within this process, to raw images; raises what a command would say."""
     buffers = Buffers()
-    with samples.memory(content) as fd, Restore(str(directory), "raw", {}, buffers) as restore:
+    with samples.memory(content) as fd, Restore(str(directory), Recipe("raw"), {}, buffers) as restore:
         for segment in stream.Reader(fd, "stdin", stage="data", consumer=True, pool=buffers):
             restore.apply(segment)
         restore.finish()

@@ -2,11 +2,15 @@
 """
 Places: what the user named as the home of a disk. A new image in a directory, or something that exists.
 
-    place.begin(size)   a disk comes as a whole: make its image, or make a new one where one was begun
-    place.open(size)    a vnb.target to write to, with room for size bytes
-    place.grow(size)    between two segments, while no target of it is open
-    place.fresh         it reads as zeroes where nothing was written since begin()
-    str(place)          what the user named
+    place.begin(size, info)   a disk comes as a whole: make its image, or a new one where one was begun
+    place.open(size)          a vnb.target to write to, with room for size bytes
+    place.grow(size)          between two segments, while no target of it is open
+    place.complete()          after the last segment, when no target is open any more
+    place.fresh               it reads as zeroes where nothing was written since begin()
+    place.file_names          what was made, to be published
+    str(place)                what the user named
+
+info is what qemu-img says of the original image, or None.
 """
 
 import errno
@@ -28,64 +32,132 @@ _QEMU_WRITE, _QEMU_RESIZE = 1, 3
 _BLKROGET = 0x125E  # whether a block device is read-only: it can be opened for writing all the same
 
 
+class Recipe:
+    """
+    How new images are made.
+
+    format_ (str): qcow2 or raw. options (dict of str): as qemu-img's -o, before those of the original.
+    preallocate (bool): all room is taken at the start. compress (bool): clusters are compressed.
+    """
+
+    def __init__(self, format_, options=None, preallocate=False, compress=False):
+        self.format = format_
+        self.options = options or {}
+        self.preallocate = preallocate
+        self.compress = compress
+
+    def settings(self, name, info):
+        """The settings (dict of str) of an image for the disk called name. info: of the original, see places."""
+        if self.format != "qcow2":
+            return {}
+        settings = {**qemu.settings(info), **self.options}
+        if settings.pop("data_file", "off") == "on" and not self.compress:
+            settings["data_file"] = f"{name}.data"
+        else:
+            settings.pop("data_file_raw", None)
+        if self.preallocate:
+            settings["preallocation"] = "falloc"
+        return settings
+
+
 class NewImage:
     """
-    A new image in a vnb.imagedir.ImageDirectory. name (str): the disk.
+    A new image in a vnb.imagedir.ImageDirectory. name (str): the disk. recipe (Recipe).
 
-    format_ (str): qcow2 or raw. It is there under its final name when the directory has published file_name.
+    It is there under its final name when the directory has published file_names.
     """
 
     fresh = True
 
-    def __init__(self, directory, name, format_):
+    def __init__(self, directory, name, recipe):
         self.name = name
-        self.file_name = f"{name}.{format_}"
-        self._format = format_
-        self._path = directory.partial(self.file_name)
-        directory.refuse_existing(self.file_name)
+        self.file_names = [f"{name}.{recipe.format}"]
+        self._recipe = recipe
+        self._directory = directory
+        # What is compressed cannot be written to again, nor in part, so all is gathered in a raw image first.
+        self._format = "raw" if recipe.compress else recipe.format
+        self._path = directory.partial(f"{name}.{self._format}")
+        self._settings = {}
+        directory.refuse_existing(self.file_names[0])
 
-    def begin(self, size):
+    def begin(self, size, info):
         """Make it, without any data, in the place of what was written until now."""
-        try:
-            # Nobody else may read what was in the guest; qemu-img leaves the mode of a file that is there.
-            fd = os.open(self._path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise os_error(self.name, error) from None
-        try:
-            if self._format == "raw":
-                os.truncate(fd, size)
-        except OSError as error:
-            raise os_error(self.name, error) from None
-        finally:
-            os.close(fd)
-        if self._format != "raw":
-            qemu.create(self._path, self.name, self._format, size)
+        self._settings = self._recipe.settings(self.name, info)
+        self._make_empty(self._path)
+        outside = self._settings.get("data_file")
+        if outside:
+            if outside not in self.file_names:
+                self._directory.refuse_existing(outside)
+                self.file_names.append(outside)
+            # Where QEMU looks for it depends on where QEMU was started, unless the name is absolute.
+            self._settings["data_file"] = self._directory.partial(outside)
+            self._make_empty(self._settings["data_file"])
+        if self._format == "raw":
+            _grow(self._path, "raw", size, self.name)
+            self._allocate(0, size)
+        else:
+            qemu.create(self._path, self.name, self._format, size, self._settings)
 
     def open(self, _size):
         """A target that writes to it."""
+        keep = self._recipe.preallocate
         if self._format == "raw":
-            return target.Raw(_open(self._path, os.O_WRONLY, self.name), self.name)
-        return qemu.Image(self.name, self._path, self.name, self._format, new=True)
+            fd = _open(self._path, os.O_WRONLY, self.name)
+            return target.Raw(fd, self.name, keep=keep, durable=not self._recipe.compress)
+        outside = [self._directory.partial(name) for name in self.file_names[1:]]
+        return qemu.Image(self.name, self._path, self.name, self._format, new=True, keep=keep, outside=outside)
 
     def grow(self, size):
         """Make it larger: what is added reads as zeroes."""
-        _grow(self._path, self._format, size, self.name)
+        before = os.stat(self._path).st_size
+        _grow(self._path, self._format, size, self.name, self._recipe.preallocate)
+        if self._format == "raw":
+            self._allocate(before, size)
+
+    def complete(self):
+        """All that is to be in it is there, and durable."""
+        if len(self.file_names) > 1:
+            outside = os.path.abspath(self._directory.final(self.file_names[1]))
+            qemu.amend(self._path, self.name, self._format, {"data_file": outside})
+        if not self._recipe.compress:
+            return
+        final = self._directory.partial(self.file_names[0])
+        self._make_empty(final)
+        qemu.compress(self._path, final, self.name, self._recipe.format, self._settings)
 
     def __str__(self):
-        return self.file_name
+        return self.file_names[0]
+
+    def _make_empty(self, path):
+        """Have an empty file: nobody else may read what was in the guest, and qemu-img leaves modes as they are."""
+        os.close(_open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, self.name))
+
+    def _allocate(self, start, end):
+        if self._recipe.preallocate and end > start:
+            fd = _open(self._path, os.O_WRONLY, self.name)
+            try:
+                os.posix_fallocate(fd, start, end - start)
+            except OSError as error:
+                raise os_error(self.name, error) from None
+            finally:
+                os.close(fd)
 
 
 class Existing:
     """Something that exists. name (str): the disk. text (str): what the user typed."""
 
     fresh = False
+    file_names = ()
 
     def __init__(self, name, text):
         self.name = name
         self.text = text
 
-    def begin(self, size):
+    def begin(self, size, info):
         """Nothing is made here."""
+
+    def complete(self):
+        """Nothing is left to do here."""
 
     def grow(self, size):
         """By itself it has the size that it has; open() will see."""
@@ -208,14 +280,14 @@ def _lock(type_, byte):
 
 def _open(path, flags, text):
     try:
-        return os.open(path, flags | os.O_CLOEXEC)
+        return os.open(path, flags | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise os_error(text, error) from None
 
 
-def _grow(path, format_, size, name):
+def _grow(path, format_, size, name, preallocate=False):
     if format_ != "raw":
-        qemu.resize(path, name, format_, size)
+        qemu.resize(path, name, format_, size, preallocate)
         return
     try:
         os.truncate(path, size)

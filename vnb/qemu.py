@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Image files through QEMU's own tools: qemu-img makes and resizes them, a private qemu-nbd writes them."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -15,22 +16,90 @@ from vnb.target import Early, Lost, Nbd
 _TUNABLES = "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=268435456"
 
 
-def create(path, what, format_, size, options=None):
+def create(path, what, format_, size, options):
     """
     Make an image. path (str): absolute, so that QEMU takes it for a file. options (dict of str): as qemu-img's -o.
 
-    what (str): stands for it in messages. Raises Error.
+    what (str): stands for it in messages. A data_file is made beside it. Raises Error.
     """
-    command = ["create", "-q", "-f", format_]
-    if options:
-        # A comma within a value is written twice.
-        command += ["-o", ",".join(f"{key}={value.replace(',', ',,')}" for key, value in options.items())]
-    _qemu_img([*command, "--", path, str(size)], path, what)
+    _qemu_img(["create", "-q", "-f", format_, *_options(options), "--", path, str(size)], path, what)
 
 
-def resize(path, what, format_, size):
+def resize(path, what, format_, size, preallocate=False):
     """Make an image larger: what is added reads as zeroes. Nobody may have it open. Raises Error."""
-    _qemu_img(["resize", "-q", "-f", format_, "--", path, str(size)], path, what)
+    how = ["--preallocation=falloc"] if preallocate else []
+    _qemu_img(["resize", "-q", "-f", format_, *how, "--", path, str(size)], path, what)
+
+
+def amend(path, what, format_, options):
+    """Change settings (dict of str, see create()) of an image, and make that durable. Raises Error."""
+    with _synced(path, what):
+        _qemu_img(["amend", "-q", "-f", format_, *_options(options), "--", path], path, what)
+
+
+def compress(source, path, what, format_, options):
+    """
+    Make an image with compressed clusters of a raw one, and make it durable. options (dict of str): see create().
+
+    What reads as zeroes in source is not in the image. Raises Error.
+    """
+    with _synced(path, what):
+        how = ["-q", "-c", "-W", "-f", "raw", "-O", format_, *_options(options)]
+        _qemu_img(["convert", *how, "--", source, path], path, what)
+
+
+@contextlib.contextmanager
+def _synced(path, what):
+    """Make a file durable that somebody else writes meanwhile."""
+    try:
+        # Opened before, so that no error of what is written to it is told to somebody else.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise os_error(what, error) from None
+
+
+def settings(info):
+    """
+    Settings (dict of str), as qemu-img's -o has them, of an image of which `qemu-img info --output=json` said this.
+
+    info comes from a stream: what makes no sense is left out, and what qemu-img refuses can be overridden.
+    data_file is "on" where the data was outside.
+    """
+    if not isinstance(info, dict) or info.get("format") != "qcow2":
+        return {}
+    data = info.get("format-specific")
+    data = data.get("data") if isinstance(data, dict) else None
+    data = data if isinstance(data, dict) else {}
+    found = {}
+    if _is_power_of_2(info.get("cluster-size"), 512, 2 << 20):
+        found["cluster_size"] = str(info["cluster-size"])
+    if data.get("compat") in ("0.10", "1.1"):
+        found["compat"] = data["compat"]
+    if data.get("compression-type") in ("zlib", "zstd") and found.get("compat") == "1.1":
+        found["compression_type"] = data["compression-type"]
+    if _is_power_of_2(data.get("refcount-bits"), 1, 64) and found.get("compat") == "1.1":
+        found["refcount_bits"] = str(data["refcount-bits"])
+    for key in ("lazy-refcounts", "extended-l2", "data-file-raw"):
+        if data.get(key) is True:
+            found[key.replace("-", "_")] = "on"
+    if isinstance(data.get("data-file"), str):
+        found["data_file"] = "on"
+    return found
+
+
+def _is_power_of_2(value, low, high):
+    return type(value) is int and low <= value <= high and value & (value - 1) == 0
+
+
+def _options(options):
+    # A comma within a value is written twice.
+    text = ",".join(f"{key}={value.replace(',', ',,')}" for key, value in options.items())
+    return ["-o", text] if text else []
 
 
 def _qemu_img(arguments, path, what):
@@ -97,15 +166,18 @@ class Image(Nbd):
 
     name (str): the disk, what (str): the image, both for messages. path (str): of the image, absolute.
     new (bool): if we do not finish nobody wants the file, so QEMU need not order its writes for that.
-    keep (bool): zeroes stay allocated.
+    keep (bool): zeroes stay allocated. outside (list of str): paths of files that hold its data.
     """
 
-    def __init__(self, name, path, what, format_, new=False, keep=False):
+    def __init__(self, name, path, what, format_, new=False, keep=False, outside=()):
+        self._files = []
         try:
-            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            for file in (path, *outside):
+                self._files.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
         except OSError as error:
+            self._close_files()
             raise os_error(what, error) from None
-        self._early = Early(self._file)
+        self._early = Early(self._files[-1])
         self._server = None
         try:
             self._server = Server(path, what, format_, unsafe=new, discard=not keep)
@@ -134,7 +206,8 @@ class Image(Nbd):
             raise self._explained(error) from None
         self._server.wait()
         try:
-            os.fsync(self._file)
+            for file in self._files:
+                os.fsync(file)
         except OSError as error:
             raise os_error(self.name, error) from None
 
@@ -147,9 +220,11 @@ class Image(Nbd):
         super().close()
         if self._server is not None:
             self._server.close()
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        self._close_files()
+
+    def _close_files(self):
+        while self._files:
+            os.close(self._files.pop())
 
     def _explained(self, error):
         """The Error that tells why the connection was lost: qemu-nbd ends when it is, and says more than libnbd."""

@@ -36,20 +36,23 @@ class Raw:
 
     fd (int): open for writing; closed by close(). name (str): the disk, for messages.
     keep (bool): zeroes stay allocated, otherwise they are given back to the file system or device.
+    durable (bool): finish() makes it so.
     """
 
     in_flight = 0  # a write is done when write() returns
 
-    def __init__(self, fd, name, keep=False):
+    def __init__(self, fd, name, keep=False, durable=True):
         self.fd = fd
         self.name = name
         self._zero_modes = [_ZERO_RANGE] if keep else [_PUNCH_HOLE, _ZERO_RANGE]
+        self._durable = durable
         self._early = Early(fd)
 
     def write(self, offset, plain, done):
         """Write plain (bytes-like) at offset, then call done()."""
         view = memoryview(plain)
-        self._early.count(len(view))
+        if self._durable:
+            self._early.count(len(view))
         try:
             while len(view):
                 count = os.pwrite(self.fd, view, offset)
@@ -85,7 +88,8 @@ class Raw:
     def finish(self):
         """Make all that was written durable."""
         try:
-            os.fsync(self.fd)
+            if self._durable:
+                os.fsync(self.fd)
         except OSError as error:
             raise os_error(self.name, error) from None
 
