@@ -20,7 +20,8 @@ Options:
 """
 
 import os
-import secrets
+
+from xxhash import xxh3_128_hexdigest
 
 from vnb import backupset, chain, codec, stream
 from vnb.errors import Error
@@ -85,7 +86,8 @@ def _copy(saved, out, wanted):
     kept = [number for number, disk in enumerate(segment.disks) if disk["name"] in wanted]
     head = segment.head
     if len(kept) < len(segment.disks):
-        head = {**head, "id": secrets.token_hex(16)}  # not the same segment any more
+        # Not the same segment any more, but the same one each time that these disks are asked for.
+        head = {**head, "id": xxh3_128_hexdigest("/".join([head["id"], *(segment.disks[n]["name"] for n in kept)]))}
     numbers = {old: new for new, old in enumerate(kept)}
     written = out.segment(head, [segment.disks[number] for number in kept])
     for frame in segment:
