@@ -21,8 +21,8 @@ Options:
                          qemu:///system for root, qemu:///session for others
   --user NAME            the user that libvirt asks for
   --password-file FILE   its first line is the password that libvirt asks for
-  --image NAME=FILE      an image that no guest uses, without libvirt; may be
-                         given several times
+  --image NAME=FILE      an image that no guest uses, without libvirt; given
+                         once for each
   --level LEVEL          full, copy, inc, diff, or auto
   --ledger DIR           the backup set that the segment goes to: says what the
                          next increment starts from, and whether it was saved

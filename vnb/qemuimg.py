@@ -9,6 +9,7 @@ import socket
 import subprocess
 
 from vnb import export
+from vnb.child import Child
 from vnb.errors import Error, one_line, os_error
 
 END_SECONDS = 30  # for a qemu-nbd that was told to end; it has nothing to write
@@ -93,7 +94,7 @@ def remove_bitmap(name, path, bitmap):
 
 def serve(name, path, format_, socket_path, bitmap=None):
     """
-    Start a read-only qemu-nbd with one export called name; returns its process when it answers.
+    Start a read-only qemu-nbd with one export called name; returns it (Child) when it answers.
 
     It ends with the process that started it, even by SIGKILL: one left behind would keep the domain from starting.
     """
@@ -106,30 +107,20 @@ def serve(name, path, format_, socket_path, bitmap=None):
         listener.listen(64)
     except OSError as error:
         raise os_error(socket_path, error) from None
-    argv = [
-        "setpriv", "--pdeathsig", "TERM", "sh", "-c", 'LISTEN_PID=$$ LISTEN_FDS=1 exec qemu-nbd "$@"', "sh",
-        "--read-only", "--persistent", "--shared=64", f"--export-name={name}", f"--format={format_}",
+    command = [
+        "qemu-nbd", "--read-only", "--persistent", "--shared=64", f"--export-name={name}", f"--format={format_}",
+        *([f"--bitmap={bitmap}"] if bitmap else []), "--", path,
     ]
-    if bitmap:
-        argv.append(f"--bitmap={bitmap}")
-
-    def hand_over():  # systemd's socket activation: the socket is there before the server is, nobody has to wait
-        os.dup2(listener.fileno(), 3)
-        os.set_inheritable(3, True)
-
-    process = subprocess.Popen(
-        [*argv, "--", path], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        preexec_fn=hand_over, close_fds=False,
-    )
-    listener.close()
+    with listener:
+        child = Child(command, "qemu-utils", listener=listener)
     try:
         export.Connection(uri(name, socket_path), name).close()
-    except Error as error:
-        process.terminate()
-        said = process.communicate()[1].decode(errors="replace").strip()
-        raise Error(name, one_line(said) or error.reason) from None
-    process.stderr.close()
-    return process
+    except Error:
+        if child.wait(0):
+            error = Error(name, child.failure().reason)
+        child.end()
+        raise error from None
+    return child
 
 
 def uri(name, socket_path):

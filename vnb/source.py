@@ -48,6 +48,8 @@ class Running:
         self.name = domain.name
         self.uuid = domain.uuid
         self.started = start
+        if not domain.is_local:
+            raise Error(domain.uri, "the export would be on another host: run vnb-checkpoint there, through ssh")
         if start:
             domain.start_paused()
 
@@ -166,6 +168,10 @@ class _Offline:
 
     started = False
 
+    def __init__(self):
+        self._layers = {}
+        self._servers = []
+
     def refuse_if_busy(self):
         """Images that a guest uses are locked: qemu-img says so, at the first question."""
 
@@ -224,8 +230,9 @@ class _Offline:
                     qemuimg.add_union(disk["name"], wanted, plan.parent, bitmap)
             socket = self._socket(plan, disk["name"])
             job.remember("sockets", socket)
-            process = qemuimg.serve(disk["name"], image.path, image.format, socket, bitmap)
-            job.remember("servers", [process.pid, start_of(process.pid)])
+            server = qemuimg.serve(disk["name"], image.path, image.format, socket, bitmap)
+            self._servers.append(server)  # they end with the one who started them: the keeper keeps them
+            job.remember("servers", [server.process.pid, start_of(server.process.pid)])
 
     def end(self, record):
         for pid, start in record["servers"]:
@@ -247,10 +254,10 @@ class Stopped(_Offline):
     kind = "stopped"
 
     def __init__(self, domain):
+        super().__init__()
         self.domain = domain
         self.name = domain.name
         self.uuid = domain.uuid
-        self._layers = {}
         if not domain.is_local:
             raise Error(self.name, "is not running, and its images are on another host: run vnb-checkpoint there")
 
@@ -303,8 +310,8 @@ class Images(_Offline):
     kind = "images"
 
     def __init__(self, images):
+        super().__init__()
         self.images = {name: os.path.realpath(path) for name, path in images.items()}
-        self._layers = {}
         self.name = os.path.basename(next(iter(self.images.values()))).partition(".")[0] or "images"
         self.uuid = heads.uuid_of("\n".join(f"{name}={path}" for name, path in sorted(self.images.items())))
 

@@ -41,3 +41,12 @@ def listed(lab, vm, directory):
     """What vnb-checkpoint list says: {checkpoint: row}."""
     lines = lab.sh(f"vnb-checkpoint list {vm.name} --json --ledger {directory}").stdout.splitlines()
     return {row["checkpoint"]: row for row in map(json.loads, lines)}
+
+
+def record(lab, vm):
+    """The record of the machine's job in the state directory (dict), or None."""
+    try:
+        with open(lab.path("state", "jobs", vm.uuid, "job.json"), encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return None

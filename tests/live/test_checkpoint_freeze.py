@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Freeze, begin, thaw: a guest that a backup froze is thawed as soon as its agent answers, whatever happened."""
 
-import json
 import os
 import re
 import signal
 import subprocess
 
 import pytest
-from backups import STORE, backup
+from backups import STORE, backup, record
 from lab import wait_for
 
 
@@ -19,14 +18,6 @@ def directory(lab):
 
 def status(vm):
     return vm.agent("guest-fsfreeze-status", timeout=10)
-
-
-def record(lab, vm):
-    try:
-        with open(lab.path("state", "jobs", vm.uuid, "job.json"), encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        return None
 
 
 def agent_pid(vm):

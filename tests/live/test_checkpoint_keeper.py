@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The keeper: a job that nobody ends is ended, whoever was killed; a backup never costs the guest its life."""
 
-import json
 import os
 import signal
 import subprocess
 
 import libvirt
 import pytest
-from backups import backup, listed, restores, tip
+from backups import backup, listed, record, restores, tip
 from guest import linux
 from lab import Disk, MiB, wait_for
 
@@ -27,15 +26,6 @@ def start(lab, script):
         ["bash", "-c", "set -o pipefail\n" + script], env=lab.env, cwd=lab.directory, stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL, text=True, start_new_session=True,
     )
-
-
-def record(lab, vm):
-    """The job's record, or None."""
-    try:
-        with open(lab.path("state", "jobs", vm.uuid, "job.json"), encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        return None
 
 
 def running(lab, vm):

@@ -7,7 +7,7 @@ import signal
 
 import libvirt
 import pytest
-from backups import backup, levels, listed, restores, tip
+from backups import backup, levels, listed, record, restores, tip
 from lab import Disk, MiB, run
 
 
@@ -18,8 +18,7 @@ def directory(lab):
 
 def begin_and_kill_keeper(lab, vm, directory, level="full"):
     lab.sh(f"vnb-checkpoint begin {vm.name} --level {level} --ledger {directory} > {lab.path('begun')}")
-    with open(lab.path("state", "jobs", vm.uuid, "job.json"), encoding="utf-8") as file:
-        os.kill(json.load(file)["owner"]["pid"], signal.SIGKILL)
+    os.kill(record(lab, vm)["owner"]["pid"], signal.SIGKILL)
 
 
 def forget(vm):

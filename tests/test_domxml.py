@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Domain and checkpoint XML: what is read from it, and what is never let in."""
+
+import pytest
+
+from vnb import domxml
+from vnb.errors import Error
+
+DOMAIN = """
+<domain type='kvm'><name>vm1</name>
+  <os><loader>/usr/share/OVMF.fd</loader><nvram>/var/lib/nvram/vm1.fd</nvram><kernel>relative</kernel></os>
+  <devices>
+    <disk type='file' device='disk'><driver type='qcow2'/><source file='/a b.qcow2'/><target dev='vda'/></disk>
+    <disk type='block'><source dev='/dev/vg/lv'/><target dev='vdb'/></disk>
+    <disk type='network'><driver type='raw'/><source protocol='rbd' name='x'/><target dev='vdc'/></disk>
+    <disk type='file' device='cdrom'><target dev='sda'/></disk>
+    <disk type='file'><source file='/r'/><target dev='vdd'/><readonly/></disk>
+    <disk type='file'><source/><target dev='vde'/></disk>
+    <disk type='file'><source file='/l'><encryption format='luks'/></source><target dev='vdf'/></disk>
+    <tpm><backend type='emulator'/></tpm>
+  </devices>
+</domain>"""
+
+
+def test_disks():
+    found = {disk.name: disk for disk in domxml.disks(DOMAIN)}
+    assert (found["vda"].format, found["vda"].path) == ("qcow2", "/a b.qcow2")
+    assert (found["vdb"].format, found["vdb"].path, found["vdb"].type) == ("raw", "/dev/vg/lv", "block")
+    assert found["vdc"].path is None
+    assert found["vdf"].encrypted
+    left_out = {name: disk.left_out_because for name, disk in found.items()}
+    assert left_out == {
+        "vda": None, "vdb": None, "vdc": None, "sda": "is a cdrom", "vdd": "is read-only", "vde": "is empty",
+        "vdf": None,
+    }
+
+
+def test_files_are_absolute_paths():
+    assert domxml.files(DOMAIN) == [("loader", "/usr/share/OVMF.fd"), ("nvram", "/var/lib/nvram/vm1.fd")]
+    assert domxml.has_tpm(DOMAIN)
+    assert not domxml.has_agent(DOMAIN)
+
+
+@pytest.mark.parametrize("text", [
+    '<!DOCTYPE domain [<!ENTITY a "b">]><domain>&a;</domain>', "<domain>&a;</domain>", "<domain>", "", "text", "\0",
+])
+def test_entities_and_what_is_no_xml(text):
+    with pytest.raises(Error):
+        domxml.parse(text, "domain XML")
+
+
+def test_backup_and_checkpoint_quote_what_they_are_given():
+    root = domxml.parse(domxml.backup("/a&b.sock", [("vda", "c<1", "/s'.scratch"), ("vdb", None, "/t")], ["vdc"]), "x")
+    assert root.find("server").get("socket") == "/a&b.sock"
+    modes = {disk.get("name"): (disk.get("backupmode"), disk.get("incremental")) for disk in root.iter("disk")}
+    assert modes == {"vda": ("incremental", "c<1"), "vdb": ("full", None), "vdc": (None, None)}
+    assert domxml.backup_socket(domxml.backup("/x", [], [])) == "/x"
+    xml = domxml.checkpoint("c1", 'vnb {"a": "<"}', ["vda"], ["vdb"])
+    assert domxml.bitmaps(xml) == {"vda": "c1"}
+    assert domxml.description(xml) == 'vnb {"a": "<"}'
+
+
+def test_a_parent_is_replaced_and_removed():
+    xml = domxml.with_parent(domxml.checkpoint("c3", "", ["vda", "vdb"], []), "c2")
+    assert domxml.parse(xml, "x").findtext("./parent/name") == "c2"
+    assert domxml.parse(domxml.with_parent(xml, "c1"), "x").findtext("./parent/name") == "c1"
+    assert domxml.parse(domxml.with_parent(xml, None), "x").find("parent") is None
+    assert domxml.bitmaps(domxml.checkpoint_of_one(xml, "vdb")) == {"vdb": "c3"}
