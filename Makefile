@@ -4,6 +4,7 @@
 # make demo     the main job on a real virtual machine, shown
 # make check    the fast tests and the linters: seconds
 # make test     all tests, those on a real libvirtd and QEMU too: minutes
+# make soak     a long life of a machine, by a seed: SEED=1
 # make bench    beside nbdcopy, qemu-img, virtnbdbackup; JSON=1 prints JSON
 # make clean
 
@@ -11,7 +12,7 @@ PYTEST = .venv/bin/python -m pytest
 SCRIPTS = $(shell grep -rlE '^\#!/bin/(ba)?sh' .ci bin examples)
 PAGES = $(wildcard man/*.[1-9])
 
-.PHONY: setup demo check test bench clean
+.PHONY: setup demo check test soak bench clean
 
 setup:
 	@.ci/setup
@@ -23,10 +24,13 @@ check: setup
 	.venv/bin/ruff check --quiet --output-format concise .
 	shellcheck $(SCRIPTS)
 	$(if $(PAGES),mandoc -T lint -W warning $(PAGES))
-	$(PYTEST) tests --ignore tests/live
+	$(PYTEST) -q tests --ignore tests/live -m "not stage"
 
 test: check
-	$(PYTEST) tests/live
+	$(PYTEST) tests -m "stage or live"
+
+soak: setup
+	VNB_SOAK_STEPS=50 VNB_SOAK_SEED=$(or $(SEED),$(shell date +%j)) VNB_TEST_LIMIT=7200 $(PYTEST) tests/live/test_soak.py
 
 bench: setup
 	@.venv/bin/python tests/bench/bench.py $(if $(JSON),--json)

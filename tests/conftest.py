@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""For all tests: the commands of this tree come first in PATH, and none waits for ever."""
+"""For all tests: the commands of this tree come first in PATH, none waits for ever, stage tests are marked."""
 
 import os
 import signal
@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 COMMANDS = Path(__file__).resolve().parents[1] / ".venv" / "bin"
-LIMIT_SECONDS = 240  # for what takes a minute at most: a test that hangs names itself, and the others run
+LIMIT_SECONDS = int(os.environ.get("VNB_TEST_LIMIT", "240"))  # for a minute at most: what hangs names itself
+# Tests of these start no server and no pipeline: `make check` is these. All others beside them are stage tests.
+FAST = (
+    "test_backupset", "test_cache", "test_chain", "test_checkpoint_usage", "test_codec", "test_config", "test_docs",
+    "test_domxml", "test_dump", "test_export_walk", "test_frame", "test_index", "test_layers", "test_run",
+    "test_stream", "test_vectors",
+)
 
 os.environ["PATH"] = f"{COMMANDS}:{os.environ['PATH']}"
 
@@ -26,3 +32,9 @@ def pytest_runtest_call():
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.parent == Path(__file__).parent and not item.path.stem.startswith(FAST):
+            item.add_marker("stage")
