@@ -11,9 +11,9 @@ import samples
 from applied import left_behind, mounted, refused, segments_of
 
 from vnb import stream
-from vnb.apply import Restore
 from vnb.errors import Error, StreamError
 from vnb.place import Recipe
+from vnb.restore import Restore
 from vnb.writer import Buffers
 
 PLAN = [{"vda": "64k:A 64k:- 64k:?", "vdb": "4k:B"}, {"vda": "64k:0 64k:C", "vdb": "4k:."}]

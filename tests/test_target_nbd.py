@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """vnb-apply onto NBD servers, good ones and bad ones."""
 
-import os
+import contextlib
 import shutil
 import socket
 
@@ -139,11 +139,11 @@ def test_malformed_uri(content, uri):
 
 def test_server_killed(tmp_path, content, image):
     """In the middle, with requests that it will never answer."""
-    with nbdkit(tmp_path, "--filter=delay", "file", image, "delay-write=1000000ms") as (uri, server):
+    with slow_server(tmp_path, image) as (uri, server, writes):
         process = applied.start("--disk", f"vda={uri}")
         process.stdin.write(content[:-40])
         process.stdin.flush()
-        applied.eventually(lambda: len(open_sockets(server.pid)) > 1)
+        applied.eventually(writes)
         server.kill()
         _, stderr = process.communicate(content[-40:], timeout=applied.DEADLINE)
     assert process.returncode == 1
@@ -153,12 +153,12 @@ def test_server_killed(tmp_path, content, image):
 
 def test_interrupted_while_a_server_does_not_answer(tmp_path, content, image):
     """Nobody waits for it then."""
-    with nbdkit(tmp_path, "--filter=delay", "file", image, "delay-write=1000000ms") as (uri, server):
+    with slow_server(tmp_path, image) as (uri, _, writes):
         process = applied.start("--disk", f"vda={uri}")
         process.stdin.write(content)
         process.stdin.close()
         process.stdin = None
-        applied.eventually(lambda: len(open_sockets(server.pid)) > 1)
+        applied.eventually(writes)
         process.terminate()
         _, stderr = process.communicate(timeout=10)
     assert (process.returncode, stderr) == (-15, b"vnb-apply: ended by SIGTERM\n")
@@ -189,6 +189,10 @@ def test_tls(tmp_path, content, image):
     assert image.read_bytes() == EXPECTED
 
 
-def open_sockets(pid):
-    """The sockets that a process has open."""
-    return [fd for fd in os.listdir(f"/proc/{pid}/fd") if "socket" in os.readlink(f"/proc/{pid}/fd/{fd}")]
+@contextlib.contextmanager
+def slow_server(tmp_path, image):
+    """An nbdkit that answers no write for a long time; (URI, process, function: whether it was asked for one)."""
+    log = tmp_path / "log"
+    options = ["--filter=log", "--filter=delay", "file", image, "delay-write=1000000ms", f"logfile={log}"]
+    with nbdkit(tmp_path, *options) as (uri, process):
+        yield uri, process, lambda: log.exists() and " Write " in log.read_text()

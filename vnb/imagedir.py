@@ -90,19 +90,28 @@ class ImageDirectory:
         """
         Give images their final names, all or none, and make that durable. The images themselves are durable already.
 
-        Nothing is ever replaced. Raises Error.
+        Nothing is replaced. Raises Error.
         """
         named = []
         try:
             for file_name in file_names:
                 self._name(file_name, named)
-            _sync(self.path)
+            sync_directory(self.path)
         except BaseException as error:
             for other in named:
                 os.unlink(self.final(other))
             if isinstance(error, OSError):
                 raise os_error(self.final(file_name) if file_names else self.path, error) from None
             raise
+
+    def replace(self, file_names):
+        """Give images their final names, whatever had these before, and make that durable. Raises Error."""
+        try:
+            for file_name in file_names:
+                os.rename(self.partial(file_name), self.final(file_name))
+            sync_directory(self.path)
+        except OSError as error:
+            raise os_error(self.final(file_name) if file_names else self.path, error) from None
 
     def _name(self, file_name, named):
         partial, final = self.partial(file_name), self.final(file_name)
@@ -121,7 +130,7 @@ class ImageDirectory:
         self._workspace = os.path.join(self.path, f"{_PREFIX}{secrets.token_hex(4)}{_SUFFIX}")
         os.mkdir(self._workspace, 0o700)
         with contextlib.suppress(FileNotFoundError):
-            self._lock = _lock(self._workspace, os.O_CREAT)
+            self._lock = lock_file(os.path.join(self._workspace, _LOCK), os.O_CREAT)
 
 
 def remove_abandoned(directory):
@@ -131,7 +140,7 @@ def remove_abandoned(directory):
             continue
         workspace = os.path.join(directory, name)
         try:
-            lock = _lock(workspace, 0)
+            lock = lock_file(os.path.join(workspace, _LOCK))
         except FileNotFoundError:
             # Killed before it had a lock, or removed by somebody else now: then it is empty, or gone.
             with contextlib.suppress(OSError):
@@ -144,9 +153,8 @@ def remove_abandoned(directory):
             os.close(lock)
 
 
-def _lock(workspace, flags):
-    """A descriptor of the workspace's lock, held, or None if somebody else has it, or had and removed it."""
-    path = os.path.join(workspace, _LOCK)
+def lock_file(path, flags=0):
+    """A descriptor of a file, locked; None if somebody else has the lock, or removed the file. Raises OSError."""
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -177,7 +185,8 @@ def _make(path):
     return made
 
 
-def _sync(directory):
+def sync_directory(directory):
+    """Make the names in a directory durable. Raises OSError."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -65,12 +65,14 @@ class NewImage:
     A new image in a vnb.imagedir.ImageDirectory. name (str): the disk. recipe (Recipe).
 
     It is there under its final name when the directory has published file_names.
+    replaces (bool): what has these names now may be replaced.
     """
 
     fresh = True
 
-    def __init__(self, directory, name, recipe):
+    def __init__(self, directory, name, recipe, replaces=False):
         self.name = name
+        self._replaces = replaces
         self.file_names = [f"{name}.{recipe.format}"]
         self._recipe = recipe
         self._directory = directory
@@ -78,7 +80,7 @@ class NewImage:
         self._format = "raw" if recipe.compress else recipe.format
         self._path = directory.partial(f"{name}.{self._format}")
         self._settings = {}
-        directory.refuse_existing(self.file_names[0])
+        self._refuse_existing(self.file_names[0])
 
     def begin(self, size, info):
         """Make it, without any data, in the place of what was written until now."""
@@ -87,7 +89,7 @@ class NewImage:
         outside = self._settings.get("data_file")
         if outside:
             if outside not in self.file_names:
-                self._directory.refuse_existing(outside)
+                self._refuse_existing(outside)
                 self.file_names.append(outside)
             # Where QEMU looks for it depends on where QEMU was started, unless the name is absolute.
             self._settings["data_file"] = self._directory.partial(outside)
@@ -128,6 +130,10 @@ class NewImage:
     def __str__(self):
         return self.file_names[0]
 
+    def _refuse_existing(self, file_name):
+        if not self._replaces:
+            self._directory.refuse_existing(file_name)
+
     def _make_empty(self, path):
         """Have an empty file: nobody else may read what was in the guest, and qemu-img leaves modes as they are."""
         os.close(_open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, self.name))
@@ -141,6 +147,45 @@ class NewImage:
                 raise os_error(self.name, error) from None
             finally:
                 os.close(fd)
+
+
+class StandbyImage(NewImage):
+    """
+    An image that was made before and is written where it is, or is made anew if the disk comes as a whole.
+
+    files (list of str): the names of its files.
+    """
+
+    def __init__(self, directory, name, recipe, files):
+        super().__init__(directory, name, recipe, replaces=True)
+        self._made = self.file_names
+        self._outside = files[1:]
+        self._path = directory.final(self.file_names[0])
+        self.file_names = []  # nothing to publish
+        self.fresh = False
+
+    def begin(self, size, info):
+        """Make a new one: the old one stays as it is until that is published."""
+        self.file_names = self._made
+        self._path = self._directory.partial(self.file_names[0])
+        self.fresh = True
+        super().begin(size, info)
+
+    def open(self, size):
+        """A target that writes to it."""
+        if self.fresh:
+            return super().open(size)
+        keep = self._recipe.preallocate
+        if self._format == "raw":
+            return target.Raw(_open(self._path, os.O_WRONLY, self._path), self.name, keep=keep)
+        outside = [self._directory.final(name) for name in self._outside]
+        path = os.path.abspath(self._path)
+        return qemu.Image(self.name, path, self._path, self._format, keep=keep, outside=outside)
+
+    def complete(self):
+        """All that is to be in it is there, and durable."""
+        if self.fresh:
+            super().complete()
 
 
 class Existing:
