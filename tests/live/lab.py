@@ -380,10 +380,12 @@ class Lab:
         self.directory = tempfile.mkdtemp(prefix="vnb-lab-", dir="/var/tmp")  # noqa: S108 -- /tmp may be memory
         os.chmod(self.directory, 0o711)  # noqa: S103 -- QEMU's user must get through
         try:
-            private = isolate(self.path("libvirt"))
+            private = isolate(self.path("l"))
             self.env = {key: value for key, value in os.environ.items() if not key.startswith("LIBVIRT_")}
             self.env.pop("PYTHONDONTWRITEBYTECODE", None)  # a pipeline starts five times, as fast as when installed
             self.env["PATH"] = f"{COMMANDS}:{self.env['PATH']}"
+            # A client of qemu:///session that finds none would start a libvirtd that is nobody's.
+            self.env["LIBVIRT_AUTOSTART"] = os.environ["LIBVIRT_AUTOSTART"] = "0"
             self.env["VNB_LAB"] = self.directory  # tells whose child a process is, whoever its parent is now
             self.env["VNB_STATE_DIR"] = self.path("state")
             self.state_directories, self.logs = libvirt_directories()
@@ -460,7 +462,7 @@ class Lab:
     def domain(self, *disks, name=None, start=True, kind=Domain, **options):
         """Make a machine with these disks, without an operating system, and start it. options are Domain's."""
         self.count += 1
-        name = name or f"vnb-lab-{os.getpid()}-{self.count}"
+        name = name or f"lab-{os.getpid()}-{self.count}"
         domain = self.domains[name] = kind(self, name, disks, **options)
         return domain.start() if start else domain
 
@@ -514,8 +516,8 @@ SYSTEM_DIRECTORIES = {
     "etc": "/etc/libvirt", "run": "/run/libvirt", "lib": "/var/lib/libvirt", "log": "/var/log/libvirt",
     "cache": "/var/cache/libvirt",
 }
-SESSION_DIRECTORIES = {
-    "etc": "XDG_CONFIG_HOME", "run": "XDG_RUNTIME_DIR", "lib": "XDG_DATA_HOME", "cache": "XDG_CACHE_HOME",
+SESSION_DIRECTORIES = {  # short names: the path of a socket has at most 107 bytes
+    "e": "XDG_CONFIG_HOME", "r": "XDG_RUNTIME_DIR", "d": "XDG_DATA_HOME", "c": "XDG_CACHE_HOME",
 }
 LIBVIRTD_CONF = """\
 auth_unix_ro = "none"
@@ -544,7 +546,7 @@ def isolate(directory):
         for name, variable in SESSION_DIRECTORIES.items():
             os.mkdir(f"{directory}/{name}", mode=0o700)
             os.environ[variable] = f"{directory}/{name}"
-        configure(f"{directory}/etc/libvirt")
+        configure(f"{directory}/e/libvirt")
         return True
     for place in SYSTEM_DIRECTORIES.values():
         os.makedirs(place, exist_ok=True)
