@@ -256,15 +256,57 @@ def test_readers_side_by_side(saved):
     assert not wrong
 
 
-def test_the_frame_cache_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(image, "PLAIN_CACHE", 200_000)
+def test_the_frame_cache_is_bounded(tmp_path):
     makers.make_set(tmp_path / "set", [{"vda": "4M:?"}])
-    images = Images([str(tmp_path / "set")])
+    images = Images([str(tmp_path / "set")], cache=200_000)
     opened = images.open("")
     plain = makers.images([{"vda": "4M:?"}])[0]["vda"]
     for offset in range(0, 4 << 20, 4096):
         assert read(opened, offset, 4096) == plain[offset : offset + 4096]
-    assert images._plain.size <= 200_000
+    assert images._data._plain.size <= 200_000
+
+
+def test_small_reads_of_a_large_frame(tmp_path, monkeypatch):
+    """A frame is checked as a whole once; then a few KiB of it cost a few KiB of reading, and are checked too."""
+    plan = [{"vda": "1M:? 300k:?"}]
+    makers.make_set(tmp_path / "set", plan, frame_size=512 << 10)
+    plain = makers.images(plan)[0]["vda"]
+    opened = Images([str(tmp_path / "set")], cache=0).open("")
+    sizes = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: sizes.append(size) or pread(fd, size, offset))
+    random_ = random.Random(7)  # noqa: S311
+    for _ in range(300):
+        offset = random_.randrange(len(plain) - 1)
+        length = min(random_.choice([1, 4096, 40_000]), len(plain) - offset)
+        assert read(opened, offset, length) == plain[offset : offset + length]
+    assert sum(size > 100_000 for size in sizes) == 3  # the frames
+
+
+def test_a_frame_that_changes_after_it_was_read(tmp_path):
+    (path,) = makers.make_set(tmp_path / "set", [{"vda": "512k:A"}], frame_size=512 << 10)
+    opened = Images([str(tmp_path / "set")], cache=0).open("")
+    assert read(opened, 0, 10) == b"A" * 10
+    content = bytearray(Path(path).read_bytes())
+    content[content.index(b"A" * 1000) + 300_000] ^= 1
+    with open(path, "r+b") as file:
+        file.write(content)
+    assert read(opened, 0, 10) == b"A" * 10
+    for offset in (300_000, 0):  # once it is known to be damaged, all of it is
+        with pytest.raises(Error, match="vda: offset 0: 524288 bytes differ"):
+            read(opened, 299_990 if offset else 0, 20 if offset else 100_000)
+
+
+@pytest.mark.parametrize("most", [1, 10, 10_000])
+def test_more_pieces_than_are_remembered(tmp_path, monkeypatch, most):
+    monkeypatch.setattr(image, "MAX_PIECES", most)
+    plan = [{"vda": " ".join(["512:A 512:0 512:B"] * 1000) + " 1M:-"}, {"vda": "700:. 1k:C " * 900}]
+    makers.make_set(tmp_path / "set", plan)
+    plain = makers.images(plan)[-1]["vda"]
+    opened = Images([str(tmp_path / "set")]).open("")
+    assert read(opened, 0, opened.size) == plain
+    for offset in range(0, len(plain) - 3000, 50_000):
+        assert read(opened, offset, 3000) == plain[offset : offset + 3000]
 
 
 def test_prefetch_leaves_frames_in_the_cache(tmp_path):

@@ -49,6 +49,20 @@ class Cache:
             flight.done.release()
         return value
 
+    def peek(self, key):
+        """The value of a key, or None if it is not here."""
+        with self._lock:
+            value = self._values.get(key)
+            if value is not None:
+                self._values.move_to_end(key)
+            return value
+
+    def put(self, key, value):
+        """Keep a value."""
+        with self._lock:
+            if key not in self._values:
+                self._keep(key, value)
+
     def __contains__(self, key):
         return key in self._values
 

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Saved disks as they were at a point, read from the segments that lead there: any bytes, every one checked."""
 
-import os
 import threading
+from bisect import bisect_right
 
-from vnb import backupset, chain, codec
+from vnb import backupset, chain
 from vnb import frame as f
 from vnb.cache import Cache
-from vnb.errors import Error, StreamError, os_error
-from vnb.frame import FrameError
+from vnb.errors import Error
 from vnb.layers import Layers
-from vnb.stream import Data
+from vnb.saveddata import SavedData, Source
 
-PLAIN_CACHE = 24 * f.MiB  # of frames, unpacked: a frame is read in pieces, and by several threads
-INDEX_CACHE = 8 * f.MiB  # of index pages: a quarter of a million extents
+DATA_CACHE = 8 * f.MiB  # of unpacked frames: readers that go forwards have done with them soon
+INDEX_CACHE = 4 * f.MiB  # of index pages: 128 thousand extents
+WINDOW_CACHE = 4 * f.MiB  # of what is made of them: ten thousand pieces
+WINDOW = 1 * f.MiB  # bytes of disk that are looked up at once
+PIECE_SIZE = 400  # bytes that Python takes for a piece
 MAX_EXTENTS = 1024  # of one answer: more would keep Python's lock for milliseconds
 MAX_PIECES = 4 * MAX_EXTENTS  # looked at for one answer: neighbours with one state are one extent
-_NONE_HEADER = f.DATA_HEADER_SIZES["none"]
 _ZEROES = memoryview(bytes(f.MiB))
 
 
@@ -25,12 +26,13 @@ class Images:
     The saved disks in sets and files, at all their points.
 
     operands (list of str): sets and files. until (str or None): the point of disks named without one.
-    disks (list of str): no other disk is here. all_points (bool): False for that point alone.
+    disks (list of str): no other disk is here. all_points (bool): False for that point alone. cache (int): bytes of
+    unpacked frames to keep.
     Raises Error if there is no chain to that point, or no such disk.
     All methods may be called from any thread.
     """
 
-    def __init__(self, operands, until=None, disks=(), all_points=True):
+    def __init__(self, operands, until=None, disks=(), all_points=True, cache=DATA_CACHE):
         self.name = operands[0] if len(operands) == 1 else "the chain"
         self.segments = backupset.segments(operands)
         self.path = chain.path(self.segments, self.name, until)
@@ -44,10 +46,11 @@ class Images:
         self._only = set(disks)
         self._all_points = all_points
         self._images = {}
-        self._rows = {}
+        self._opened = {}  # SavedSegment: for each disk (Source, Rows)
         self._lock = threading.Lock()
-        self._plain = Cache(PLAIN_CACHE)
+        self._data = SavedData(cache)
         self._pages = Cache(INDEX_CACHE)
+        self._windows = Cache(WINDOW_CACHE)
 
     def names(self):
         """The names of all images: the disks at the point chosen, then those at each other point, newest first."""
@@ -82,63 +85,62 @@ class Images:
             return self._images[key]
 
     def _open(self, name, path):
-        parts = []
+        sources = []
         rows = []
         for segment in reversed(path):
             number = next((number for number, disk in enumerate(segment.disks) if disk["name"] == name), None)
             if number is None:
                 raise Error(self.name, f'no disk {name} at point {segment.head["point"]}')
-            if segment not in self._rows:
+            if segment not in self._opened:
                 segment.open()  # the file is held from here on, and is still the one whose head was read
-                self._rows[segment] = segment.rows(self._pages)
-            parts.append((segment, number))
-            rows.append(self._rows[segment][number])
+                disks = enumerate(segment.rows(self._pages))
+                self._opened[segment] = [(Source(segment, disk), rows_) for disk, rows_ in disks]
+            source, rows_ = self._opened[segment][number]
+            sources.append(source)
+            rows.append(rows_)
             if segment.disks[number]["level"] == "full":
                 break
-        size = parts[0][0].disks[parts[0][1]]["size"]
-        full_size = segment.disks[number]["size"]
-        return Image(name, path[-1].head, Layers(name, rows, size, full_size), parts, self._plain)
+        size = rows[0].disk_size
+        layers = Layers(name, rows, size, rows[-1].disk_size)
+        return Image(name, path[-1].head, layers, sources, self._data, self._windows)
 
 
 class Image:
     """
-    One disk at one point. size (int): in bytes.
+    One disk at one point. size (int): in bytes. head (dict): of the segment that leads there.
 
-    parts: list of (SavedSegment, number of the disk in it), one a layer. cache (Cache): of unpacked frames.
+    sources (list of vnb.saveddata.Source): one a layer. data (SavedData): reads them. windows (Cache): of Windows.
     """
 
-    def __init__(self, name, head, layers, parts, cache):
+    def __init__(self, name, head, layers, sources, data, windows):
         self.name = name
         self.head = head
         self.size = layers.size
         self._layers = layers
-        self._parts = parts
-        self._cache = cache
+        self._sources = sources
+        self._data = data
+        self._windows = windows
 
     def read_into(self, view, offset):
         """
         Fill view (memoryview) with the bytes from offset on.
 
-        Each frame that is touched is unpacked and held against the hash that was made at the source, all of it.
-        Frames wanted in part stay in the cache. Raises Error; then view has nothing that may be used.
+        Whatever is touched is held against the hash that was made at the source. Raises Error; then view has nothing
+        that may be used.
         """
         end = offset + len(view)
-        for at, length, layer, row in self._layers.pieces(offset, end):
+        for at, length, layer, row in self._pieces(offset, end):
             part = view if length == len(view) else view[at - offset : at - offset + length]
             if row is None or not row[2]:
                 _zero(part)
-            elif length == row[1] and row[3] == length + _NONE_HEADER:
-                self._read_whole(part, layer, row)
             else:
-                skip = at - row[0]
-                part[:] = self._plain(layer, row)[skip : skip + length]
+                self._data.read(part, at - row[0], self._sources[layer], row, len(view))
 
     def prefetch(self, offset, length):
         """Have the frames of a range in the cache, as far as half of it may be used for that."""
-        end = min(offset + length, offset + self._cache.limit // 2, self.size)
-        for _, _, layer, row in self._layers.pieces(offset, end):
+        for _, _, layer, row in self._pieces(offset, min(offset + min(length, self._data.cache_size // 2), self.size)):
             if row is not None and row[2]:
-                self._plain(layer, row)
+                self._data.plain(self._sources[layer], row)
 
     def extents(self, offset, length):
         """
@@ -159,51 +161,51 @@ class Image:
                 current = state
         return found
 
-    def _plain(self, layer, row):
-        segment = self._parts[layer][0]
-        return self._cache.get((segment, row[2]), lambda: self._load(layer, row))
+    def _pieces(self, offset, end):
+        """As Layers.pieces, from the windows that are remembered."""
+        while offset < end:
+            number = offset // WINDOW
+            window = self._windows.get((self, number), lambda number=number: Window(self._layers, number))
+            if offset >= window.end:
+                yield from self._layers.pieces(offset, end)
+                return
+            pieces = window.pieces
+            at = bisect_right(window.offsets, offset) - 1
+            start, length, layer, row = pieces[at]
+            length -= offset - start
+            while offset + length < end:
+                yield offset, length, layer, row
+                offset += length
+                at += 1
+                if at == len(pieces):
+                    break
+                _, length, layer, row = pieces[at]
+            else:
+                yield offset, end - offset, layer, row
+                return
 
-    def _load(self, layer, row):
-        """The plain bytes (memoryview) of a whole frame."""
-        segment, _ = self._parts[layer]
-        try:
-            raw = memoryview(os.pread(segment.fd, row[3], segment.start + row[2]))
-        except OSError as error:
-            raise os_error(self._what(segment), error, f"offset {row[0]}") from None
-        return memoryview(self._checked(layer, row, raw[: f.MAX_DATA_HEADER], raw, len(raw)))
 
-    def _read_whole(self, part, layer, row):
-        """Read a frame that is stored as it is to where it is wanted, without a copy in between."""
-        segment, _ = self._parts[layer]
-        header = bytearray(_NONE_HEADER)
-        try:
-            count = os.preadv(segment.fd, [header, part], segment.start + row[2])
-        except OSError as error:
-            raise os_error(self._what(segment), error, f"offset {row[0]}") from None
-        self._checked(layer, row, memoryview(header), part, count)
+class Window:
+    """
+    The pieces of a part of a disk, from offset number * WINDOW on.
 
-    def _checked(self, layer, row, header, rest, count):
-        """
-        The plain bytes (bytes-like) of a frame, held against its row in the index, its sum and its hash.
+    To look into every layer costs more than to read a few KiB, and readers come back, or are near each other.
+    end (int): where the pieces end, in bytes; beyond the window, or before its end if there are too many.
+    """
 
-        header (memoryview): its first bytes. rest (memoryview): ends with its payload. count (int): bytes read.
-        """
-        segment, number = self._parts[layer]
-        offset, length, _, size = row
-        try:
-            fields, _, header_size, payload = f.decode(header)
-            if fields[:4] != ["data", number, offset, length] or header_size + payload != size:
-                raise FrameError("not the frame that the index says is here")
-            if count != size:
-                raise FrameError("short record")
-        except (FrameError, f.Incomplete) as error:
-            raise StreamError(self._what(segment), error or "short record", f"offset {offset}") from None
-        _, _, _, _, name, hash_ = fields
-        data = Data(number, offset, length, name, hash_, rest[len(rest) - payload :])
-        return codec.plain(data, self._what(segment))
+    __slots__ = ("end", "nbytes", "offsets", "pieces")
 
-    def _what(self, segment):
-        return f"{segment.name}: {self.name}"
+    def __init__(self, layers, number):
+        limit = min((number + 1) * WINDOW, layers.size)
+        self.pieces = []
+        # Up to the end of the disk: the last piece is to be whole, so that its frame is read in one go.
+        for piece in layers.pieces(number * WINDOW, layers.size):
+            self.pieces.append(piece)
+            self.end = piece[0] + piece[1]
+            if self.end >= limit or len(self.pieces) == MAX_PIECES:
+                break
+        self.offsets = [piece[0] for piece in self.pieces]
+        self.nbytes = PIECE_SIZE * len(self.pieces)
 
 
 def _zero(view):

@@ -30,6 +30,8 @@ Options:
                  server-key.pem
   --tls-psk FILE
                  with --listen: only TLS, only to those who have a key
+  --cache SIZE   memory for unpacked data, for readers who come back; k, M
+                 or G may be behind the number [default: 8M]
   --daemon FILE  go to the background when ready; FILE gets the process id
   --stop FILE    end the vnb-map that wrote FILE
   --debug        show tracebacks, and what nbdkit has to say
@@ -45,11 +47,12 @@ import signal
 import stat
 import subprocess
 
-from vnb import mapserver
+from vnb import arguments, mapserver
 from vnb.child import wait_for
 from vnb.errors import Error, Interrupted, UsageError, os_error
 
 DEFAULT_HOST = "127.0.0.1"
+MAX_CACHE = 1 << 40
 
 
 def main(args):
@@ -77,6 +80,7 @@ def check(args):
                     raise UsageError(option, f"does not go with {other}")
     if args["--listen"]:
         host_and_port(args["--listen"])
+    arguments.size(args, "--cache", 0, MAX_CACHE)
     for path in tls_files(args):
         try:
             os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
@@ -118,6 +122,7 @@ def serve(args, ready, log=False):
             "operands": args["SET_OR_FILE"],
             "until": args["--until"],
             "disks": args["--disk"],
+            "cache": arguments.size(args, "--cache", 0, MAX_CACHE),
             "all_points": not args["--writable"],  # the cow filter has one overlay for whatever is written to
         }
         nbdkit = stack.enter_context(mapserver.Nbdkit(below, choice, private, nbdkit_options(args), debug, log))

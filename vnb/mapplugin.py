@@ -4,7 +4,7 @@ The server of vnb-map: a plugin that nbdkit runs in a Python of its own; see nbd
 
 vnb-map hands over what is to be served in a file (parameter "choice", JSON):
 
-    operands, until, disks, all_points   see vnb.image.Images
+    operands, until, disks, all_points, cache   see vnb.image.Images
     status    a descriptor: JSON says what is served, when it is, or why it can't be
     stderr    a descriptor: lines for people; null: they go to the system's log
     parent    the process to end with
@@ -69,7 +69,7 @@ def get_ready():
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
-        images = Images(*(choice[key] for key in ("operands", "until", "disks", "all_points")))
+        images = Images(*(choice[key] for key in ("operands", "until", "disks", "all_points", "cache")))
         sizes = {name: images.open(name).size for name in images.disks}
         answer = {"disks": sizes, "default": images.default, "point": images.point}
     except (Error, OSError) as error:
