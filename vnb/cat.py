@@ -3,6 +3,8 @@
 
 Usage:
   vnb-cat [--until POINT] [--disk NAME]... [--debug] SET_OR_FILE...
+  vnb-cat --head [--until POINT] [--disk NAME]... [--debug] SET_OR_FILE...
+  vnb-cat --point [--until POINT] [--debug] SET_OR_FILE...
   vnb-cat --tip [--debug] SET_OR_FILE...
   vnb-cat --help | --version
 
@@ -13,6 +15,9 @@ Options:
                  2026-01-31T12:00:00Z, or cut short as 2026-01-31; the
                  default is the latest point
   --disk NAME    only this disk; may be given several times
+  --head         only head, disks and files of the last segment, without its
+                 extents: all that vnb-config needs
+  --point        print the name of the point, and nothing else
   --tip          print the checkpoint that the next increment starts from
   --debug        show tracebacks
   --help         print this
@@ -46,6 +51,9 @@ def main(args):
         if segment.head["stage"] != "data":
             raise Error(segment.name, f'holds no data, but {segment.head["stage"]}')
     point = path[-1].head["point"]
+    if args["--point"]:
+        print(point)
+        return
     held = {disk["name"] for disk in path[-1].disks}
     unknown = sorted(set(args["--disk"]) - held)
     if unknown:
@@ -56,6 +64,9 @@ def main(args):
     # A disk that the last point does not have is not part of it: nobody needs its older data.
     wanted = set(args["--disk"]) or held
     out = stream.stdout()
+    if args["--head"]:
+        _copy_head(path[-1], out, wanted)
+        return
     for saved in path:
         _copy(saved, out, wanted)
 
@@ -98,5 +109,19 @@ def _copy(saved, out, wanted):
                 codec.check(frame, f'{saved.name}: {segment.disks[frame.disk]["name"]}')
             frame.disk = numbers[frame.disk]
         written.frame(frame)
+    written.end()
+    saved.close()
+
+
+def _copy_head(saved, out, wanted):
+    """Write what a saved segment has before its extents, as a segment of disks alone."""
+    segment = saved.open()
+    head = {**segment.head, "stage": "disks", "id": secrets.token_hex(16)}
+    written = out.segment(head, [disk for disk in segment.disks if disk["name"] in wanted])
+    for frame in segment:
+        if frame.__class__ is stream.File:
+            written.frame(frame)
+        elif frame.__class__ in (stream.Data, stream.Extents):
+            break
     written.end()
     saved.close()

@@ -144,9 +144,26 @@ FILE_ROLES = ("loader", "nvram", "kernel", "initrd", "dtb")
 
 def files(domain_xml):
     """[(role, path)] of the files that the domain needs beside its disks."""
-    os_ = parse(domain_xml, "domain XML").find("os")
-    found = [] if os_ is None else [(role, os_.findtext(role)) for role in FILE_ROLES]
-    return [(role, path.strip()) for role, path in found if path and path.strip().startswith("/")]
+    root = parse(domain_xml, "domain XML")
+    found = [(role, file_path(element)) for role in FILE_ROLES for element in root.iterfind(f"./os/{role}")]
+    return [(role, path) for role, path in found if path]
+
+
+def file_path(element):
+    """The absolute path that an element of one of FILE_ROLES names, or None."""
+    # An nvram may have a source, as disks have.
+    source = element.find("source")
+    path = (element.text if source is None else source.get("file")) or ""
+    return path.strip() if path.strip().startswith("/") else None
+
+
+def set_file_path(element, path):
+    """Have an element of one of FILE_ROLES name another file."""
+    source = element.find("source")
+    if source is None:
+        element.text = path
+    else:
+        source.attrib = {"file": path}
 
 
 def has_tpm(domain_xml):
@@ -168,3 +185,8 @@ def qemu_user(domain_xml):
 def description(checkpoint_xml):
     """The text of a checkpoint's description, "" where it has none."""
     return parse(checkpoint_xml, "checkpoint XML").findtext("description") or ""
+
+
+def pool_path(pool_xml):
+    """The directory of a storage pool, or None."""
+    return parse(pool_xml, "storage pool XML").findtext("./target/path")

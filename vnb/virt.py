@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """libvirt: connections, domains and their backup jobs. The only user of libvirt-python."""
 
+import contextlib
 import os
 import time
 
@@ -26,6 +27,12 @@ def default_uri():
 def error_of(what, error):
     """A libvirtError as an Error, with libvirt's own words."""
     return Error(what, error.get_error_message() or str(error))
+
+
+def _is_local(uri):
+    import urllib.parse
+
+    return not urllib.parse.urlsplit(uri).netloc
 
 
 def _open(uri, user, password_file):
@@ -55,6 +62,65 @@ def _password(path):
         raise Error("--password-file", "libvirt asks for a password, and none is given")
     with open(path, encoding="utf-8") as file:
         return file.readline().rstrip("\n")
+
+
+class Host:
+    """
+    A libvirt, for domains that are not there yet. uri, user, password_file: as Domain has them. Raises Error.
+    """
+
+    def __init__(self, uri, user=None, password_file=None):
+        self.uri = uri or default_uri()
+        try:
+            self._connection = _open(self.uri, user, password_file)
+        except libvirt.libvirtError as error:
+            raise error_of(self.uri, error) from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(libvirt.libvirtError):
+            self._connection.close()
+
+    @property
+    def is_local(self):
+        """Whether paths in a domain's XML are paths of this host."""
+        return _is_local(self.uri)
+
+    def refuse_to_replace(self, name, uuid):
+        """
+        Raise Error where a domain is in the way of a definition with this name and uuid (str, "" for a new one).
+
+        A domain with the same uuid is meant to be replaced, but not while it runs.
+        """
+        try:
+            for domain in self._connection.listAllDomains():
+                if uuid and domain.UUIDString() == uuid:
+                    if domain.isActive():
+                        raise Error(domain.name(), "is running: shut it down before it is replaced")
+                elif domain.name() == name:
+                    raise Error(name, f"there is such a domain at {self.uri} already: give another name with --name")
+        except libvirt.libvirtError as error:
+            raise error_of(self.uri, error) from None
+
+    def define(self, name, xml):
+        """Define a domain. name (str): for messages."""
+        try:
+            self._connection.defineXML(xml)
+        except libvirt.libvirtError as error:
+            raise error_of(name, error) from None
+
+    def refresh_pool(self, directory, say):
+        """Have the storage pools that are in a directory see what is new there. It is a favour: failures are said."""
+        try:
+            for pool in self._connection.listAllStoragePools(libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE):
+                path = domxml.pool_path(pool.XMLDesc())
+                if path and os.path.realpath(path) == os.path.realpath(directory):
+                    pool.refresh()
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:  # a libvirt without any storage driver
+                say(f"{directory}: cannot refresh the storage pool: {error.get_error_message()}")
 
 
 class Domain:
@@ -202,9 +268,7 @@ class Domain:
     @property
     def is_local(self):
         """Whether paths in the domain's XML are paths of this host."""
-        import urllib.parse
-
-        return not urllib.parse.urlsplit(self.uri).netloc
+        return _is_local(self.uri)
 
     def end_backup(self):
         """

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The XML of a saved domain, made to fit the place where it is restored. Pure: nothing is opened or asked."""
+
+import dataclasses
+import re
+from xml.etree import ElementTree  # noqa: S405 - vnb.domxml.parse lets no document type in
+
+from vnb import domxml
+from vnb.errors import Error
+
+# Written as libvirt's users know them, instead of ns0, ns1, ...
+NAMESPACES = {
+    "qemu": "http://libvirt.org/schemas/domain/qemu/1.0",
+    "libosinfo": "http://libosinfo.org/xmlns/libvirt/domain/1.0",
+}
+for _prefix, _uri in NAMESPACES.items():
+    ElementTree.register_namespace(_prefix, _uri)
+
+# What libvirt makes of a domain's id or name when it starts, and makes anew.
+_MADE_PATH = re.compile(r"/domain-\d+-|/channel/target/|/run/libvirt/qemu/channel/|^/dev/pts/")
+_MADE_INTERFACE = re.compile(r"(vnet|macvtap|macvlan|vif)\d+")
+
+
+@dataclasses.dataclass
+class Place:
+    """Where a disk is now. type (str): file or block. path (str): absolute. format (str): of the image there."""
+
+    type: str
+    path: str
+    format: str
+
+
+@dataclasses.dataclass
+class Wishes:
+    """What the user wants. name (str or None): of the domain; the others as the options of vnb-config."""
+
+    name: str = None
+    keep_identity: bool = False
+    keep_graphics: bool = False
+
+
+class Domain:
+    """
+    The domain of a segment's head (dict). root (Element): its XML, the definition rather than the state where both
+    are there. say (callable): takes a line to the user for each thing that does not stay as it was. Raises Error.
+    """
+
+    def __init__(self, head, say):
+        live = _root(head, "domain_xml")
+        inactive = _root(head, "inactive_xml")
+        if live is None and inactive is None:
+            raise Error("stdin", f'{head["point"]} has no domain XML: it was no libvirt domain')
+        self.root = live if inactive is None else inactive
+        self.name = (self.root.findtext("name") or "").strip()
+        if not self.name:
+            raise Error("domain XML", "has no name")
+        self.say = say
+        self._live = live
+
+    def files(self):
+        """[(role, path)] of the files that the domain needs beside its disks, once adopt_firmware() was called."""
+        return [(role, path) for role, path, _ in self._files()]
+
+    def _files(self):
+        os_ = self.root.find("os")
+        for role in domxml.FILE_ROLES:
+            for element in () if os_ is None else os_.findall(role):
+                path = domxml.file_path(element)
+                if path:
+                    yield role, path, element
+
+    def adopt_firmware(self):
+        """
+        Have the definition name loader and nvram as the running domain did.
+
+        Where libvirt chooses the firmware when a domain starts, its definition does not say which: the nvram that is
+        in the backup would be forgotten, and with it what the guest wrote there.
+        """
+        os_, live = self.root.find("os"), None if self._live is None else self._live.find("os")
+        if os_ is None or live is None or os_ is live:
+            return
+        if os_.find("loader") is None and os_.find("nvram") is None and live.find("nvram") is not None:
+            os_.extend(live.findall("loader") + live.findall("nvram"))
+
+    def adjust(self, wishes, places, files):
+        """
+        Make it fit. places: {disk name: Place, or None where it stays where it was} of the disks in the backup.
+
+        files: {(role, path): path it has now, or None where it is not in the backup}; without a key all stays.
+        """
+        self._identity(wishes)
+        self._runtime()
+        for disk in self.root.findall("./devices/disk"):
+            self._disk(disk, places)
+        self._restored_files(files, wishes)
+        if not wishes.keep_graphics:
+            self._graphics()
+        if self.root.find("./devices/tpm/backend[@type='emulator']") is not None:
+            self.say("the state of its TPM is not in the backup: the guest finds a new one")
+
+    def xml(self):
+        """The XML (str), ending with a newline."""
+        ElementTree.indent(self.root)
+        return ElementTree.tostring(self.root, encoding="unicode") + "\n"
+
+    def _identity(self, wishes):
+        self.name = wishes.name or (self.name if wishes.keep_identity else f"restore_{self.name}")
+        self.root.find("name").text = self.name
+        self.root.attrib.pop("id", None)
+        for genid in self.root.findall("genid"):
+            # The guest is to notice that time went back for it: libvirt makes another.
+            genid.text = None
+        if wishes.keep_identity:
+            return
+        _remove(self.root, ".", "uuid")
+        # It must be the domain's own, and that is a new one.
+        _remove(self.root, "sysinfo/system", "entry[@name='uuid']")
+        _remove(self.root, "devices/interface", "mac")
+        for parameters in self.root.findall("./devices/interface/virtualport/parameters"):
+            for name in ("interfaceid", "instanceid"):
+                parameters.attrib.pop(name, None)
+        for cid in self.root.findall("./devices/vsock/cid"):
+            cid.attrib = {"auto": "yes"}
+
+    def _runtime(self):
+        """Take away what libvirt adds while a domain runs: without a definition, the live XML is all there is."""
+        devices = self.root.find("devices")
+        for device in () if devices is None else devices.iter():
+            for alias in device.findall("alias"):
+                if not alias.get("name", "").startswith("ua-"):  # a user's own
+                    device.remove(alias)
+        for seclabel in self.root.findall("seclabel"):
+            if seclabel.get("type", "dynamic") == "dynamic":
+                for name in ("label", "imagelabel"):
+                    _remove(seclabel, ".", name)
+                if not len(seclabel):
+                    self.root.remove(seclabel)
+        for target in self.root.findall("./devices/channel/target"):
+            target.attrib.pop("state", None)
+        for console in self.root.findall("./devices/console"):
+            console.attrib.pop("tty", None)
+        for device in self.root.findall("./devices/*"):
+            if device.tag != "disk":
+                for source in device.findall("source"):
+                    if _MADE_PATH.search(source.get("path", "")):
+                        device.remove(source)
+        for graphics in self.root.findall("./devices/graphics"):
+            if graphics.get("autoport") == "yes":
+                for name in ("port", "tlsPort"):
+                    graphics.attrib.pop(name, None)
+            for element in (graphics, *graphics.findall("listen")):
+                if _MADE_PATH.search(element.get("socket", "")):
+                    del element.attrib["socket"]
+        for interface in self.root.findall("./devices/interface"):
+            for target in interface.findall("target"):
+                if _MADE_INTERFACE.fullmatch(target.get("dev", "")):
+                    interface.remove(target)
+            for source in interface.findall("source[@network]"):
+                for name in ("portid", "bridge"):
+                    source.attrib.pop(name, None)
+
+    def _disk(self, disk, places):
+        target = disk.find("target")
+        name = None if target is None else target.get("dev")
+        device = disk.get("device", "disk")
+        if device in ("cdrom", "floppy"):
+            if disk.find("source") is not None:
+                self.say(f"{name}: the {device} has no medium in it any more")
+            for tag in ("source", "backingStore", "mirror"):
+                _remove(disk, ".", tag)
+            disk.set("type", "file")
+        elif name not in places:
+            self.say(f"{name}: is not in the backup: removed from the domain")
+            self.root.find("devices").remove(disk)
+        elif places[name] is not None:
+            self._place(disk, name, places[name])
+
+    def _place(self, disk, name, place):
+        if disk.find(".//encryption") is not None:
+            self.say(f"{name}: was encrypted, its restored image is not")
+        # auth and encryption stood there in older versions. Backing images and a data file are found by libvirt in
+        # the image itself; those of the original are not beside the new one.
+        for tag in ("source", "backingStore", "mirror", "auth", "encryption"):
+            _remove(disk, ".", tag)
+        disk.set("type", place.type)
+        disk.set("device", "disk")
+        for attribute in ("rawio", "sgio"):
+            disk.attrib.pop(attribute, None)
+        driver = disk.find("driver")
+        if driver is None:
+            driver = ElementTree.SubElement(disk, "driver", name="qemu")
+        driver.set("type", place.format)
+        if place.format != "qcow2":
+            _remove(driver, ".", "metadata_cache")
+        elif disk.find("shareable") is not None:
+            self.say(f"{name}: was shared by several domains, which a qcow2 image cannot be")
+            _remove(disk, ".", "shareable")
+        disk.insert(0, ElementTree.Element("source", {"dev" if place.type == "block" else "file": place.path}))
+
+    def _restored_files(self, files, wishes):
+        os_ = self.root.find("os")
+        for role, path, element in list(self._files()):
+            if (role, path) not in files:
+                continue
+            restored = files[role, path]
+            if restored is not None:
+                domxml.set_file_path(element, restored)
+                if role == "loader" and restored != path:
+                    # With it libvirt looks for a loader that it knows, and takes no other.
+                    os_.attrib.pop("firmware", None)
+                    _remove(os_, ".", "firmware")
+            elif role == "nvram" and not wishes.keep_identity:
+                # The original's: two machines must not write to it.
+                self.say(f"nvram {path} is not in the backup: the domain gets a new one")
+                kept = ("template", "templateFormat")
+                os_.remove(element)
+                ElementTree.SubElement(os_, "nvram", {key: element.get(key) for key in kept if element.get(key)})
+            else:
+                self.say(f"{role} {path} is not in the backup: the domain needs it there")
+
+    def _graphics(self):
+        """Let nobody in whom a password kept out: it was not stored, and nothing tells whether there was one."""
+        devices = self.root.find("devices")
+        for graphics in self.root.findall("./devices/graphics"):
+            kind = graphics.get("type")
+            if kind not in ("vnc", "spice", "rdp") or graphics.get("passwd") is not None or not _is_open(graphics):
+                continue
+            self.say(
+                f"{kind}: switched off, since its password, if it had one, is not in the backup: set one, "
+                "or say --keep-graphics"
+            )
+            if kind == "rdp":
+                devices.remove(graphics)
+                continue
+            # The device stays, for others depend on it; virt-viewer --attach still gets there, through libvirt.
+            graphics.attrib = {"type": kind}
+            _remove(graphics, ".", "listen")
+            graphics.insert(0, ElementTree.Element("listen", type="none"))
+
+
+def _is_open(graphics):
+    """Whether somebody can connect to it who has no right to a socket file."""
+    listens = graphics.findall("listen")
+    if graphics.get("socket") is not None and not listens:
+        return False
+    return not listens or any(listen.get("type") not in ("none", "socket") for listen in listens)
+
+
+def _root(head, key):
+    text = head.get(key)
+    if not isinstance(text, str) or not text:
+        return None
+    root = domxml.parse(text, "domain XML")
+    if root.tag != "domain":
+        raise Error("domain XML", f"is not a domain, but <{root.tag}>")
+    return root
+
+
+def _remove(root, parents, tag):
+    for parent in root.findall(parents):
+        for element in parent.findall(tag):
+            parent.remove(element)

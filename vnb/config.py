@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""vnb-config - print the domain XML of a stream, adjusted for where it is restored
+
+Usage:
+  vnb-config [options] [--disk DISK]...
+  vnb-config --help | --version
+
+Reads a stream at any stage and prints the XML of its last segment, for virsh
+define. Restores what else the domain needs: nvram, loader, kernel, initrd.
+
+Options:
+  --name NAME         of the domain; default: restore_ and its old name
+  --disk-dir DIR      the disks are DIR/NAME.FORMAT, and files come there;
+                      without it disks and files stay where they were
+  --format FORMAT     of these disks, qcow2 or raw [default: qcow2]
+  --disk DISK         NAME=TARGET: this disk is there, a block device, or
+                      [qcow2:|raw:]FILE; may be given several times
+  --keep-identity     keep name, UUID and MAC addresses
+  --keep-graphics     keep VNC and Spice as they were, though without password
+  --files-in-place    restore files to where they were, if missing there
+  --no-files          restore no files
+  -o FILE             write the XML to a new file, which only we may read
+  --define            define the domain instead of printing its XML
+  --autostart         with --define: start it with the host, if it was so
+  -c URI, --connect URI
+                      libvirt's URI; default: LIBVIRT_DEFAULT_URI, else
+                      qemu:///system for root, qemu:///session for others
+  --user NAME         the user that libvirt asks for
+  --password-file FILE
+                      its first line is the password that libvirt asks for
+  --debug             show tracebacks
+  --help              print this
+  --version           print the version
+"""
+
+import os
+import shlex
+import stat
+
+from vnb import stream
+from vnb.adjust import Domain, Place, Wishes
+from vnb.errors import Error, UsageError
+from vnb.files import Files, destinations, originals
+from vnb.run import note, show
+
+FORMATS = ("qcow2", "raw")
+
+
+def main(args):
+    chosen = _check(args)
+    restored = None
+    try:
+        for segment in stream.stdin(consumer=True):
+            if restored is not None:
+                restored.files.close()
+            restored = Restored(segment, args)
+            for frame in segment:
+                if frame.__class__ is stream.File:
+                    restored.files.add(frame)
+        domain = restored.adjusted(args, chosen)
+        try:
+            xml = domain.xml()
+        except RecursionError:
+            raise Error("domain XML", "is nested too deeply") from None
+        if args["--define"]:
+            _define(args, domain, xml, restored)
+        else:
+            if args["-o"]:
+                restored.files.add_text(os.path.abspath(args["-o"]), xml)
+            restored.files.publish()
+            if not args["-o"]:
+                show(xml)
+            if args["--keep-identity"]:
+                _say(f"{domain.name}: checkpoints of it that libvirt still knows are in the way of its next backup: "
+                     f"{_forget_checkpoints(domain.name, None)}")
+    finally:
+        if restored is not None:
+            restored.files.close()
+
+
+def _say(text):
+    note("vnb-config", text)
+
+
+def _check(args):
+    """{disk name: Place} of --disk; UsageError for options that do not go together."""
+    if args["--format"] not in FORMATS:
+        raise UsageError("--format", f'"{args["--format"]}" is not qcow2 or raw')
+    if args["--name"] is not None and ("/" in args["--name"] or not args["--name"].strip()):
+        raise UsageError("--name", f'"{args["--name"]}" is no name for a domain')
+    if args["--files-in-place"] and args["--no-files"]:
+        raise UsageError("--no-files", "contradicts --files-in-place")
+    if args["--define"] and args["-o"]:
+        raise UsageError("-o", "contradicts --define")
+    for option in ("--autostart", "--connect", "--user", "--password-file"):
+        if args[option] and not args["--define"]:
+            raise UsageError(option, "has no meaning without --define")
+    chosen = {}
+    for value in args["--disk"]:
+        name, _, target = value.partition("=")
+        if not target or not stream.is_safe_name(name):
+            raise UsageError("--disk", f'"{value}" is not NAME=TARGET')
+        if name in chosen:
+            raise UsageError("--disk", f"{name} is given twice")
+        chosen[name] = _place(target)
+    return chosen
+
+
+def _place(target):
+    """The Place that a TARGET, as vnb-apply has it, means."""
+    format_, colon, path = target.partition(":")
+    if not colon or format_ not in FORMATS:
+        if target.startswith(("nbd:", "nbds:", "nbd+", "nbds+")):
+            raise UsageError("--disk", f'"{target}": a domain\'s disk is a file or a block device here')
+        format_, path = "raw", target
+    path = os.path.abspath(path)
+    try:
+        kind = "block" if stat.S_ISBLK(os.stat(path).st_mode) else "file"
+    except OSError:
+        kind = "block" if path.startswith("/dev/") else "file"
+    return Place(kind, path, format_)
+
+
+class Restored:
+    """A segment's domain, and its files (Files) on their way. args (dict): the options."""
+
+    def __init__(self, segment, args):
+        self.head = segment.head
+        self._disks = [disk["name"] for disk in segment.disks]
+        self._destinations = {}
+        self._domain = self._failure = None
+        try:
+            self._domain = Domain(segment.head, _say)
+        except Error as error:
+            self._failure = error  # of no account where another segment follows
+        else:
+            self._choose_destinations(args)
+        self.files = Files(self._destinations)
+
+    def _choose_destinations(self, args):
+        if args["--no-files"] or not (args["--disk-dir"] or args["--files-in-place"]):
+            return
+        self._domain.adopt_firmware()
+        wanted = self._domain.files()
+        if args["--files-in-place"]:
+            self._destinations = originals(wanted)
+        else:
+            self._destinations = destinations(wanted, os.path.abspath(args["--disk-dir"]))
+
+    def adjusted(self, args, chosen):
+        """The Domain, once all frames were seen. chosen: {disk name: Place}. Raises Error."""
+        if self._failure is not None:
+            raise self._failure
+        for name in chosen:
+            if name not in self._disks:
+                raise Error("--disk", f'no disk {name} at point {self.head["point"]}')
+        directory, format_ = args["--disk-dir"], args["--format"]
+        self.places = {
+            name: chosen.get(name) or (
+                directory and Place("file", os.path.join(os.path.abspath(directory), f"{name}.{format_}"), format_)
+            )
+            for name in self._disks
+        }
+        files = {}
+        for key, final in self._destinations.items():
+            # What is where it was, and must not be replaced, is as good as a file that came.
+            is_there = final is None or key in self.files.complete
+            files[key] = (final or key[1]) if is_there else None
+        wishes = Wishes(args["--name"], args["--keep-identity"], args["--keep-graphics"])
+        self._domain.adjust(wishes, self.places, files)
+        return self._domain
+
+
+def _define(args, domain, xml, restored):
+    """Define it through libvirt; all is as it was where that fails."""
+    from vnb import virt
+
+    access = args["--user"], args["--password-file"]
+    with virt.Host(args["--connect"], *access) as host:
+        uuid = (domain.root.findtext("uuid") or "").strip()
+        host.refuse_to_replace(domain.name, uuid)
+        restored.files.publish()
+        try:
+            host.define(domain.name, xml)
+        except BaseException:
+            restored.files.withdraw()
+            raise
+        for name, place in restored.places.items():
+            if place is not None and host.is_local and not os.path.exists(place.path):
+                _say(f"{name}: {place.path} is not there")
+        paths = {place.path for place in restored.places.values() if place and place.type == "file"}
+        for directory in sorted(set(map(os.path.dirname, paths))):
+            host.refresh_pool(directory, _say)
+    with virt.Domain(args["--connect"], domain.name, *access) as defined:
+        if args["--autostart"] and restored.head.get("autostart") is True:
+            defined.call("setAutostart", 1)
+        _say(f"{domain.name}: defined")
+        left = defined.checkpoints()
+        if left:
+            _say(f"{domain.name}: libvirt knows {len(left)} checkpoints of it that the restored disks do not have, in "
+                 f"the way of its next backup: {_forget_checkpoints(domain.name, args['--connect'])}")
+
+
+def _forget_checkpoints(name, uri):
+    """The command that has libvirt forget a domain's checkpoints."""
+    virsh = f"virsh -c {shlex.quote(uri)}" if uri else "virsh"
+    name = shlex.quote(name)
+    return (f"for c in $({virsh} checkpoint-list {name} --name --topological | tac); do "
+            f'{virsh} checkpoint-delete {name} "$c" --metadata; done')
