@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Restore of whole machines: what boots in the end is the machine of that point."""
+
+import os
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import guest
+import libvirt
+import pytest
+from backups import backup
+from lab import ROOT, Disk, MiB, run
+
+RESTORE = ROOT / "bin" / "vnb-restore"
+
+
+class Restored(guest.Linux):
+    """A machine that vnb-restore defined: it has a name, and a console; everything else is as it was restored."""
+
+    def __init__(self, lab, name, console):
+        self.lab = lab
+        self.name = name
+        self.uuid = lab.connection.lookupByName(name).UUIDString()
+        self.console = console
+
+
+def points(directory):
+    """The points of a set, in order."""
+    return [name.rpartition(".")[0].rpartition(".")[0] for name in sorted(os.listdir(directory))]
+
+
+WRITE = """
+    cd /mnt/vda && mkdir -p {name} && for i in 1 2 3 4 5 6; do
+        dd if=/dev/urandom of={name}/$i bs=64k count=$((i * 3)) 2>&1
+    done && find . -type f ! -name sums | sort | xargs sha256sum > sums && sync
+"""
+
+
+def test_a_machine_of_each_point_boots_and_has_its_files(lab):
+    vm = guest.linux(lab, Disk("vda", 128 * MiB, filesystem="ext4", discard=True), Disk("vdb", 32 * MiB))
+    restored = None
+    try:
+        directory = lab.path("machine set")
+        directory_q = f'"{directory}"'
+        sums, sizes = [], []
+        steps = (
+            ("full", WRITE.format(name="first")),
+            ("inc", "rm -r /mnt/vda/first/[456]; sync; " + WRITE.format(name="second")),
+            ("inc", "cd /; rm -r /mnt/vda/second; sync; fstrim /mnt/vda; " + WRITE.format(name="third")),
+        )
+        for level, script in steps:
+            vm.run(script)
+            sums.append(vm.run("cat /mnt/vda/sums"))
+            backup(lab, vm, level, directory_q, store="vnb-extents | vnb-read | vnb-pack -z -o {set}")
+            sizes.append(os.stat(vm.disks["vda"].path).st_blocks * 512)
+        for number, point in reversed(list(enumerate(points(directory)))):
+            target = lab.path(f"restored {number}")
+            name = f"{vm.name}-restored"
+            done = lab.sh(f'{RESTORE} --until {point} --define --name {name} {directory_q} "{target}"')
+            assert done.stderr == f"vnb-config: {name}: defined\n"
+            assert sorted(os.listdir(target)) == ["initrd", "vda.qcow2", "vdb.qcow2", "vmlinuz"]
+            for file in ("initrd", "vmlinuz"):
+                assert Path(target, file).read_bytes() == Path(lab.path(file)).read_bytes()
+            check_file_system(lab, f"{target}/vda.qcow2")
+            if number == len(sizes) - 1:
+                allocation = os.stat(f"{target}/vda.qcow2").st_blocks * 512
+                assert abs(allocation - sizes[number]) <= sizes[number] / 20, (allocation, sizes[number])
+            vm.destroy()  # they share a file for their console
+            restored = Restored(lab, name, vm.console)
+            restored.start()
+            assert restored.run("cat /mnt/vda/sums") == sums[number]
+            assert "FAILED" not in restored.run("cd /mnt/vda && sha256sum -c sums")
+            files = restored.run("cd /mnt/vda && find . -type f ! -name sums | wc -l")
+            assert int(files) == len(sums[number].splitlines())
+            assert restored.uuid != vm.uuid
+            restored.destroy()
+            restored.handle.undefine()
+            restored = None
+    finally:
+        if restored is not None:
+            restored.destroy()
+            restored.handle.undefine()
+        vm.remove()
+
+
+def check_file_system(lab, image):
+    """The guest did not unmount: what e2fsck finds after the journal is replayed has to be nothing."""
+    raw = lab.path("fsck.raw")
+    try:
+        run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, raw)
+        subprocess.run(["e2fsck", "-fy", "-E", "journal_only", raw], capture_output=True)
+        done = subprocess.run(["e2fsck", "-fn", raw], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    finally:
+        os.unlink(raw)
+
+
+@pytest.fixture
+def machine(lab):
+    """A machine that is off, with nvram and a medium, and a set that holds it; (vm, set)."""
+    nvram, iso = lab.path("nvram of it"), lab.path("a.iso")
+    Path(nvram).write_bytes(b"what the firmware remembers" * 1000)
+    Path(iso).write_bytes(bytes(2048))
+    loader = lab.path("firmware.fd")
+    Path(loader).write_bytes(bytes(64 << 10))
+    extra = f"""
+        <disk type="file" device="cdrom"><source file="{iso}"/><target dev="sda" bus="sata"/><readonly/></disk>
+        <interface type="user"><mac address="52:54:00:11:22:33"/></interface>
+        <graphics type="vnc" autoport="yes" passwd="secret"/><video><model type="vga"/></video>"""
+    os_xml = f'<loader readonly="yes" type="pflash">{loader}</loader><nvram>{nvram}</nvram>'
+    vm = lab.domain(Disk("vda", 16 * MiB), Disk("vdb", 16 * MiB), extra_xml=extra, os_xml=os_xml, start=False)
+    directory = lab.new_directory("set")
+    try:
+        backup(lab, vm, "full", directory, "--no-freeze --exclude vdb")
+        yield vm, directory
+        assert lab.leftovers() == []
+    finally:
+        vm.remove()
+
+
+def restore(lab, machine_, *options, check=True):
+    """(finished process, target directory)"""
+    target = lab.new_directory("restored")
+    return lab.sh(f"{RESTORE} {' '.join(options)} {machine_[1]} {target}", check=check), target
+
+
+def test_xml_that_virsh_takes(lab, machine):
+    vm, _ = machine
+    done, target = restore(lab, machine)
+    assert done.stderr.splitlines() == [
+        "vnb-config: vdb: is not in the backup: removed from the domain",
+        "vnb-config: sda: the cdrom has no medium in it any more",
+        "vnb-config: vnc: switched off, since its password, if it had one, is not in the backup: set one, "
+        "or say --keep-graphics",
+    ]
+    assert sorted(os.listdir(target)) == ["domain.xml", "firmware.fd", "nvram of it", "vda.qcow2"]
+    assert Path(target, "nvram of it").read_bytes() == Path(lab.path("nvram of it")).read_bytes()
+    lab.sh(f"virsh define --validate {target}/domain.xml")
+    domain = lab.connection.lookupByName(f"restore_{vm.name}")
+    try:
+        root = ElementTree.fromstring(domain.XMLDesc())  # noqa: S314 - libvirt's
+        assert root.findtext("os/nvram") == f"{target}/nvram of it"
+        assert root.findtext("os/loader") == f"{target}/firmware.fd"
+        assert root.find("./devices/interface/mac").get("address") != "52:54:00:11:22:33"
+        assert root.find("./devices/graphics/listen").get("type") == "none"
+        domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+        domain.destroy()
+    finally:
+        domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM)
+
+
+def test_a_replacement_on_the_same_host(lab, machine):
+    """Autostart as it was, and the checkpoints that are in the way named; the command that is named helps."""
+    vm, directory = machine
+    vm.handle.setAutostart(1)
+    backup(lab, vm, "inc", directory, "--no-freeze --exclude vdb")
+    vm.handle.setAutostart(0)
+    done, target = restore(lab, machine, "--define", "--keep-identity", "--autostart", "--keep-graphics")
+    assert "2 checkpoints" in done.stderr
+    command = done.stderr.splitlines()[-1].partition("next backup: ")[2]
+    assert vm.handle.autostart() == 1
+    root = ElementTree.fromstring(vm.handle.XMLDesc())  # noqa: S314 - libvirt's
+    assert root.find("./devices/disk/source").get("file") == f"{target}/vda.qcow2"
+    assert root.find("./devices/interface/mac").get("address") == "52:54:00:11:22:33"
+    lab.sh(command)
+    assert vm.checkpoints() == []
+    backup(lab, vm, "auto", directory, "--no-freeze --exclude vdb")
+    vm.handle.setAutostart(0)
+
+
+def test_a_domain_of_this_name_is_not_replaced(lab, machine):
+    vm, _ = machine
+    before = vm.handle.XMLDesc()
+    done, target = restore(lab, machine, "--define", "--name", vm.name, check=False)
+    assert done.returncode == 1
+    assert f"vnb-config: {vm.name}: there is such a domain at " in done.stderr
+    assert "the disks are restored; what failed is: vnb-cat --head" in done.stderr
+    assert vm.handle.XMLDesc() == before
+    assert os.listdir(target) == ["vda.qcow2"]
+
+
+def test_a_running_domain_is_not_replaced(lab, machine):
+    vm, _ = machine
+    vm.start(paused=True)
+    done, target = restore(lab, machine, "--define", "--keep-identity", check=False)
+    assert done.returncode == 1
+    assert f"vnb-config: {vm.name}: is running: shut it down before it is replaced" in done.stderr
+    assert os.listdir(target) == ["vda.qcow2"]
+
+
+def test_what_libvirt_refuses_leaves_no_files(lab, machine):
+    _, directory = machine
+    target = lab.new_directory("restored")
+    done = lab.sh(f"vnb-cat --head {directory} | vnb-config --define --name 'a  b\tc' --disk-dir {target}"
+                  " --disk vda=/nowhere -c test:///default", check=False)
+    assert done.returncode == 1
+    assert os.listdir(target) == []
+
+
+def test_the_storage_pool_sees_the_disks(lab, machine):
+    vm, directory = machine
+    target = lab.new_directory("restored")
+    pool = lab.connection.storagePoolCreateXML(
+        f"<pool type='dir'><name>vnb-pool</name><target><path>{target}</path></target></pool>"
+    )
+    try:
+        lab.sh(f"{RESTORE} --define {directory} {target}")
+        assert "vda.qcow2" in pool.listVolumes()
+    finally:
+        pool.destroy()
+        lab.connection.lookupByName(f"restore_{vm.name}").undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM)
