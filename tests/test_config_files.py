@@ -11,6 +11,10 @@ import samples
 from makers import make_set
 from samples import disk, head, segment
 
+from vnb.errors import Error
+from vnb.files import check_path
+from vnb.run import outcome
+
 CONFIG = [sys.executable, os.path.join(samples.ROOT, "bin", "vnb-config")]
 ENV = {**os.environ, "PYTHONPATH": samples.ROOT}
 DISKS = "<disk type='file'><source file='/old/vda'/><target dev='vda'/></disk>"
@@ -108,16 +112,23 @@ def test_no_symlink_is_followed(tmp_path):
 
 
 @pytest.mark.parametrize("path", [
-    "/a/../../etc/passwd", "/a/..", "..", "../x", "x", "/", "/a/", "/a/.hidden", "/a/" + "n" * 300, "/a/new\nline",
+    "/a/../../etc/passwd", "/a/..", "..", "../x", "x", "", "/", "/a/", "/a/.hidden", "/a/" + "n" * 300, "/a/new\nline",
     "/a/x\0",
 ])
-def test_a_path_that_is_none(tmp_path, path):
-    """Neither where nothing in the XML names it, nor where something does."""
-    for os_ in ("", f"<nvram>{path}</nvram>".replace("\0", "")):
-        status, out, err = config("--disk-dir", tmp_path / "new", stdin=stream(file(path=path), text=xml(os_)))
-        assert (status, out) == (1, "")
-        assert err.startswith("vnb-config: file: ") and len(err.splitlines()) == 1
-        assert not (tmp_path / "new").exists()
+def test_a_path_that_is_none(path):
+    with pytest.raises(Error) as error:
+        check_path("nvram", path)
+    assert str(error.value).startswith("file: ") and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("os_", ["", "<nvram>/a/../x</nvram>"])
+def test_a_path_that_is_none_ends_it(tmp_path, os_):
+    """Whether something in the XML names it or not."""
+    sample = stream(file(path="/a/../x"), text=xml(os_))
+    assert config("--disk-dir", tmp_path / "new", stdin=sample) == (
+        1, "", "vnb-config: file: /a/../x: nvram: is no absolute path, or leads upwards\n"
+    )
+    assert not (tmp_path / "new").exists()
 
 
 def test_only_the_last_part_of_a_path_counts(tmp_path):
@@ -198,10 +209,11 @@ def test_disks_elsewhere(tmp_path):
     ["--disk", "vda=nbd://h/x"], ["--name", "a/b"], ["--name", ""], ["--files-in-place", "--no-files"], ["--autostart"],
     ["-c", "test:///default"], ["--define", "-o", "x"],
 ])
-def test_wrong_usage(arguments):
-    status, out, err = config(*arguments, stdin=stream())
-    assert (status, out) == (2, "")
-    assert "Usage:" in err
+def test_wrong_usage(arguments, capsys):
+    assert outcome("vnb-config", "vnb.config", arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "Usage:" in said.err
 
 
 def test_xml_that_nests_too_deeply():

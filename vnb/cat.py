@@ -116,7 +116,7 @@ def _copy(saved, out, wanted):
 def _copy_head(saved, out, wanted):
     """Write what a saved segment has before its extents, as a segment of disks alone."""
     segment = saved.open()
-    head = {**segment.head, "stage": "disks", "id": secrets.token_hex(16)}
+    head = {**segment.head, "stage": "disks", "id": xxh3_128_hexdigest(f"{segment.head['id']}/head")}
     written = out.segment(head, [disk for disk in segment.disks if disk["name"] in wanted])
     for frame in segment:
         if frame.__class__ is stream.File:
