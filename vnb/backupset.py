@@ -206,7 +206,7 @@ def segments_in_file(path):
     """The segments (list of SavedSegment) of one file, first to last, found from their tails. Raises Error."""
     fd = open_file(path)
     try:
-        return [SavedSegment(path, fd, *place) for place in _places(path, fd)]
+        return [SavedSegment(path, fd, *place) for place in reversed(list(places(path, fd)))]
     finally:
         os.close(fd)
 
@@ -220,15 +220,18 @@ def open_file(path):
         raise os_error(path, error) from None
 
 
-def _places(path, fd):
-    """(start, length, position of the last index frame or 0) of each segment in a file, first to last."""
+def places(path, fd):
+    """
+    Yield (start, length, position of the last index frame or 0) of each segment in a file, last to first.
+
+    Found from the tails alone. Raises Error where there is none.
+    """
     try:
         end = os.lseek(fd, 0, os.SEEK_END)
     except OSError as error:
         raise os_error(path, error) from None
     if end == 0:
         raise StreamError(path, "empty file, expected a stream")
-    places = []
     while end > 0:
         size = min(end, f.TAIL.size)
         try:
@@ -240,11 +243,8 @@ def _places(path, fd):
             raise StreamError(path, f"cut short or not a stream ({error})", f"stream offset {end}") from None
         if not f.TAIL.size < length <= end or back > length - f.TAIL.size:
             raise StreamError(path, "the tail points outside", f"stream offset {end}")
-        last_index = length - f.TAIL.size - back if back else 0
-        places.append((end - length, length, last_index))
+        yield end - length, length, length - f.TAIL.size - back if back else 0
         end -= length
-    places.reverse()
-    return places
 
 
 def segments(operands):

@@ -22,6 +22,11 @@ class Follow:
         self.head = None
         self.disks = {}
 
+    def begin(self, head, disks):
+        """Take the first segment as it is: what it may be an increment to is not here."""
+        self.head = head
+        self.disks = {disk["name"]: disk for disk in disks}
+
     def accept(self, head, disks):
         """Take a segment's head and disks. Raises Error, and stays as it was, if it does not follow."""
         before = self.head
@@ -48,36 +53,74 @@ class Follow:
                     f'{head["point"]} has changes of disk {disk["name"]} with {disk["size"]} bytes, '
                     f'less than the {known["size"]} before',
                 )
-        self.head = head
-        self.disks = {disk["name"]: disk for disk in disks}
+        self.begin(head, disks)
 
 
 def check(segments, name):
     """Raise Error unless all segments are of one domain, with an id of their own and no circle of parents."""
+    for fault in _faults_of_identity(segments, name):
+        raise fault
+    for fault in _circles(segments, name):
+        raise fault
+
+
+def faults(segments, name, whole=True):
+    """
+    Yield an Error for each thing that is wrong with segments that belong together.
+
+    whole (bool): all parents should be here. check() is for whoever needs to know only that nothing is.
+    """
+    yield from _faults_of_identity(segments, name)
+    yield from _circles(segments, name)
+    by_point = points(segments)
+    for segment in segments:
+        head = segment.head
+        if head["parent"] is None:
+            continue
+        parent = by_point.get(head["parent"])
+        if parent is None:
+            if whole:
+                yield Error(name, f'gap: {head["point"]} needs {head["parent"]}, which is not here')
+            continue
+        if head["created"] < parent.head["created"]:
+            yield Error(name, f'{head["point"]} is older than {head["parent"]}, which it follows')
+        follow = Follow(name)
+        follow.begin(parent.head, parent.disks)
+        try:
+            follow.accept(head, segment.disks)
+        except Error as error:
+            yield error
+
+
+def _faults_of_identity(segments, name):
     ids = {}
     for segment in segments:
         head = segment.head
         first = segments[0]
         if head["uuid"] != first.head["uuid"]:
-            raise Error(
+            yield Error(
                 name,
                 f'two domains: {first.name} is of {first.head["domain"]} ({first.head["uuid"]}), '
                 f'{segment.name} of {head["domain"]} ({head["uuid"]})',
             )
         other = ids.setdefault(head["id"], segment)
         if other is not segment:
-            raise Error(name, f'{other.name} and {segment.name} claim the same id {head["id"]}')
+            yield Error(name, f'{other.name} and {segment.name} claim the same id {head["id"]}')
+
+
+def _circles(segments, name):
     by_point = points(segments)
-    sound = set()
+    seen = set()
     for point in by_point:
         trail = {}  # in order; a dict, since a chain may have many thousands of points
-        while point is not None and point not in sound and point in by_point:
+        while point is not None and point not in seen and point in by_point:
             if point in trail:
                 circle = list(trail)[list(trail).index(point):]
-                raise Error(name, f'a circle of parents: {" -> ".join([*circle, point])}')
+                yield Error(name, f'a circle of parents: {" -> ".join([*circle, point])}')
+                break
             trail[point] = None
             point = by_point[point].head["parent"]
-        sound.update(trail)
+        seen.update(trail)
 
 
 def points(segments):

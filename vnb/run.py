@@ -41,12 +41,12 @@ def outcome(name, module, argv):
             reason = str(exit_).replace(str(DocoptExit.usage), "").strip()
             raise UsageError(None, reason or "wrong usage") from None
         if args.get("--help"):
-            _print(module.__doc__.strip())
+            show(module.__doc__.strip() + "\n", flush=True)
         elif args.get("--version"):
-            _print(f"{name} {__version__}")
+            show(f"{name} {__version__}\n", flush=True)
         else:
             status = module.main(args) or 0
-            _flush()
+            show("", flush=True)
             return status
         return 0
     except UsageError as error:
@@ -84,23 +84,12 @@ def _say(text):
         print(text, file=sys.stderr, flush=True)
 
 
-def show(text):
+def show(text, flush=False):
     """Write text to standard output. Raises Error, or BrokenPipeError where nobody reads it."""
-    _stdout(sys.stdout.write, text)
-
-
-def _print(text):
-    show(text + "\n")
-    _flush()
-
-
-def _flush():
-    _stdout(sys.stdout.flush)
-
-
-def _stdout(call, *arguments):
     try:
-        call(*arguments)
+        sys.stdout.write(text)
+        if flush:
+            sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:

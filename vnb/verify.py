@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""vnb-verify - check a stream, or a backup set, to its last byte
+
+Usage:
+  vnb-verify [--threads N] [--debug]
+  vnb-verify [--json] [--threads N] [--debug] SET_OR_FILE...
+  vnb-verify --help | --version
+
+Reads a stream from standard input and passes on what is sound, nothing to a
+terminal; what follows a fault is not passed on. Or checks all segments of
+sets and files, with their indexes and the links between them, and says what
+is wrong, a line each.
+
+Options:
+  --json       print one JSON object a fault and a segment, a line each
+  --threads N  threads that unpack, and files at a time [default: 2]
+  --debug      show tracebacks
+  --help       print this
+  --version    print the version
+"""
+
+import contextlib
+import json
+import os
+import threading
+
+from vnb import arguments, backupset, chain, codec, stream
+from vnb.errors import Error
+from vnb.pool import Ordered, Pool
+from vnb.rowcheck import RowCheck
+from vnb.run import note, show
+
+
+def main(args):
+    threads = arguments.integer(args, "--threads", 0, 64)
+    if args["SET_OR_FILE"]:
+        return _operands(args["SET_OR_FILE"], threads, _Report(args["--json"]))
+    _filter(threads)
+    return 0
+
+
+def _filter(threads):
+    """Standard input to standard output: byte for byte, each frame once it was checked."""
+    out = None if os.isatty(1) else stream.stdout()
+    follow = chain.Follow("stdin")
+
+    def begin(segment):
+        # The stream may start with an increment; each segment after it has to follow the one before.
+        if follow.head is None:
+            follow.begin(segment.head, segment.disks)
+        else:
+            follow.accept(segment.head, segment.disks)
+
+    checker = Checker(stream.stdin().input.fd, "stdin", threads, _raise, out)
+    try:
+        for _ in checker.segments(begin):
+            pass
+    finally:
+        if out is not None:
+            out.flush()  # of a damaged stream too: what is sound
+
+
+def _raise(error):
+    raise error
+
+
+class Checker:
+    """
+    Checks all that is in a stream, the plain bytes too.
+
+    fault: function (Error) that is told what is wrong with a payload: it may raise, or let the rest be checked.
+    out (Writer or None): gets the frames, byte for byte. The end of a segment only when all of it is sound.
+    go_on (function or None): called for each frame; it may raise.
+    """
+
+    def __init__(self, fd, name, threads, fault, out=None, go_on=None):
+        self.pool = Pool()
+        self.reader = stream.Reader(fd, name, pool=self.pool, passed=self._passed)
+        self.fault = fault
+        self.out = out
+        self.go_on = go_on
+        self.rows = None  # a RowCheck, where the index is checked
+        self._threads = threads
+        self._work = None
+        self._end = b""
+        self._told = None  # what fault() was told last
+
+    def segments(self, begin=None):
+        """Yield each segment when it was checked. begin: function that is given it when its head was."""
+        with Ordered(self._checked, self._threads) as self._work:
+            try:
+                for segment in self.reader:
+                    if begin is not None:
+                        begin(segment)
+                    self._drain()
+                    if self.out is not None:
+                        self.out.flush()  # the next stage may refuse it, before anything is read
+                    segment.finish()
+                    self._drain()
+                    yield segment
+            except Error as error:
+                if error is not self._told:
+                    self._drain()  # what waits there came first
+                raise
+
+    def _passed(self, raw):
+        if self.go_on is not None:
+            self.go_on()
+        if raw.fields[0] == "data" and raw.fields[4] != "none":
+            self._work.call(raw)
+        else:
+            self._work.append(self._checked(raw))
+        while self._work.full:
+            self._take()
+
+    def _checked(self, raw):
+        """(raw, None), or (raw, what is wrong with its payload)."""
+        if raw.fields[0] == "data":
+            _, disk, offset, length, name, hash_ = raw.fields
+            data = stream.Data(disk, offset, length, name, hash_, raw.payload)
+            try:
+                codec.plain(data, self.reader.segment.disks[disk]["name"])
+            except Error as error:
+                return raw, self.reader.error(error, raw.start)
+        return raw, None
+
+    def _drain(self):
+        while len(self._work):
+            self._take()
+
+    def _take(self):
+        raw, error = self._work.pop()
+        if self.rows is not None:
+            error = self.rows.frame(raw) or error  # of one frame only one can be wrong
+        if error is not None:
+            self._told = error
+            self.fault(error)
+        elif self.out is not None:
+            self._write(raw)
+        if raw.payload is not None:
+            self.pool.give(raw.payload)
+
+    def _write(self, raw):
+        if raw.fields[0] == "end":
+            self._end = raw.header
+            return
+        self.out.write(self._end + raw.header, raw.payload)
+        self._end = b""
+
+
+class _Report:
+    """Says what was found: one line a fault on standard error, or with --json all on standard output."""
+
+    def __init__(self, is_json):
+        self.is_json = is_json
+        self.status = 0
+        self.stopping = False
+        self._lock = threading.Lock()
+
+    def go_on(self):
+        """Raise an Error if nobody wants to know the rest."""
+        if self.stopping:
+            raise Error(None, "stopped")
+
+    def fault(self, error):
+        with self._lock:
+            self.status = 1
+            if not self.is_json:
+                note("vnb-verify", error)
+                return
+            where = error.where or ""
+            offset = int(where[len("stream offset "):]) if where.startswith("stream offset ") else None
+            self._show({"name": error.what, "offset": offset, "fault": str(error.reason)})
+
+    def segment(self, path, segment, sound):
+        with self._lock:
+            if self.is_json:
+                head = segment.head
+                self._show({
+                    "name": path, "offset": segment.start, "bytes": segment.length, "point": head["point"],
+                    "parent": head["parent"], "level": head["level"], "id": head["id"], "sound": sound,
+                })
+
+    def _show(self, line):
+        show(json.dumps(line) + "\n", flush=True)
+
+
+def _operands(operands, threads, report):
+    files = [operand for operand in operands if not os.path.isdir(operand)]
+    heads = {}  # operand, or None for all files: what was found in it
+    jobs = [(None, path) for path in files]
+    for operand in operands:
+        if operand in files:
+            continue
+        try:
+            paths = backupset.paths(operand)
+            if not paths:
+                raise Error(operand, "no segment here")
+            jobs += [(operand, path) for path in paths]
+        except Error as error:
+            report.fault(error)
+    work = Ordered(lambda path: _File(path, threads, report).check(), threads if len(jobs) > 1 else 0)
+    try:
+        called = 0
+        for taken in range(len(jobs)):
+            while called < len(jobs) and not work.full:
+                work.call(jobs[called][1])
+                called += 1
+            heads.setdefault(jobs[taken][0], []).extend(work.pop())
+    except BaseException:
+        report.stopping = True  # the other threads; one that waits for a pipe ends with the process
+        raise
+    with work:
+        pass  # its threads have nothing to do any more
+    for operand, found in heads.items():
+        name = operand or (files[0] if len(files) == 1 else "the files")
+        for fault in chain.faults(found, name, whole=operand is not None):
+            report.fault(fault)
+    return report.status
+
+
+class _Head:
+    """What chain.faults needs of a segment: the rest may be large."""
+
+    def __init__(self, path, segment):
+        self.name = path
+        self.head = {key: value for key, value in segment.head.items() if not key.endswith("_xml")}
+        self.disks = segment.disks
+
+
+class _File:
+    """One file with segments."""
+
+    def __init__(self, path, threads, report):
+        self.path = path
+        self.threads = threads
+        self.report = report
+        self.faults = 0
+
+    def check(self):
+        """Check all of it; returns a list of _Head, of damaged segments too where their head is sound."""
+        heads = []
+        try:
+            fd = backupset.open_file(self.path)
+        except Error as error:
+            self.report.fault(error)
+            return heads
+        try:
+            self._check(fd, heads)
+        finally:
+            os.close(fd)
+        return heads
+
+    def _check(self, fd, heads):
+        places = {}
+        try:
+            for start, *place in backupset.places(self.path, fd):
+                places[start] = place
+        except Error:
+            pass  # what is wrong is found from the front, with the place where it is
+        start = 0
+        while start is not None:
+            start = self._from(fd, start, places, heads)
+
+    def _from(self, fd, start, places, heads):
+        """Check segments from here on, up to the first one with a fault; where to go on after it, or None."""
+        with contextlib.suppress(OSError):  # a pipe is read from where it is
+            os.lseek(fd, start, os.SEEK_SET)
+        checker = Checker(fd, self.path, self.threads, self._fault, go_on=self.report.go_on)
+        checker.reader.input.offset = start
+
+        def begin(segment):
+            heads.append(_Head(self.path, segment))
+
+        def rows():
+            indexed = places.get(start, (0, 0))[1] != 0
+            return RowCheck(checker.reader) if indexed else None
+
+        checker.rows = rows()
+        before = self.faults
+        try:
+            for segment in checker.segments(begin):
+                self.report.segment(self.path, segment, self.faults == before)
+                start = segment.start + segment.length
+                before = self.faults
+                checker.rows = rows()
+        except Error as error:
+            self._fault(error)
+            return min((other for other in places if other > start), default=None)
+        return None
+
+    def _fault(self, error):
+        self.faults += 1
+        self.report.fault(error)
