@@ -2,7 +2,8 @@
 """vnb-cat - turn a saved chain back into a stream
 
 Usage:
-  vnb-cat [--until POINT] [--disk NAME]... [--debug] SET_OR_FILE...
+  vnb-cat [--until POINT] [--disk NAME]... [--merge [--from POINT]] [--debug]
+      SET_OR_FILE...
   vnb-cat --head [--until POINT] [--disk NAME]... [--debug] SET_OR_FILE...
   vnb-cat --point [--until POINT] [--debug] SET_OR_FILE...
   vnb-cat --tip [--debug] SET_OR_FILE...
@@ -15,6 +16,8 @@ Options:
                  2026-01-31T12:00:00Z, or cut short as 2026-01-31; the
                  default is the latest point
   --disk NAME    only this disk; may be given several times
+  --merge        make one full segment of them, each block once
+  --from POINT   with --merge: one increment, of what comes after this point
   --head         only head, disks and files of the last segment, without its
                  extents: all that vnb-config needs
   --point        print the name of the point, and nothing else
@@ -30,6 +33,7 @@ from xxhash import xxh3_128_hexdigest
 
 from vnb import backupset, chain, codec, stream
 from vnb.errors import Error
+from vnb.merge import Merge
 from vnb.run import note
 
 
@@ -67,6 +71,9 @@ def main(args):
     if args["--head"]:
         _copy_head(path[-1], out, wanted)
         return
+    if args["--merge"]:
+        _merge(_after(path, segments, name, args["--from"]), name, wanted, out)
+        return
     for saved in path:
         _copy(saved, out, wanted)
 
@@ -89,6 +96,24 @@ def _tip(segments, name):
     if tip is None:
         raise Error(name, "no point here has a checkpoint: the next backup must be a full one")
     print(tip.head["checkpoint"])
+
+
+def _after(path, segments, name, start):
+    """The part of a path (list of segments) that comes after the point start (str), or all of it for None."""
+    if start is None:
+        return path
+    points = [segment.head["point"] for segment in path]
+    start = chain.latest(segments, name, start)
+    if start not in points[:-1]:
+        raise Error("--from", f"{start} is not on the way to {points[-1]}")
+    return path[points.index(start) + 1 :]
+
+
+def _merge(path, name, wanted, out):
+    merged = Merge(path, name, wanted)
+    written = out.segment(merged.head, merged.disks)
+    merged.write(written)
+    written.end()
 
 
 def _copy(saved, out, wanted):
