@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""vnb-prune - drop or merge what no kept point needs
+
+Usage:
+  vnb-prune [--dry-run] [--keep-last N] [--keep-daily N] [--keep-weekly N]
+      [--keep-monthly N] [--keep-yearly N] [--debug] SET
+  vnb-prune --help | --version
+
+Keeps the points of a backup set that any of the options names, and always
+the latest one. A dropped point that a kept one needs is merged into it.
+
+Options:
+  --dry-run         change nothing: print what would be kept, merged, dropped
+  --keep-last N     keep the last N points
+  --keep-daily N    of the last N days that have points, keep the last of each
+  --keep-weekly N   the same for weeks, which begin on Monday
+  --keep-monthly N  the same for months
+  --keep-yearly N   the same for years
+  --debug           show tracebacks
+  --help            print this
+  --version         print the version
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import os
+
+from vnb import arguments, backupset, chain, stream
+from vnb.errors import Error, UsageError, os_error
+from vnb.index import Builder
+from vnb.merge import Merge
+from vnb.run import note, show
+
+LOCK = ".prune.lock"  # beside the segments: a set on shared storage may be pruned from several hosts
+MOST = 1_000_000  # points to keep: more than any set has
+
+# What the points of one period have in common, in local time: that is what people mean by a day.
+PERIODS = {
+    "daily": lambda moment: moment.date(),
+    "weekly": lambda moment: moment.isocalendar()[:2],
+    "monthly": lambda moment: (moment.year, moment.month),
+    "yearly": lambda moment: moment.year,
+}
+
+
+def main(args):
+    directory = args["SET"]
+    counts = {}
+    for period in ("last", *PERIODS):
+        if args[f"--keep-{period}"] is not None:
+            counts[period] = arguments.integer(args, f"--keep-{period}", 0, MOST)
+    if not any(counts.values()):
+        raise UsageError(None, "what is to be kept has to be said: at least one --keep option that is not 0")
+    if not os.path.isdir(directory):
+        raise Error(directory, os.strerror(errno.ENOTDIR if os.path.lexists(directory) else errno.ENOENT))
+    if args["--dry-run"]:
+        show("".join(f"{line}\n" for line in report(Plan(segments_of(directory), directory, counts))))
+        return
+    with only_one(directory):
+        plan = Plan(segments_of(directory), directory, counts)
+        for point in plan.left_alone:
+            note("vnb-prune", f"{directory}: {point}: left alone: what it needs is not here")
+        for run in plan.merges:
+            check_name(plan, run)
+        for run in plan.merges:
+            store(run, directory)
+        remove(plan, directory)
+
+
+def segments_of(directory):
+    """All segments of a set, each with data. Raises Error for one that is damaged: who knows what it is."""
+    segments = backupset.segments([directory])
+    if not segments:
+        raise Error(directory, "no segment here")
+    for segment in segments:
+        if segment.head["stage"] != "data":
+            raise Error(segment.name, f'holds no data, but {segment.head["stage"]}')
+    return segments
+
+
+class Plan:
+    """
+    What becomes of the segments of a set. Pure logic on heads; it opens nothing.
+
+    kept (dict): point: list of reasons. held (dict): point that stays because several points start from it: those.
+    merges (list of list of segment): each list, oldest first, becomes one segment for its last one's point.
+    needed (set of segment): those that stay as they are. left_alone (list of str): points that can't be restored
+    from this set; they count for nothing and nothing happens to them. counts (dict): period: how many.
+    Raises Error for a set with a circle, or of two domains.
+    """
+
+    def __init__(self, segments, name, counts):
+        chain.check(segments, name)
+        self.segments = segments
+        self.by_point = chain.points(segments)
+        restorable = self._restorable()
+        if not restorable:
+            raise Error(name, "no point here can be restored")
+        self.left_alone = sorted(set(self.by_point) - set(restorable))
+        points = [self.by_point[point] for point in restorable]
+        self.kept = chosen(points, counts)
+        for reason, segment in always(points):
+            self.kept.setdefault(segment.head["point"], []).append(reason)
+        self.held = self._held()
+        self.merges = []
+        self.needed = set()
+        for point in self.fixed:
+            run = self._run(point)
+            if len(run) == 1:
+                self.needed.add(run[0])
+            else:
+                self.merges.append(run)
+        for run in self.merges:
+            Merge(run, name)  # what can't be merged is found before anything is
+
+    @property
+    def fixed(self):
+        """The points that stay, kept or held (list of str)."""
+        return [*self.kept, *self.held]
+
+    def _restorable(self):
+        """The points from which parent links lead to a full, as the keys of a dict."""
+        known = {None: True}
+        for point in self.by_point:
+            trail = []
+            while point not in known:
+                trail.append(point)
+                if point not in self.by_point:
+                    known[point] = False
+                    break
+                point = self.by_point[point].head["parent"]
+            known.update((passed, known[point]) for passed in trail)
+        return {point: None for point in self.by_point if known[point]}
+
+    def _held(self):
+        """
+        Dropped points that more than one kept point starts from: to merge them into each would take more room.
+
+        {point: list of the next points on the ways to kept ones}.
+        """
+        children = {}
+        seen = set()
+        for point in self.kept:
+            while point is not None and point not in seen:
+                seen.add(point)
+                parent = self.by_point[point].head["parent"]
+                children.setdefault(parent, []).append(point)
+                point = parent
+        return {
+            point: nexts for point, nexts in children.items()
+            if point is not None and len(nexts) > 1 and point not in self.kept
+        }
+
+    def _run(self, point):
+        """The segments from a point back to, not including, the next that stays, oldest first."""
+        run = [self.by_point[point]]
+        while (parent := run[-1].head["parent"]) is not None and parent not in self.kept and parent not in self.held:
+            run.append(self.by_point[parent])
+        return run[::-1]
+
+
+def chosen(segments, counts):
+    """
+    {point: list of the periods that it is kept for}, as restic has it.
+
+    Going back in time, the first point of each period counts, until there were as many periods as wanted. If the
+    oldest of all points comes before that, it is kept too, so that the history is as long as it can be.
+    """
+    kept = {}
+    ordered = sorted(segments, key=age, reverse=True)
+    for period, count in counts.items():
+        last = None
+        for number, segment in enumerate(ordered):
+            if count == 0:
+                break
+            value = number if period == "last" else PERIODS[period](moment(segment))
+            if value != last or number == len(ordered) - 1:
+                kept.setdefault(segment.head["point"], []).append(period if value != last else f"oldest for {period}")
+                last = value
+                count -= 1
+    return kept
+
+
+def always(segments):
+    """Yield (reason, segment) of what the next backups need: of each chain the latest point and the parent-to-be."""
+    yield "latest", chain.points(segments)[chain.latest(segments, None)]
+    chains = {}
+    for segment in segments:
+        chains.setdefault(segment.head.get("chain"), []).append(segment)
+    for name, members in chains.items():
+        tip = chain.tip(members)
+        if tip is not None:
+            yield "next parent" if len(chains) == 1 else f"next parent of chain {name}", tip
+
+
+def age(segment):
+    return segment.head["created"], segment.head["point"]
+
+
+def moment(segment):
+    """When a point was made, in local time."""
+    try:
+        made = datetime.datetime.strptime(segment.head["created"], "%Y-%m-%dT%H:%M:%S.%fZ")
+        return made.replace(tzinfo=datetime.timezone.utc).astimezone()
+    except (ValueError, OverflowError):
+        raise Error(segment.name, f'"created" is no time: {segment.head["created"]}') from None
+
+
+def report(plan):
+    """The lines of --dry-run, oldest point first: what happens, time, level, point, why."""
+    into = {}
+    for run in plan.merges:
+        for segment in run:
+            into[segment] = run
+    for segment in sorted(plan.segments, key=age):
+        head = segment.head
+        point, run = head["point"], into.get(segment)
+        what, level, why = "drop", head["level"], ""
+        if point in plan.left_alone:
+            what, why = "leave", "what it needs is not here"
+        elif segment is not plan.by_point[point]:
+            why = "another segment leads to this point"
+        elif run is not None and segment is not run[-1]:
+            what, why = "merge", f'into {run[-1].head["point"]}'
+        elif point in plan.kept:
+            what, why = "keep", ", ".join(plan.kept[point])
+        elif point in plan.held:
+            what, why = "keep", "needed by " + ", ".join(plan.held[point])
+        if run is not None and segment is run[-1]:
+            level = f'{level}->{"full" if run[0].head["parent"] is None else level}'
+        yield f'{what:5} {head["created"][:19]}Z {level:9} {point}{"  " + why if why else ""}'
+
+
+def check_name(plan, run):
+    """Raise Error unless the file of a merged segment is new, or takes the place of nothing but what it replaces."""
+    merged = Merge(run, "")
+    path = os.path.join(os.path.dirname(run[-1].name), backupset.file_name(merged.head))
+    there = [segment for segment in plan.segments if segment.name == path]
+    if len(there) > 1 or any(segment.head["point"] != merged.head["point"] for segment in there):
+        raise Error(path, f'holds more than {merged.head["point"]}, whose merged segment would have this name')
+    if not there and os.path.lexists(path):
+        raise Error(path, "is there, and is no segment")
+
+
+def store(run, directory):
+    """Store one segment in the place of several. It is durable when this returns, and they are still there."""
+    merged = Merge(run, directory, repack=True)
+    # An increment has the name of the one that it replaces, and takes its place in one step: Store's own check refuses
+    # that. What it would have found, Plan and check_name() did.
+    with backupset.Store(directory, merged.head, merged.disks, check=False) as store:
+        out = stream.Writer(store.fd, store.path).segment(merged.head, merged.disks)
+        index = Builder(out)
+        merged.write(out, index)
+        index.finish()
+        out.end()
+        store.commit()
+
+
+def remove(plan, directory):
+    """Remove the files that hold nothing which is needed, nor anything that came since the plan was made."""
+    known = {segment.head["id"] for segment in plan.segments}
+    with backupset.locked(directory) as directory_fd:  # nobody stores a segment meanwhile
+        segments = segments_of(directory)
+        by_point = chain.points(segments)
+        wanted = {*plan.fixed, *plan.left_alone}
+        wanted.update(segment.head["point"] for segment in segments if segment.head["id"] not in known)
+        needed = set()
+        for point in wanted:
+            while point in by_point and by_point[point] not in needed:
+                needed.add(by_point[point])
+                point = by_point[point].head["parent"]
+        files = {segment.name for segment in segments} - {segment.name for segment in needed}
+        files -= {segment.name for segment in segments if segment.head["point"] in plan.left_alone}
+        check_rest([segment for segment in segments if segment.name not in files], plan, directory)
+        # The newest go first: what is left of a chain, if this ends early, has all that it needs.
+        gone = sorted((segment for segment in segments if segment.name in files), key=age, reverse=True)
+        try:
+            for path in dict.fromkeys(segment.name for segment in gone):
+                os.unlink(path)
+            os.fsync(directory_fd)
+        except OSError as error:
+            raise os_error(error.filename or directory, error) from None
+
+
+def check_rest(rest, plan, directory):
+    """Raise Error unless every kept point can be restored from the rest of the segments."""
+    by_point = chain.points(rest)
+    parents = {by_point[point].head["parent"] for point in plan.kept if point in by_point}
+    for point in plan.kept:
+        if point not in parents:  # the way to a parent is a part of the way to its child
+            chain.path(rest, directory, point)
+
+
+@contextlib.contextmanager
+def only_one(directory):
+    """Keep any other vnb-prune off a set for as long as this lasts."""
+    path = os.path.join(directory, LOCK)
+    try:
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:
+                break
+            os.close(fd)  # the one before us removed it between open and flock
+    except BlockingIOError:
+        os.close(fd)
+        raise Error(directory, "another vnb-prune is at work here") from None
+    except OSError as error:
+        raise os_error(error.filename or path, error) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        os.close(fd)
