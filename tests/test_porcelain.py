@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""vnb-backup and vnb-restore without a libvirt: which pipelines they make, and what they restore."""
+
+import os
+import shlex
+import stat
+import subprocess
+import time
+
+import pytest
+import samples
+from makers import images, make_set, point
+
+PLAN = [{"vda": "64k:A 64k:-", "vdb": "64k:B"}, {"vda": "96k:. 32k:C", "vdb": "64k:."}]
+ODD = "it's $(touch gone) `touch gone`; \"touch\" *\n\\x & -o"  # for a shell, anything but a name
+SCRIPTS = ("vnb-backup", "vnb-restore")
+
+
+def porcelain(name, *arguments, cwd=None, path=None):
+    """The finished process."""
+    argv = [os.path.join(samples.ROOT, "bin", name), *map(str, arguments)]
+    env = {**os.environ, "PATH": path or os.environ["PATH"]}
+    return subprocess.run(argv, capture_output=True, text=True, cwd=cwd, env=env, timeout=60)
+
+
+def printed(*arguments):
+    done = porcelain(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.fixture
+def stubs(tmp_path):
+    """Commands, to be first in PATH, that write down their arguments, each with a NUL behind it, and succeed."""
+    directory = tmp_path / "stubs"
+    directory.mkdir()
+    for name in ("vnb-checkpoint", "vnb-cat", "vnb-apply", "vnb-config", "vnb-extents", "vnb-read", "vnb-pack",
+                 "vnb-verify"):
+        script = directory / name
+        # vnb-checkpoint runs its last argument, as the real one does
+        script.write_text(f"#!/bin/bash\nprintf '%s\\0' \"$@\" >> '{directory}/{name}.seen'\n" + (
+            'exec bash -o pipefail -c "${@: -1}"\n' if name == "vnb-checkpoint" else
+            f'case " $* " in *" --point "*) echo {point(1)};; esac\n'
+        ))
+        script.chmod(0o755)
+    return directory
+
+
+def seen(stubs, name):
+    path = stubs / f"{name}.seen"
+    return path.read_text().split("\0")[:-1] if path.exists() else None
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_and_version(name):
+    text = printed(name, "--help")
+    assert text.startswith(f"{name} - ")
+    assert max(map(len, text.splitlines())) <= 80
+    assert printed(name, "--version").startswith(f"{name} ")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("arguments", [
+    [], ["one"], ["one", "two", "three"], ["--frobnicate", "a", "b"], ["-x", "a", "b"], ["a", "b", "--name"],
+    ["a", "b", "-c"], ["a", "b", "--level"],
+])
+def test_wrong_usage(name, arguments):
+    done = porcelain(name, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{name}: ")
+    assert done.stderr.partition("\n")[2].startswith("Usage:\n")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_at_most_a_hundred_lines(name):
+    with open(os.path.join(samples.ROOT, "bin", name)) as script:
+        assert len(script.readlines()) <= 100
+
+
+def test_backup_dry_run_is_the_pipeline():
+    assert printed("vnb-backup", "--dry-run", "-z", "--verify", "--exclude=vdb", "vm1", "/backup/vm1") == (
+        "vnb-checkpoint run --level auto --ledger /backup/vm1 --exclude vdb vm1 -- "
+        "'vnb-extents | vnb-read | vnb-pack -z -o /backup/vm1'\n"
+        "vnb-verify /backup/vm1\n"
+    )
+
+
+def test_backup_into_the_folder_of_the_day(stubs, tmp_path):
+    path = f"{stubs}:{os.environ['PATH']}"
+    for _ in range(2):  # the day may change meanwhile
+        today = time.strftime("%Y-%m-%d")
+        assert porcelain("vnb-backup", "vm1", f"{tmp_path}/%Y-%m-%d/100%%/vm1", path=path).returncode == 0
+    assert seen(stubs, "vnb-pack")[-2:] == ["-o", f"{tmp_path}/{today}/100%/vm1"]
+
+
+def test_backup_passes_on_all_words_as_they_are(stubs, tmp_path):
+    """Nothing that stands in a name is a command, through two shells."""
+    path = f"{stubs}:{os.environ['PATH']}"
+    options = ["--level", "inc", "-c", ODD, "--user=" + ODD, "--include", ODD, "--raw", "--compress", ODD,
+               "--connections", ODD, "--freeze", "/,/home", "--verify"]
+    done = porcelain("vnb-backup", *options, ODD, f"/{ODD}", cwd=tmp_path, path=path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert seen(stubs, "vnb-checkpoint")[:-1] == [
+        "run", "--level", "inc", "--ledger", f"/{ODD}", "-c", ODD, "--user", ODD, "--include", ODD, "--raw",
+        "--freeze", "/,/home", ODD, "--",
+    ]
+    assert seen(stubs, "vnb-read") == ["--connections", ODD]
+    assert seen(stubs, "vnb-pack") == ["--compress", ODD, "-o", f"/{ODD}"]
+    assert seen(stubs, "vnb-verify") == [f"/{ODD}"]
+    assert not (tmp_path / "gone").exists()
+
+
+def test_backup_that_fails_is_not_verified(stubs):
+    (stubs / "vnb-read").write_text("#!/bin/sh\nexit 1\n")
+    done = porcelain("vnb-backup", "--verify", "vm1", "/backup", path=f"{stubs}:{os.environ['PATH']}")
+    assert done.returncode == 1
+    assert seen(stubs, "vnb-verify") is None
+
+
+def test_backup_with_a_fault_in_the_set(stubs):
+    (stubs / "vnb-verify").write_text("#!/bin/sh\nexit 1\n")
+    assert porcelain("vnb-backup", "--verify", "vm1", "/b", path=f"{stubs}:{os.environ['PATH']}").returncode == 3
+
+
+def test_backup_dry_run_can_be_pasted(stubs, tmp_path):
+    path = f"{stubs}:{os.environ['PATH']}"
+    line = porcelain("vnb-backup", "--dry-run", ODD, f"/{ODD}", cwd=tmp_path, path=path).stdout
+    subprocess.run(["bash", "-c", line], env={**os.environ, "PATH": path}, cwd=tmp_path, check=True)
+    assert seen(stubs, "vnb-pack") == ["-o", f"/{ODD}"]
+    assert not (tmp_path / "gone").exists()
+
+
+def test_restore_dry_run_is_the_pipelines(tmp_path):
+    make_set(tmp_path / "set", PLAN)
+    where = f"{tmp_path}/target"
+    options = ["--until", "2026-01-31T12:00:00", "--disk", "vda=raw:/x", "--name", "vm2", "--define"]
+    assert printed("vnb-restore", "--dry-run", *options, tmp_path / "set", where) == (
+        f"vnb-cat --until {point(0)} --disk vda {tmp_path}/set | vnb-apply --disk vda=raw:/x {where}\n"
+        f"vnb-cat --head --until {point(0)} --disk vda {tmp_path}/set | "
+        f"vnb-config --disk-dir {where} --disk vda=raw:/x --name vm2 --define\n"
+    )
+    assert os.listdir(tmp_path) == ["set"]
+
+
+def test_restore_passes_on_all_words_as_they_are(stubs, tmp_path):
+    path = f"{stubs}:{os.environ['PATH']}"
+    options = ["--until", ODD, "--disk=" + ODD, "-o", ODD, "--name", ODD, "--format=raw", "--define", "-c", ODD]
+    done = porcelain("vnb-restore", *options, f"/{ODD}", f"/t{ODD}", cwd=tmp_path, path=path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    rest = ["--until", point(1), "--disk", ODD, f"/{ODD}"]
+    assert seen(stubs, "vnb-cat") == ["--point", "--until", ODD, f"/{ODD}", *rest, "--head", *rest]
+    assert seen(stubs, "vnb-apply") == ["--disk", ODD, "-o", ODD, "--format", "raw", f"/t{ODD}"]
+    assert seen(stubs, "vnb-config") == [
+        "--disk-dir", f"/t{ODD}", "--name", ODD, "--format", "raw", "--define", "-c", ODD,
+    ]
+    assert not (tmp_path / "gone").exists()
+
+
+def test_operands_that_look_like_options(stubs, tmp_path):
+    path = f"{stubs}:{os.environ['PATH']}"
+    assert porcelain("vnb-restore", "--no-config", "--", "-set", "-target", path=path).returncode == 0
+    assert seen(stubs, "vnb-apply") == ["./-target"]
+    assert porcelain("vnb-backup", "--", "vm1", "-set", path=path).returncode == 0
+    assert seen(stubs, "vnb-pack") == ["-o", "./-set"]
+    assert porcelain("vnb-backup", "--", "-vm1", "set", path=path).returncode == 2
+
+
+def with_xml(directory, plan, xml):
+    """make_set() with the XML of a domain in its heads."""
+    import makers
+
+    head = makers.head
+    makers.head = lambda number, **changes: head(number, domain_xml=xml, **changes)
+    try:
+        make_set(directory, plan)
+    finally:
+        makers.head = head
+
+
+XML = (
+    "<domain type='kvm'><name>vm1</name><devices><disk type='block'><source dev='/dev/x'/><target dev='vda'/></disk>"
+    "<disk type='file'><source file='/y'/><target dev='vdb'/></disk></devices></domain>"
+)
+
+
+def test_restore(tmp_path):
+    with_xml(tmp_path / "set", PLAN, XML)
+    target = tmp_path / "target"
+    done = porcelain("vnb-restore", "--format", "raw", tmp_path / "set", target)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(os.listdir(target)) == ["domain.xml", "vda.raw", "vdb.raw"]
+    for name, image in images(PLAN)[-1].items():
+        assert (target / f"{name}.raw").read_bytes() == image
+    assert f'<source file="{target}/vda.raw" />' in (target / "domain.xml").read_text()
+    assert stat.S_IMODE((target / "domain.xml").stat().st_mode) == 0o600
+
+
+def test_restore_of_one_disk_at_an_earlier_point(tmp_path):
+    with_xml(tmp_path / "set", PLAN, XML)
+    options = [f"--until={point(0)}", "--disk", "vdb", "--format=raw"]
+    done = porcelain("vnb-restore", *options, tmp_path / "set", tmp_path / "t")
+    assert (done.returncode, done.stderr) == (0, "vnb-config: vda: is not in the backup: removed from the domain\n")
+    assert (tmp_path / "t" / "vdb.raw").read_bytes() == images(PLAN)[0]["vdb"]
+
+
+def test_restore_without_xml(tmp_path):
+    """A set that was made of images: the disks are there, and what failed is named."""
+    make_set(tmp_path / "set", PLAN)
+    done = porcelain("vnb-restore", "--format", "raw", "set", "target", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"vnb-config: stdin: {point(1)} has no domain XML: it was no libvirt domain",
+        "vnb-restore: the disks are restored; what failed is: "
+        f"vnb-cat --head --until {point(1)} set | vnb-config --disk-dir target --format raw -o target/domain.xml",
+    ]
+    assert sorted(os.listdir(tmp_path / "target")) == ["vda.raw", "vdb.raw"]
+    assert porcelain("vnb-restore", "--no-config", "set", "other", cwd=tmp_path).returncode == 0
+
+
+def test_restore_of_what_is_not_there(tmp_path):
+    done = porcelain("vnb-restore", "set", "target", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "vnb-cat: set: No such file or directory\n")
+    make_set(tmp_path / "set", PLAN)
+    assert porcelain("vnb-restore", "--until", "nothing", "set", "target", cwd=tmp_path).returncode == 1
+    assert os.listdir(tmp_path) == ["set"]
+
+
+def test_restore_replaces_nothing(tmp_path):
+    with_xml(tmp_path / "set", PLAN, XML)
+    (tmp_path / "domain.xml").write_text("mine")
+    done = porcelain("vnb-restore", tmp_path / "set", tmp_path)
+    assert (done.returncode, done.stderr) == (1, f"vnb-restore: {tmp_path}/domain.xml: File exists\n")
+    assert sorted(os.listdir(tmp_path)) == ["domain.xml", "set"]
+
+
+def test_restore_of_a_damaged_set_leaves_nothing(tmp_path):
+    with_xml(tmp_path / "set", PLAN, XML)
+    path = next((tmp_path / "set").glob("*.full.vnb"))
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(b"A" * 4096) + 100] ^= 1
+    path.write_bytes(whole)
+    done = porcelain("vnb-restore", "set", "target", cwd=tmp_path)
+    assert done.returncode == 1
+    assert os.listdir(tmp_path) == ["set"]
+
+
+def test_commands_are_found_beside_the_script(tmp_path):
+    """Who calls it by its path, in a virtual environment, has the others not in PATH."""
+    environment = os.path.join(samples.ROOT, ".venv", "bin")
+    done = subprocess.run([os.path.join(environment, "vnb-restore"), "--version"], capture_output=True, text=True,
+                          env={"PATH": os.defpath})
+    assert shlex.split(done.stdout)[:1] == ["vnb-restore"]
