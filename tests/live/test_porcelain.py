@@ -94,15 +94,15 @@ def test_a_backup_that_is_stopped_leaves_nothing(lab, vm):
     slow = lab.new_directory("bin")
     with open(f"{slow}/vnb-read", "w") as script:
         script.write("#!/bin/sh\nexec sleep 60\n")
-    os.chmod(f"{slow}/vnb-read", 0o755)
+    os.chmod(f"{slow}/vnb-read", 0o700)
     process = subprocess.Popen([BACKUP, "--no-freeze", vm.name, directory],
                                env={**lab.env, "PATH": f"{slow}:{lab.env['PATH']}"}, start_new_session=True)
     try:
-        wait_for(vm.has_job, "a job")
         wait_for(lambda: any("sleep 60" in line for line in lab.processes().values()), "the pipeline")
         process.terminate()
         assert process.wait(60) == -signal.SIGTERM
     finally:
+        process.kill()
         for pid, line in lab.processes().items():
             if "sleep 60" in line:
                 os.kill(pid, signal.SIGKILL)
