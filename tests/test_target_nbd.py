@@ -54,7 +54,7 @@ def test_servers_that_differ(tmp_path, content, image, options):
 @pytest.mark.parametrize("number, words", [("EIO", "Input/output error"), ("ENOSPC", "No space left on device")])
 def test_errors(tmp_path, content, image, request_, offset, number, words):
     options = [f"error-{request_}={number}", f"error-{request_}-rate=100%"]
-    with nbdkit(tmp_path, "--filter=error", "file", image, *options) as (uri, _):
+    with nbdkit(tmp_path, "--filter=noparallel", "--filter=error", "file", image, *options) as (uri, _):
         line = refused(content, "--disk", f"vda={uri}")
     assert line == f"vda: offset {offset}: {words}"
 

@@ -2,10 +2,9 @@
 """vnb-apply - write a stream onto disks
 
 Usage:
-  vnb-apply [--format FORMAT] [-o OPTIONS] [--preallocate | --compress]
-            [--disk DISK]... [--force-sequence] [--debug] [DIR]
-  vnb-apply --update [--recover] [--format FORMAT] [-o OPTIONS]
-            [--preallocate] [--disk DISK]... [--debug] DIR
+  vnb-apply [--update [--recover]] [--format FORMAT] [-o OPTIONS]
+            [--preallocate | --compress] [--disk DISK]...
+            [--force-sequence] [--debug] [DIR]
   vnb-apply --help | --version
 
 Reads one or more segments with data, a full and what follows it, and makes
@@ -45,8 +44,13 @@ OPTIONS = (
 def main(args):
     recipe = parse_recipe(args)
     chosen = parse_disks(args["--disk"])
-    if args["DIR"] is None and not (chosen and all(chosen.values())):
+    if args["DIR"] is None and (args["--update"] or not (chosen and all(chosen.values()))):
         raise UsageError(None, "DIR is missing: new images are made there")
+    if args["--recover"] and not args["--update"]:
+        raise UsageError("--recover", "is for --update")
+    for option in ("--compress", "--force-sequence"):
+        if args["--update"] and args[option]:
+            raise UsageError(option, "does not go with --update")
     buffers = Buffers()
     if args["--update"]:
         update(args, recipe, chosen, buffers)

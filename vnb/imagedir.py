@@ -139,26 +139,28 @@ def remove_abandoned(directory):
         if not (name.startswith(_PREFIX) and name.endswith(_SUFFIX)):
             continue
         workspace = os.path.join(directory, name)
-        try:
-            lock = lock_file(os.path.join(workspace, _LOCK))
-        except FileNotFoundError:
-            # Killed before it had a lock, or removed by somebody else now: then it is empty, or gone.
-            with contextlib.suppress(OSError):
-                os.rmdir(workspace)
-            continue
-        except OSError:
-            continue
-        if lock is not None:
-            shutil.rmtree(workspace, ignore_errors=True)
-            os.close(lock)
+        # Somebody else may be faster, and somebody else's is not for us, nor what a link leads to.
+        with contextlib.suppress(OSError):
+            fd = os.open(workspace, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                # There may be none: its maker was killed before that, or it was being removed.
+                if os.fstat(fd).st_uid == os.geteuid() and (lock := lock_file(_LOCK, os.O_CREAT, fd)) is not None:
+                    shutil.rmtree(workspace, ignore_errors=True)
+                    os.close(lock)
+            finally:
+                os.close(fd)
 
 
-def lock_file(path, flags=0):
-    """A descriptor of a file, locked; None if somebody else has the lock, or removed the file. Raises OSError."""
-    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600)
+def lock_file(path, flags=0, directory=None):
+    """
+    A descriptor of a file, locked; None if somebody else has the lock, or removed the file. Raises OSError.
+
+    directory (int or None): a descriptor of what path is relative to.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600, dir_fd=directory)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(fd), os.lstat(path)):
+        if os.path.samestat(os.fstat(fd), os.stat(path, dir_fd=directory, follow_symlinks=False)):
             return fd
     except (BlockingIOError, FileNotFoundError):
         pass
