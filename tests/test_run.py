@@ -13,7 +13,6 @@ import pytest
 import samples
 
 ROOT = Path(samples.ROOT)
-COMMANDS = sorted(path.name for path in (ROOT / "bin").iterdir() if "vnb.run" in path.read_text())
 DEADLINE = 60
 
 TOY = '''
@@ -211,28 +210,6 @@ def on_terminal(command, **options):
         pass  # nothing was written before it was closed
     os.close(ours)
     return process.returncode, shown, err.decode()
-
-
-def run_command(name, *arguments, **options):
-    return subprocess.run([sys.executable, ROOT / "bin" / name, *arguments],
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=DEADLINE, **options)
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_and_version_of_each_command(name):
-    done = run_command(name, "--help")
-    assert (done.returncode, done.stderr) == (0, b"")
-    text = done.stdout.decode()
-    assert text.startswith(f"{name} - ") and "Usage:\n" in text
-    assert max(map(len, text.splitlines())) <= 80
-    for option in ("--help", "--version", "--debug"):
-        assert option in text
-    done = run_command(name, "--version")
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert re.fullmatch(rf"{name} [0-9.]+\n", done.stdout.decode())
-    done = run_command(name, "--nonsense")
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr.decode().startswith(f"{name}: ")
 
 
 @pytest.mark.parametrize("name", ["vnb-pack", "vnb-cat"])

@@ -241,6 +241,8 @@ def _check_fields(fields, has_payload):
     if not fields or not is_name(fields[0]):
         raise FrameError("a frame without a type")
     kind = fields[0]
+    if kind in ("data", "tail"):
+        raise FrameError(f'frame "{kind}" is not encoded as it must be')  # they have a layout of their own
     if not 2 < len(fields) + (2 if has_payload else 1) <= MAX_ELEMENTS:
         raise FrameError(f'frame "{kind}" has too few or too many elements')
     if kind == "extent" and len(fields) == 3 and fields[1].__class__ is int and fields[2].__class__ is list:
