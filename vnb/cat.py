@@ -32,7 +32,7 @@ import os
 from xxhash import xxh3_128_hexdigest
 
 from vnb import backupset, chain, codec, stream
-from vnb.errors import Error
+from vnb.errors import Error, UsageError
 from vnb.merge import Merge
 from vnb.run import note
 
@@ -40,6 +40,8 @@ from vnb.run import note
 def main(args):
     operands, until = args["SET_OR_FILE"], args["--until"]
     name = operands[0] if len(operands) == 1 else "the chain"
+    if args["--from"] and not args["--merge"]:  # docopt does not see to it
+        raise UsageError("--from", "goes with --merge")
     segments, damaged = _segments(operands)
     # What cannot be read may be anything: the latest point, or one that a time means. Only a point that is
     # known by its name, and the way to it, need nothing of it.

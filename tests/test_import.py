@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""vnb-import on directories as virtnbdbackup leaves them, made here: facts of its format, own code."""
+
+import json
+import os
+import random
+import subprocess
+import time
+import zlib
+
+import pytest
+import samples
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lz4.frame import compress
+from test_merge import applied
+
+from vnb import importer
+from vnb.errors import Error
+
+SIZE = 1 << 20
+CPT = "virtnbdbackup"
+DOMAIN = "<domain><name>vm</name><uuid>u-1</uuid><os><nvram>/var/lib/nvram/vm_VARS.fd</nvram></os>" \
+         "<devices><disk><target dev='vda'/><source file='/images/a.qcow2'/></disk></devices></domain>"
+
+
+@pytest.fixture(autouse=True)
+def utc(monkeypatch):
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def meta(disk="vda", number=0, parent=None, **changes):
+    parent = number - 1 if parent is None and number else parent
+    return {
+        "virtualSize": SIZE, "dataSize": 0, "date": f"2026-01-31T1{number}:00:00.000000", "diskName": disk,
+        "diskFormat": "qcow2", "checkpointName": f"{CPT}.{number}", "compressed": False, "compressionMethod": "lz4",
+        "parentCheckpoint": "" if not number else f"{CPT}.{parent}", "incremental": bool(number), "streamVersion": 2,
+        **changes,
+    }
+
+
+def frame(kind, start, length):
+    return b"%s %016x %016x\r\n" % (kind.encode(), start, length)
+
+
+def data_file(path, header, extents, chunk=64 << 10):
+    """Write one: extents is [(offset, bytes, or the length of a zero one)]."""
+    compressed = header["compressed"] is not False
+    header = {**header, "dataSize": header.get("dataSize") or sum(
+        len(content) for _, content in extents if isinstance(content, bytes))}
+    text = json.dumps(header, indent=4).encode()
+    parts = [frame("meta", 0, len(text)), text, b"\r\n"]
+    sizes = []
+    for offset, content in extents:
+        if not isinstance(content, bytes):
+            parts.append(frame("zero", offset, content))
+            continue
+        parts.append(frame("data", offset, len(content)))
+        if compressed:
+            pieces = [compress(content[at : at + chunk], content_checksum=True, block_checksum=True)
+                      for at in range(0, len(content), chunk)]
+            parts += pieces
+            lengths = [len(piece) for piece in pieces]
+            sizes.append({sum(lengths): lengths} if len(pieces) > 1 else lengths[0])
+        else:
+            parts.append(content)
+        parts.append(b"\r\n")
+    parts.append(frame("stop", 0, 0))
+    if compressed:
+        text = json.dumps(sizes).encode()
+        parts += [text, b"\r\n", frame("comp", 0, len(text))]
+    content = b"".join(parts)
+    path.write_bytes(content)
+    return content
+
+
+def noise(length, seed=0):
+    return random.Random(seed).randbytes(length)  # noqa: S311
+
+
+def backup(directory, compressed=False, disks=("vda",)):
+    """A full backup and two increments; returns {checkpoint: {disk: bytes}}."""
+    directory.mkdir(exist_ok=True)
+    image = {disk: bytearray(SIZE) for disk in disks}
+    states = {}
+    for number, disk in ((number, disk) for number in range(3) for disk in disks):
+        level = "full" if number == 0 else f"inc.{CPT}.{number}"
+        changes = [(4096 * (9 * number + 1), noise(200_000 if number else 70_000, number)), (SIZE - 100, b"z" * 100)]
+        extents = changes
+        if number == 0:
+            first, second = changes
+            end = first[0] + len(first[1])
+            extents = [(0, first[0]), first, (end, second[0] - end), second]
+        for offset, content in changes:
+            image[disk][offset : offset + len(content)] = content
+        data_file(directory / f"{disk}.{level}.data", meta(disk, number, compressed=compressed), extents)
+        states.setdefault(f"{CPT}.{number}", {})[disk] = bytes(image[disk])
+        (directory / f"vmconfig.{CPT}.{number}.xml").write_text(DOMAIN)
+    (directory / "vm.cpt").write_text(json.dumps(list(states)))
+    return states
+
+
+def imported(directory, *words):
+    """The stream that vnb-import writes; raises AssertionError with what it says."""
+    done = command(directory, *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def command(directory, *words):
+    done = subprocess.run(["vnb-import", *words, str(directory)], capture_output=True)
+    done.stderr = done.stderr.decode()
+    return done
+
+
+def refused(directory, reason, *words):
+    done = command(directory, *words)
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert reason in lines[-1], done.stderr
+    assert "Traceback" not in done.stderr
+    if done.stdout:  # what there is of a segment has no end
+        with pytest.raises(Error):
+            samples.read(done.stdout)
+
+
+@pytest.mark.parametrize("compressed", [False, True, 2])
+def test_each_point(tmp_path, compressed):
+    states = backup(tmp_path, compressed, ("vda", "vdb"))
+    for checkpoint, state in states.items():
+        assert applied(imported(tmp_path, "--until", checkpoint)) == state
+    content = imported(tmp_path)
+    assert applied(content) == state
+    heads = [segment[0] for segment in samples.read(content)]
+    assert [head["point"] for head in heads] == [f"20260131T1{number}0000.{CPT}.{number}" for number in range(3)]
+    assert [head["parent"] for head in heads] == [None, *(head["point"] for head in heads[:2])]
+    assert {head["checkpoint"] for head in heads} == {None}
+    assert [(head["level"], head["domain"], head["uuid"]) for head in heads] == [
+        ("full", "vm", "u-1"), ("inc", "vm", "u-1"), ("inc", "vm", "u-1")
+    ]
+    assert applied(imported(tmp_path, "--until", "2026-01-31T11")) == states[f"{CPT}.1"]
+    assert applied(imported(tmp_path, "--until", heads[1]["point"])) == states[f"{CPT}.1"]
+
+
+@given(st.lists(st.tuples(st.integers(1, 40_000), st.sampled_from(["data", "zero"])), min_size=1, max_size=8),
+       st.integers(100, 50_000), st.booleans())
+@settings(max_examples=40)
+def test_extents_of_any_length(tmp_path_factory, runs, chunk, compressed):
+    directory = tmp_path_factory.mktemp("any")
+    extents, image = [], b""
+    for number, (length, kind) in enumerate(runs):
+        content = noise(length, number) if kind == "data" and number % 2 else b"x" * length
+        extents.append((len(image), content if kind == "data" else length))
+        image += content if kind == "data" else bytes(length)
+    data_file(directory / "vda.full.data", meta(virtualSize=len(image), compressed=compressed), extents, chunk)
+    ((source,),) = [point.files for point in importer.Directory(str(directory)).points]
+    with samples.written() as (writer, content):
+        out = writer.segment(samples.head(), [samples.disk("vda", len(image))])
+        with importer.Input(source.path) as file:
+            importer.Copy(source, file, out, 0).run()
+        out.end()
+        assert applied(content())["vda"] == image
+
+
+def test_a_long_lz4_frame_is_unpacked_in_pieces(tmp_path):
+    """virtnbdbackup's are of up to 32 MiB."""
+    content = noise(3 << 20) + bytes(6 << 20) + noise(1 << 20, 1)
+    data_file(tmp_path / "vda.full.data", meta(virtualSize=len(content), compressed=2), [(0, content)], 32 << 20)
+    ((_, _, frames, _, _),) = samples.read(imported(tmp_path))
+    assert b"".join(frame[7] for frame in frames) == content
+    assert max(frame[3] for frame in frames) == importer.PIECE
+
+
+def test_what_was_saved_beside_the_disks(tmp_path):
+    backup(tmp_path)
+    (tmp_path / f"vm_VARS.fd.{CPT}.1").write_bytes(b"nvram" * 10)
+    (tmp_path / f"vda.{CPT}.1.qcow.json").write_text('{"format": "qcow2"}')
+    segment = samples.read(imported(tmp_path))[1]
+    files = [(frame[1]["role"], frame[1]["path"], frame[2]) for frame in segment[2] if frame[0] == "File"]
+    nvram = "nvram", "/var/lib/nvram/vm_VARS.fd", b"nvram" * 10
+    assert files == [nvram, ("image-info", "vda", b'{"format": "qcow2"}')]
+    assert segment[0]["domain_xml"] == DOMAIN
+    assert segment[1][0]["image"] == {"format": "qcow2", "path": "/images/a.qcow2"}
+
+
+def test_differential_backups_are_leaves(tmp_path):
+    states = backup(tmp_path, disks=("vda", "vdb"))
+    for disk, seconds, day in (("vda", 1769900000, 1), ("vdb", 1769900001, 1), ("vda", 1769990000, 2),
+                               ("vdb", 1769990000, 2)):
+        header = meta(disk, 3, date=f"2026-02-0{day}T12:00:00", parent=2)
+        data_file(tmp_path / f"{disk}.diff.{seconds}.data", header, [(0, b"%d" % seconds)])
+    (tmp_path / "vmconfig.1769900007.xml").write_text(DOMAIN)
+    points = importer.Directory(str(tmp_path)).points
+    leaves = [point for point in points if point.level == "diff"]
+    assert [[file.disk for file in point.files] for point in leaves] == [["vda", "vdb"], ["vda", "vdb"]]
+    assert {point.head["parent"] for point in leaves} == {points[2].head["point"]}
+    assert leaves[0].head["domain_xml"] == DOMAIN
+    state = applied(imported(tmp_path, "--until", leaves[0].head["point"]))
+    expected = bytearray(states[f"{CPT}.2"]["vda"])
+    expected[:10] = b"1769900000"
+    assert state["vda"] == expected
+
+
+def test_the_checkpoint_says_when(tmp_path):
+    """In UTC, unlike the header."""
+    backup(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    text = "<domaincheckpoint><creationTime>1769000000</creationTime></domaincheckpoint>"
+    (tmp_path / "checkpoints" / f"{CPT}.0.xml").write_text(text)
+    assert importer.Directory(str(tmp_path)).points[0].head["created"] == "2026-01-21T12:53:20.000000Z"
+
+
+def test_a_clock_that_went_back(tmp_path):
+    backup(tmp_path)
+    data_file(tmp_path / f"vda.inc.{CPT}.1.data", meta("vda", 1, date="2020-01-01T00:00:00"), [(0, b"x")])
+    heads = [point.head for point in importer.Directory(str(tmp_path)).points]
+    assert [head["created"] for head in heads] == sorted(head["created"] for head in heads)
+    assert len({head["created"] for head in heads}) == 3
+
+
+def test_a_raw_image_beside_a_stream(tmp_path):
+    backup(tmp_path)
+    image = bytes(700_000) + noise(300_000) + bytes(123)
+    (tmp_path / "vdb.copy.data").write_bytes(image)
+    first = samples.read(imported(tmp_path, "--until", f"{CPT}.0"))
+    assert first[0][0]["level"] == "full"
+    assert applied(imported(tmp_path, "--until", f"{CPT}.0"))["vdb"] == image
+    assert first[0][3]["data"] < 70_000 + 100 + 600_000  # zeroes are not data
+
+
+def test_a_full_backup_under_the_name_of_an_increment(tmp_path):
+    """2.x makes one where the last checkpoint's bitmap is broken."""
+    backup(tmp_path)
+    header = meta("vda", 3, incremental=False, parentCheckpoint="")
+    data_file(tmp_path / f"vda.inc.{CPT}.3.data", header, [(0, b"x" * SIZE)])
+    segments = samples.read(imported(tmp_path, "--until", f"{CPT}.3"))
+    assert [segment[0]["level"] for segment in segments] == ["full"]
+
+
+def test_doubt_is_said_unless_the_log_knows(tmp_path):
+    backup(tmp_path)
+    assert "it cannot be known" in command(tmp_path).stderr
+    (tmp_path / "backup.inc.01312026110000.log").write_text("INFO Version: 1.9.15 Arguments: virtnbdbackup\n")
+    assert command(tmp_path).stderr == ""
+    (tmp_path / "backup.inc.01312026120000.log").write_text("INFO Version: 2.47 Arguments: virtnbdbackup\n")
+    assert "it cannot be known" in command(tmp_path).stderr
+    assert "it cannot be known" not in command(tmp_path, "--until", f"{CPT}.0").stderr
+
+
+def test_notes_on_what_is_not_there(tmp_path):
+    backup(tmp_path)
+    (tmp_path / "vm.cpt").write_text(json.dumps([f"{CPT}.{number}" for number in range(5)]))
+    (tmp_path / "vda.inc.virtnbdbackup.3.data.partial").write_bytes(b"")
+    said = command(tmp_path).stderr
+    assert f"no data of {CPT}.3, {CPT}.4: a backup that failed" in said
+    assert "vda.inc.virtnbdbackup.3.data.partial: left out" in said
+
+
+def test_a_gap(tmp_path):
+    backup(tmp_path)
+    (tmp_path / f"vda.inc.{CPT}.1.data").unlink()
+    refused(tmp_path, f"vda.inc.{CPT}.2.data: starts from {CPT}.1, of which nothing is here")
+
+
+def test_a_circle(tmp_path):
+    backup(tmp_path)
+    data_file(tmp_path / f"vda.inc.{CPT}.1.data", meta("vda", 1, parent=2), [(0, b"x")])
+    refused(tmp_path, "a circle of parents")
+
+
+def test_an_increment_of_a_disk_that_was_left_out_before(tmp_path):
+    backup(tmp_path, disks=("vda", "vdb"))
+    (tmp_path / f"vdb.inc.{CPT}.1.data").unlink()
+    refused(tmp_path, "has changes of disk vdb, but nothing before it has")
+
+
+def test_a_checksum_that_differs(tmp_path):
+    backup(tmp_path)
+    path = tmp_path / "vda.full.data"
+    sound = zlib.adler32(path.read_bytes())
+    (tmp_path / "vda.full.data.chksum").write_text(str(sound))
+    imported(tmp_path)
+    (tmp_path / "vda.full.data.chksum").write_text("{checksum}")
+    imported(tmp_path)
+    (tmp_path / "vda.full.data.chksum").write_text(str(sound ^ 1))
+    refused(tmp_path, "is damaged: its checksum is")
+
+
+@pytest.mark.parametrize("name, changes, reason", [
+    ("vda.full.data", {"streamVersion": 3}, "stream version 3, known are 1, 2"),
+    ("vda.full.data", {"diskName": "vdb"}, "is of disk vdb, not of vda"),
+    ("vda.full.data", {"virtualSize": -1}, "a disk of -1 bytes"),
+    ("vda.full.data", {"virtualSize": "9"}, 'no sound "virtualSize"'),
+    ("vda.full.data", {"date": "yesterday"}, 'no sound "date"'),
+    ("vda.full.data", {"compressed": 1, "compressionMethod": "zip"}, "compressed with zip, known is lz4"),
+    ("vda.full.data", {"dataSize": 5}, "the header says 5 bytes of data, there were 3"),
+    ("vda.full.data", {"virtualSize": SIZE + 1}, "1 bytes of a full disk are missing"),
+    (f"vda.inc.{CPT}.1.data", {"incremental": True}, "does not say what it starts from"),
+    (f"vda.inc.{CPT}.1.data", {"incremental": True, "parentCheckpoint": "x"}, f"is of {CPT}.0, not of {CPT}.1"),
+    ("vda.inc.data", {}, "not that of a backup of this level"),
+    ("vda.full.x.data", {}, "not that of a backup of this level"),
+])
+def test_headers_that_make_no_sense(tmp_path, name, changes, reason):
+    data_file(tmp_path / name, meta(**changes), [(0, b"abc"), (3, SIZE - 3)])
+    refused(tmp_path, reason)
+
+
+@pytest.mark.parametrize("extents, reason", [
+    ([(0, b"abc")], "bytes of a full disk are missing"),
+    ([(0, b"abc"), (4, SIZE - 4)], "nothing is said of 1 bytes at offset 3"),
+    ([(0, b"abc"), (2, SIZE - 2)], "overlap or are not in the disk"),
+    ([(0, b"abc"), (3, SIZE)], "overlap or are not in the disk"),
+])
+def test_extents_that_make_no_sense(tmp_path, extents, reason):
+    data_file(tmp_path / "vda.full.data", meta(), extents)
+    refused(tmp_path, reason)
+
+
+@pytest.mark.parametrize("compressed", [False, 2])
+def test_a_cut_file_is_found_wherever_it_ends(tmp_path, compressed):
+    header = meta(virtualSize=300, compressed=compressed)
+    content = data_file(tmp_path / "vda.full.data", header, [(0, b"ab" * 50), (100, 50), (150, noise(150))], 64)
+    convert(tmp_path)
+    for end in range(len(content)):
+        (tmp_path / "vda.full.data").write_bytes(content[:end])
+        if content[:end].startswith(b"meta "):
+            with pytest.raises(Error):
+                convert(tmp_path)
+
+
+@pytest.mark.parametrize("compressed", [False, 2])
+def test_any_byte_may_be_wrong(tmp_path, compressed):
+    """The format has no checksum of plain data; but never a traceback, and lz4 frames have their own."""
+    header = meta(virtualSize=300, compressed=compressed)
+    content = data_file(tmp_path / "vda.full.data", header, [(0, b"ab" * 50), (100, 50), (150, noise(150))], 64)
+    start = content.index(b"data ")
+    for at in range(len(content)):
+        for bit in (0, 6) if at % 3 else (3,):
+            damaged = bytearray(content)
+            damaged[at] ^= 1 << bit
+            (tmp_path / "vda.full.data").write_bytes(damaged)
+            try:
+                state = convert(tmp_path)
+            except Error:
+                continue
+            if compressed and at > start:
+                assert state == {"vda": b"ab" * 50 + bytes(50) + noise(150)}
+
+
+def convert(directory):
+    with samples.written() as (writer, content):
+        for point in importer.Directory(str(directory)).points:
+            point.write(writer)
+        return applied(content())
+
+
+def test_names_that_would_leave_the_directory(tmp_path):
+    data_file(tmp_path / "vda.full.data", meta(checkpointName="../../x"), [(0, b"abc"), (3, SIZE - 3)])
+    (point,) = importer.Directory(str(tmp_path)).points
+    assert point.made.year == 2026  # no file was sought there
+
+
+@pytest.mark.parametrize("make, reason", [
+    (lambda path: None, "No such file or directory"),
+    (lambda path: path.write_text(""), "Not a directory"),
+    (lambda path: path.mkdir(), "no backup of virtnbdbackup here"),
+    (lambda path: (path.mkdir(), os.mkfifo(path / "vda.full.data")), "not a regular file"),
+    (lambda path: (path.mkdir(), (path / "vda.inc.x.data").write_text("image")), "not a stream of virtnbdbackup"),
+    (lambda path: (backup(path), (path / "vm.cpt").write_text("{}")), "is no list of checkpoints"),
+    (lambda path: (backup(path), (path / "vmconfig.a.xml").write_text("<a")), "malformed XML"),
+    (lambda path: (backup(path), (path / "vmconfig.a.xml").write_bytes(b"\xff")), "is not UTF-8"),
+])
+def test_what_is_no_backup(tmp_path, make, reason):
+    make(tmp_path / "it")
+    refused(tmp_path / "it", reason)
+
+
+def test_a_domain_without_configuration_has_the_name_of_its_list(tmp_path):
+    backup(tmp_path)
+    for path in tmp_path.glob("vmconfig.*"):
+        path.unlink()
+    done = command(tmp_path)
+    assert "it is taken to be vm" in done.stderr
+    assert samples.read(done.stdout)[0][0]["domain"] == "vm"
