@@ -71,7 +71,7 @@ def main(args):
             if not args["-o"]:
                 show(xml)
             if args["--keep-identity"]:
-                _say(f"{domain.name}: checkpoints of it that libvirt still knows are in the way of its next backup: "
+                _say(f"{domain.name}: where libvirt knows checkpoints of it, which {_IN_THE_WAY}: "
                      f"{_forget_checkpoints(domain.name, None)}")
     finally:
         if restored is not None:
@@ -197,8 +197,12 @@ def _define(args, domain, xml, restored):
         _say(f"{domain.name}: defined")
         left = defined.checkpoints()
         if left:
-            _say(f"{domain.name}: libvirt knows {len(left)} checkpoints of it that the restored disks do not have, in "
-                 f"the way of its next backup: {_forget_checkpoints(domain.name, args['--connect'])}")
+            _say(f"{domain.name}: libvirt knows {len(left)} checkpoints of it, which {_IN_THE_WAY}: "
+                 f"{_forget_checkpoints(domain.name, args['--connect'])}")
+
+
+# vnb takes the disks in full then, and says so; others fail.
+_IN_THE_WAY = "the restored disks do not have, in the way of its next backup until libvirt forgets them"
 
 
 def _forget_checkpoints(name, uri):
