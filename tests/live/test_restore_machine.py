@@ -152,6 +152,57 @@ def test_xml_that_virsh_takes(lab, machine):
         domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM)
 
 
+def test_disks_and_nvram_of_every_kind(lab):
+    """A backing image, a data file, a volume, an nvram that is a source: all are the restored files, and it starts."""
+    base, pool, store = lab.path("base.qcow2"), lab.path("pool"), lab.path("store")
+    loader, nvram = lab.path("code.fd"), lab.path("vars.fd")
+    for directory in (pool, store):
+        os.mkdir(directory, 0o711)
+    for options, path in (
+        ([], base), ([], f"{pool}/volume"), (["-o", f"data_file={store}/vdb.raw"], f"{store}/vdb.qcow2"),
+    ):
+        run("qemu-img", "create", "-q", "-f", "qcow2", *options, path, 16 * MiB)
+    Path(loader).write_bytes(bytes(64 << 10))
+    Path(nvram).write_bytes(b"N" * (128 << 10))
+    for path in (base, f"{store}/vdb.raw", loader):
+        os.chmod(path, 0o666)  # noqa: S103 - libvirt gives QEMU neither a loader nor, before 10.10, a data file
+    volume = """
+        <disk type="volume" device="disk"><driver name="qemu" type="qcow2"/><source pool="vnb-source" volume="volume"/>
+          <target dev="vdc" bus="virtio"/></disk>"""
+    os_xml = f"""
+        <loader readonly="yes" type="pflash">{loader}</loader>
+        <nvram type="file"><source file="{nvram}"/></nvram>"""
+    source = lab.connection.storagePoolCreateXML(
+        f"<pool type='dir'><name>vnb-source</name><target><path>{pool}</path></target></pool>"
+    )
+    vm = restored = None
+    try:
+        disks = Disk("vda", 16 * MiB, backing=base), Disk("vdb", path=f"{store}/vdb.qcow2")
+        vm = lab.domain(*disks, extra_xml=volume, os_xml=os_xml)
+        vm.write("vda", 0, MiB)
+        vm.write("vdb", MiB, MiB)
+        directory, target = lab.new_directory("set"), lab.path("every kind")
+        backup(lab, vm, "full", directory, "--no-freeze")
+        lab.sh(f"{RESTORE} --define --name every-kind {directory} '{target}'")
+        restored = lab.connection.lookupByName("every-kind")
+        assert sorted(os.listdir(target)) == ["code.fd", "vars.fd", "vda.qcow2", "vdb.data", "vdb.qcow2", "vdc.qcow2"]
+        os.chmod(f"{target}/vdb.data", 0o666)  # noqa: S103 - as above
+        restored.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+        root = ElementTree.fromstring(restored.XMLDesc())  # noqa: S314 - libvirt's
+        sources = [source.get("file") for source in root.findall("./devices/disk/source")]
+        assert sources == [f"{target}/{name}.qcow2" for name in ("vda", "vdb", "vdc")]
+        assert root.find("os/nvram/source").get("file") == f"{target}/vars.fd"
+        assert root.findtext("os/loader") == f"{target}/code.fd"
+    finally:
+        if restored is not None:
+            if restored.isActive():
+                restored.destroy()
+            restored.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM)
+        if vm is not None:
+            vm.remove()
+        source.destroy()
+
+
 def test_a_replacement_on_the_same_host(lab, machine):
     """Autostart as it was, and the checkpoints that are in the way named; the command that is named helps."""
     vm, directory = machine
