@@ -66,7 +66,9 @@ def test_damaged():
 
 NUMBERS = st.sampled_from([0, 1, 2, 3, 5, 50, 99, 100, 101, f.MAX_OFFSET, f.MAX_OFFSET + 1, f.MAX_INTEGER])
 ODD = st.sampled_from([None, True, "", "x", "full", "inc", "a/b", ".a", "a\nb", [], {}, [5], {"a": 5}]) | NUMBERS
-HEADS = st.sampled_from([head("p1", "p0"), head("p2", "p0", level="diff"), head(), head(stage="extents"), head(stage="disks")])
+HEADS = st.sampled_from([
+    head("p1", "p0"), head("p2", "p0", level="diff"), head(), head(stage="extents"), head(stage="disks"),
+])
 
 
 def changed(fields):
@@ -96,11 +98,15 @@ FRAMES = st.one_of(
 
 
 INC = [disk(size=100, level="inc")]
+SOUND = st.sampled_from([
+    ["+x", 5], (["+x", 5], b"abc"), ["x", {}], (["file", part(size=3)], b"abc"), ["extent", 0, [3, 2, 3]],
+    ["extent", 0, [50, 5, 2, 99, 1, 3]],
+])
 
 
 @settings(max_examples=150)
 @given(HEADS | changed(head()), st.just(INC) | st.just([]) | st.lists(changed(disk(size=100)), max_size=1),
-       st.lists(FRAMES, max_size=4))
+       st.lists(SOUND | FRAMES, max_size=4))
 def test_sound_sums_and_any_rule_broken(fields, disks, frames):
     try:
         content = samples.segment(fields, disks, *frames)

@@ -361,6 +361,17 @@ def test_links_of_a_set(tmp_path):
     ]
 
 
+def test_files_are_no_set(tmp_path):
+    """They may be of several domains, and copies; but of one domain they must not contradict each other."""
+    paths = [tmp_path / name for name in "abcde"]
+    for path, head_ in zip(paths, [
+        head("p0"), head("p0"), head("q0", uuid="u-2"), head("p2", "p1"), head("p9", id="id-p0"),
+    ]):
+        path.write_bytes(segment(head_, []))
+    assert faults(*paths[:4]) == []
+    assert faults(*paths) == [f"the files: {paths[0]} and {paths[4]} claim the same id id-p0"]
+
+
 def with_index(rows, frames=None):
     """A segment of three frames with an index of these rows: lists of four numbers, or of the number of an index."""
     with samples.written() as (writer, content):

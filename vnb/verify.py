@@ -212,11 +212,23 @@ def _operands(operands, threads, report):
         raise
     with work:
         pass  # its threads have nothing to do any more
-    for operand, found in heads.items():
-        name = operand or (files[0] if len(files) == 1 else "the files")
-        for fault in chain.faults(found, name, whole=operand is not None):
+    for name, found in _collections(heads, files):
+        for fault in chain.faults(found, name, whole=name in heads):
             report.fault(fault)
     return report.status
+
+
+def _collections(heads, files):
+    """Yield (name, list of _Head) of what belongs together: each set, and of the files those of each domain."""
+    name = files[0] if len(files) == 1 else "the files"
+    domains = {}
+    for found in heads.pop(None, ()):
+        # A copy of another file is no fault, nor is what an earlier stage made of it.
+        key = json.dumps({**found.head, "stage": None}, sort_keys=True)
+        domains.setdefault(found.head["uuid"], {}).setdefault(key, found)
+    yield from heads.items()
+    for found in domains.values():
+        yield name, list(found.values())
 
 
 class _Head:
