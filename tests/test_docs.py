@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Usage, pages and commands agree: what one of them says of an option, the others say too."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from samples import ROOT
+
+from vnb import __version__
+
+COMMANDS = sorted(path.name for path in Path(ROOT, "bin").glob("vnb-*"))
+PAGES = sorted(Path(ROOT, "man").glob("*.[1-9]"))
+COMMAND_PAGES = [path for path in PAGES if path.suffix == ".1"]
+OPTION = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
+
+by_page = pytest.mark.parametrize("page", COMMAND_PAGES, ids=lambda path: path.stem)
+by_command = pytest.mark.parametrize("name", COMMANDS)
+
+
+def run(*argv):
+    return subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60, check=False)
+
+
+def usage(name):
+    done = run(name, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def options_of(text):
+    """{option: its default or None} of a usage text's list of options, in which each stands at the start of a line."""
+    found = {}
+    for paragraph in re.split(r"\n(?=  -)", text.partition("\nOptions:\n")[2]):
+        names, _, described = re.sub(r"^  ", "", paragraph).partition("  ")
+        default = re.search(r"\[default: (\S+)\]", described)
+        found.update(dict.fromkeys(OPTION.findall(names.partition("\n")[0]), default and default[1]))
+    return found
+
+
+def items(page):
+    """{option: text of its item} of a page."""
+    found = {}
+    for item in re.split(r"^\.It ", page.read_text(), flags=re.MULTILINE)[1:]:
+        first, _, text = item.partition("\n")
+        for name in re.findall(r"Fl (-?[A-Za-z][\w-]*)", first):
+            assert f"-{name}" not in found, f"-{name} twice"
+            found[f"-{name}"] = re.split(r"^\.(?:El|Sh)", text, flags=re.MULTILINE)[0]
+    return found
+
+
+@by_command
+def test_help_is_for_a_terminal(name):
+    text = usage(name)
+    assert text.endswith("\n")
+    assert [line for line in text.splitlines() if len(line) > 80 or line != line.rstrip()] == []
+    assert text.startswith(f"{name} - ")
+    assert "\nUsage:\n" in text
+
+
+@by_command
+def test_version(name):
+    done = run(name, "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{name} {__version__}\n", "")
+
+
+@by_command
+def test_an_option_that_is_not_there(name):
+    """Usage goes to standard error, and the status is not that of a failure."""
+    done = run(name, "--no-such-option")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{name}: ")
+    assert done.stderr.partition("\n")[2].startswith("Usage:\n")
+
+
+@by_command
+def test_each_option_of_the_usage_is_described(name):
+    text = usage(name)
+    used = set(OPTION.findall(text.partition("\nUsage:\n")[2].partition("\n\n")[0]))
+    listed = set(options_of(text))
+    assert used - listed == set()
+    assert listed - used == set() or "[options]" in text
+
+
+@by_command
+def test_there_is_a_page(name):
+    assert Path(ROOT, "man", f"{name}.1") in COMMAND_PAGES
+
+
+@by_page
+def test_page_and_usage_have_the_same_options(page):
+    assert set(items(page)) == set(options_of(usage(page.stem)))
+
+
+@by_page
+def test_page_and_usage_have_the_same_defaults(page):
+    described = items(page)
+    for option, default in options_of(usage(page.stem)).items():
+        if default is not None:
+            assert re.search(rf"(?<![\w.]){re.escape(default)}(?![\w])", described[option]), (option, default)
+
+
+@by_page
+def test_page_and_usage_have_one_name_and_purpose(page):
+    text = page.read_text()
+    name = re.search(r"^\.Sh NAME\n\.Nm (\S+)\n\.Nd (.+)$", text, flags=re.MULTILINE)
+    assert (name[1], f"{name[1]} - {name[2]}") == (page.stem, usage(page.stem).partition("\n")[0])
+    assert re.search(r"^\.Dt (\S+) 1$", text, flags=re.MULTILINE)[1] == page.stem.upper()
+
+
+@by_page
+def test_sections(page):
+    found = re.findall(r"^\.Sh (.+)$", page.read_text(), flags=re.MULTILINE)
+    assert set(found) >= {"NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXIT STATUS", "EXAMPLES", "SEE ALSO"}
+    assert found[:3] == ["NAME", "SYNOPSIS", "DESCRIPTION"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.skipif(shutil.which("mandoc") is None, reason="not installed: mandoc")
+def test_lint(page):
+    done = run("mandoc", "-T", "lint", "-W", "warning", page)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_pages_that_are_named_are_there(page):
+    named = re.findall(r"^\.Xr (vnb\S*) (\d)", page.read_text(), flags=re.MULTILINE)
+    assert {f"{name}.{section}" for name, section in named} <= {path.name for path in PAGES}
+    assert (page.stem, page.suffix[1:]) not in named
+
+
+def test_every_page_is_found_from_the_overview():
+    text = Path(ROOT, "man", "vnb.7").read_text()
+    named = {f"{name}.{section}" for name, section in re.findall(r"^\.Xr (vnb\S*) (\d)", text, flags=re.MULTILINE)}
+    assert {path.name for path in PAGES} - named == {"vnb.7"}
