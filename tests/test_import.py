@@ -23,6 +23,8 @@ CPT = "virtnbdbackup"
 DOMAIN = "<domain><name>vm</name><uuid>u-1</uuid><os><nvram>/var/lib/nvram/vm_VARS.fd</nvram></os>" \
          "<devices><disk><target dev='vda'/><source file='/images/a.qcow2'/></disk></devices></domain>"
 
+NAMELESS = "<domain><devices><disk/></devices></domain>"
+
 
 @pytest.fixture(autouse=True)
 def utc(monkeypatch):
@@ -373,6 +375,7 @@ def test_names_that_would_leave_the_directory(tmp_path):
     (lambda path: (backup(path), (path / "vm.cpt").write_text("{}")), "is no list of checkpoints"),
     (lambda path: (backup(path), (path / "vmconfig.a.xml").write_text("<a")), "malformed XML"),
     (lambda path: (backup(path), (path / "vmconfig.a.xml").write_bytes(b"\xff")), "is not UTF-8"),
+    (lambda path: (backup(path), (path / f"vmconfig.{CPT}.1.xml").write_text(NAMELESS)), "has a disk without a name"),
 ])
 def test_what_is_no_backup(tmp_path, make, reason):
     make(tmp_path / "it")

@@ -349,7 +349,10 @@ class Point:
         stream.checked_head(["vnb", f.VERSION, self.head], None, lambda reason: Error(self.name, reason))
         paths = {}
         if self.head["domain_xml"]:
-            paths = {disk.name: disk.path for disk in domxml.disks(self.head["domain_xml"])}
+            try:
+                paths = {disk.name: disk.path for disk in domxml.disks(self.head["domain_xml"])}
+            except AttributeError:  # a disk without a target: libvirt writes none
+                raise Error(self.name, "the domain's XML of this point has a disk without a name") from None
         self.disks = [
             {
                 "name": file.disk, "size": file.size, "level": "inc" if file.incremental else "full",

@@ -29,10 +29,9 @@ from vnb.errors import Error, StreamError, os_error
 from vnb.frame import FrameError
 from vnb.index import ROW_WORDS
 from vnb.layers import Layers, pieces
-from vnb.pool import Pool
 from vnb.stream import Data, File, Other
 
-PLAIN_CACHE = 24 * f.MiB  # of frames that are cut: their pieces are wanted one soon after the other
+PLAIN_CACHE = 16 * f.MiB  # of frames that are cut: their pieces are wanted one soon after the other
 INDEX_CACHE = 8 * f.MiB  # of index pages: a quarter of a million extents
 WINDOW = 4096  # read for a frame that is not data: most are shorter
 
@@ -68,7 +67,7 @@ class Merge:
                 self.disks.append({**disk, "level": segment.disks[number]["level"]})
                 self._sources.append(sources)
         self._compressors = {"none": lambda plain: ("none", plain)}
-        self._pool = Pool()
+        self._buffer = bytearray()  # of the frame that is passed on: always the same, it stays in the processor's cache
         self._plain = Cache(PLAIN_CACHE)
         self._codecs = {}  # of each segment the codec of the frame that was unpacked last
 
@@ -123,10 +122,11 @@ class Merge:
             elif not row[2]:
                 disk.extent(offset, length, row[3])
             elif (offset, length) == row[:2]:
-                data = self._read(sources[layer], name, row)
+                if len(self._buffer) < row[3]:
+                    self._buffer = bytearray(row[3])
+                data = self._read(sources[layer], name, row, self._buffer)
                 codec.check(data, _what(sources[layer], name))
                 disk.data(offset, length, data.codec, data.hash, data.payload)
-                self._pool.give(data.payload)
             else:
                 kind, whole = self._cut(sources[layer], name, row)
                 plain = whole[offset - row[0] : offset - row[0] + length]
@@ -139,12 +139,10 @@ class Merge:
         segment, _ = source
 
         def load():
-            data = self._read(source, name, row)
+            data = self._read(source, name, row, bytearray(row[3]))
             plain = codec.plain(data, _what(source, name))
-            if data.codec == "none":
-                return plain  # it stays here, so it is not for the pool
-            self._codecs[segment] = data.codec
-            self._pool.give(data.payload)
+            if data.codec != "none":
+                self._codecs[segment] = data.codec
             return memoryview(plain)
 
         plain = self._plain.get((segment, row[2]), load)
@@ -156,11 +154,11 @@ class Merge:
             self._compressors[kind] = codec.compressor(kind)
         return self._compressors[kind]
 
-    def _read(self, source, name, row):
-        """The frame (Data) that an index row points to, with a sound sum; its payload is from the pool."""
+    def _read(self, source, name, row, buffer):
+        """The frame (Data) that an index row points to, with a sound sum; its payload is in buffer (bytearray)."""
         segment, number = source
         offset, length, position, size = row
-        view = self._pool.take(size)
+        view = memoryview(buffer)[:size]
         try:
             count = os.preadv(segment.fd, [view], segment.start + position)
         except OSError as error:
