@@ -4,6 +4,7 @@
 Usage:
   vnb-dump [--brief] [--debug] [SET_OR_FILE...]
   vnb-dump --list [--debug] SET_OR_FILE...
+  vnb-dump --map [--svg] [--columns N] [--debug] SET_OR_FILE...
   vnb-dump --json [--no-payload] [--debug] [SET_OR_FILE...]
   vnb-dump --from-json [--debug]
   vnb-dump --help | --version
@@ -15,6 +16,10 @@ Options:
   --brief       leave out the extents: only heads and totals
   --list        one line a segment, from their heads alone, and which of them
                 lead to the latest point
+  --map         a strip of states for each disk and segment, from their indexes
+  --svg         with --map: an image, not text
+  --columns N   of a map: into how many parts a disk is cut; default: 64, and
+                512 with --svg
   --json        one JSON object a frame, a line each
   --no-payload  with --json: the size of payloads in their place
   --from-json   read lines of JSON, write the stream that they came from
@@ -27,7 +32,7 @@ import json
 import os
 import sys
 
-from vnb import backupset, chain, codec, stream
+from vnb import arguments, backupset, chain, codec, stream, strip
 from vnb.errors import Error, StreamError, one_line
 from vnb.frame import DATA, STATE_NAMES
 from vnb.jsonlines import JsonReader, line_of
@@ -43,6 +48,11 @@ def main(args):
         return 0
     if args["--list"]:
         _list(args["SET_OR_FILE"])
+        return 0
+    if args["--map"]:
+        args["--columns"] = args["--columns"] or ("512" if args["--svg"] else "64")
+        columns = arguments.integer(args, "--columns", 1, 4096)
+        _map(args["SET_OR_FILE"], columns, strip.svg if args["--svg"] else strip.text)
         return 0
     status = 0
     for fd, name in _inputs(args["SET_OR_FILE"]):
@@ -201,7 +211,8 @@ class _TextDump(_Dump):
     def _disk(self, _raw, number, disk):
         image = disk.get("image", {})
         more = {key: value for key, value in disk.items() if key not in ("name", "size", "level", "image")}
-        about = [f'{disk["size"]} bytes', disk["level"], *(str(image[key]) for key in ("format", "path") if key in image)]
+        known = [str(image[key]) for key in ("format", "path") if key in image]
+        about = [f'{disk["size"]} bytes', disk["level"], *known]
         if more:
             about.append(json.dumps(more))
         show(f'disk {number} {disk["name"]}: {", ".join(one_line(text, SHOWN_TEXT) for text in about)}\n')
@@ -285,7 +296,7 @@ def _list(operands):
     segments = backupset.segments(operands)
     name = operands[0] if len(operands) == 1 else "the chain"
     rows = [("point", "level", "created", "bytes", "parent")]
-    for segment in sorted(segments, key=lambda segment: (segment.head["created"], segment.head["point"])):
+    for segment in sorted(segments, key=_age):
         head = segment.head
         rows.append((head["point"], head["level"], head["created"], str(segment.length), head["parent"] or "-"))
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -295,6 +306,27 @@ def _list(operands):
     show(f'\nlatest {path[-1].head["point"]}, from {len(path)} segments\n')
     for segment in chain.off_path(segments, path):
         show(f'not on the way {segment.head["point"]} ({segment.name})\n')
+
+
+def _age(segment):
+    return segment.head["created"], segment.head["point"]
+
+
+def _map(operands, columns, draw):
+    segments = sorted(backupset.segments(operands), key=_age)
+    sizes = {}
+    for segment in segments:
+        for disk in segment.disks:
+            sizes[disk["name"]] = max(disk["size"], sizes.get(disk["name"], 1))  # a disk of no bytes is drawn as one
+    disks = {name: (size, []) for name, size in sorted(sizes.items())}
+    for segment in segments:
+        label = f'{segment.head["level"]:4} {segment.head["point"]}'
+        for disk, rows in zip(segment.disks, segment.rows()):
+            size, strips = disks[disk["name"]]
+            strips.append((label, strip.strip(rows.lookup(0, size), size, columns)))
+        segment.close()
+    for line in draw(disks, columns):
+        show(line + "\n")
 
 
 def _from_json():
