@@ -4,7 +4,7 @@
 import contextlib
 import os
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
@@ -13,7 +13,8 @@ from vnb import frame as f
 from vnb.frame import DATA, HOLE, ZERO
 
 # A machine that is busy is no failure.
-settings.register_profile("vnb", deadline=None)
+# A machine that has other work is no fault of a test.
+settings.register_profile("vnb", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("vnb")
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import samples
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vnb import chain
@@ -217,6 +217,7 @@ def ways(segments, point, seen=()):
                     yield [*way, segment]
 
 
+@settings(max_examples=60)
 @given(sets())
 def test_path_against_the_model(segments):
     """A way is found where there is one, it is a shortest one, and an error is raised where there is none."""
@@ -232,6 +233,7 @@ def test_path_against_the_model(segments):
         assert len(found) == min(map(len, possible))
 
 
+@settings(max_examples=60)
 @given(sets())
 def test_latest_against_the_model(segments):
     try:
@@ -243,6 +245,7 @@ def test_latest_against_the_model(segments):
     assert chain.latest(segments, "set") == max(leaves)  # in the model, days ascend with names
 
 
+@settings(max_examples=60)
 @given(sets())
 def test_a_circle_is_only_claimed_where_there_is_one(segments):
     try:

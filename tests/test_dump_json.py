@@ -7,7 +7,7 @@ import json
 
 import pytest
 import samples
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import disk, head, segment
 
@@ -59,6 +59,7 @@ def test_inverse_of_every_kind_of_frame():
     assert from_lines(LINES) == STREAM
 
 
+@settings(max_examples=40)
 @given(samples.contents())
 def test_inverse(segments):
     whole = samples.written_from(segments)
@@ -68,6 +69,7 @@ def test_inverse(segments):
         assert line.isascii() and line.isprintable()
 
 
+@settings(max_examples=40)
 @given(st.recursive(
     st.none() | st.booleans() | st.integers(0, f.MAX_INTEGER) | st.text(st.characters(blacklist_categories=["Cs"])),
     lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(

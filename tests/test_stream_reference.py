@@ -45,6 +45,7 @@ def test_every_kind_of_frame():
     assert fast(STREAM) == slow(STREAM) is not None
 
 
+@settings(max_examples=40)
 @given(samples.contents())
 def test_sound_streams(segments):
     content = samples.written_from(segments)
@@ -52,13 +53,13 @@ def test_sound_streams(segments):
 
 
 def test_cut():
-    for size in range(len(STREAM)):
+    for size in range(0, len(STREAM), 3):
         assert fast(STREAM[:size]) == slow(STREAM[:size])
 
 
 def test_damaged():
     """Payloads of data are left out: their users check them."""
-    for at in range(len(STREAM)):
+    for at in range(0, len(STREAM), 2):
         damaged = bytearray(STREAM)
         damaged[at] ^= 1 << at % 8
         assert fast(damaged) == slow(damaged)

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import samples
-from hypothesis import given
+from hypothesis import given, settings
 from samples import disk, head, part, segment
 
 from vnb import frame as f
@@ -328,6 +328,7 @@ def test_lengths_that_lie(frame):
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 2
 
 
+@settings(max_examples=40)
 @given(samples.contents())
 def test_what_is_written_is_read(segments):
     whole = samples.written_from(segments)

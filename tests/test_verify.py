@@ -11,7 +11,7 @@ import sys
 import makers
 import pytest
 import samples
-from hypothesis import given
+from hypothesis import given, settings
 from samples import disk, head, segment
 
 from vnb import frame as f
@@ -66,6 +66,7 @@ def ends(content):
 
 
 @pytest.mark.parametrize("threads", [0, 2])
+@settings(max_examples=30)
 @given(segments=samples.contents())
 def test_what_is_sound_passes_byte_for_byte(segments, threads):
     whole = samples.written_from(segments)

@@ -144,6 +144,7 @@ def decode(view):
     )
     unpacker.feed(view[:MAX_HEAD])
     try:
+        _skip(view[:MAX_HEAD])
         return _decode(view, unpacker)
     except msgpack.OutOfData:
         kind = _kind(view)
@@ -154,6 +155,19 @@ def decode(view):
         if isinstance(error, FrameError):
             raise
         raise FrameError(f"not a frame ({error or type(error).__name__})") from None
+
+
+def _skip(view):
+    """
+    Raise OutOfData unless all of a frame but its last element is here.
+
+    It makes no objects: msgpack before 1.1 never frees those of an array that it could not finish, and a large frame
+    is looked at before it is all here.
+    """
+    unpacker = msgpack.Unpacker(max_buffer_size=MAX_HEAD)
+    unpacker.feed(view)
+    for _ in range(min(unpacker.read_array_header(), MAX_ELEMENTS) - 1):
+        unpacker.skip()
 
 
 def _decode(view, unpacker):
