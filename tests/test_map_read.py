@@ -309,6 +309,22 @@ def test_more_pieces_than_are_remembered(tmp_path, monkeypatch, most):
         assert read(opened, offset, 3000) == plain[offset : offset + 3000]
 
 
+def test_what_comes_next_is_fetched_for_readers_who_go_forwards(tmp_path, monkeypatch):
+    (path,) = makers.make_set(tmp_path / "set", [{"vda": "32M:?"}], frame_size=512 << 10)
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, offset, length, advice: asked.append((offset, offset + length)))
+    opened = Images([str(tmp_path / "set")]).open("")
+    for offset in range(0, opened.size, 256 << 10):
+        read(opened, offset, 256 << 10)
+    assert 4 <= len(asked) <= 16
+    assert all(end == start for (_, end), (start, _) in zip(asked, asked[1:]))  # nothing twice, nothing left out
+    assert asked[0][0] < 2 << 20 and asked[-1][1] == Path(path).stat().st_size
+    asked.clear()
+    for offset in range(opened.size - 4096, 0, -10 << 20):
+        read(opened, offset, 4096)
+    assert asked == []
+
+
 def test_prefetch_leaves_frames_in_the_cache(tmp_path):
     (path,) = makers.make_set(tmp_path / "set", [{"vda": "1M:A 64k:0 64k:B"}])
     opened = Images([str(tmp_path / "set")]).open("")
