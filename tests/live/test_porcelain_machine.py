@@ -24,8 +24,7 @@ def test_a_chain_and_its_restore(lab, vm):
         lab.sh(f'{BACKUP} -z --no-freeze {vm.name} "{directory}"')
     assert levels(directory) == ["full", "inc", "inc"]
     restores(lab, f'"{directory}"', references[-1])
-    times = sorted(name.split(".")[2] for name in os.listdir(directory))
-    middle = next(name for name in os.listdir(directory) if times[1] in name).removesuffix(".inc.vnb")
+    middle = sorted(os.listdir(directory))[1].removesuffix(".inc.vnb")
     target = lab.new_directory("restored")
     lab.sh(f'{RESTORE} --until {middle} --format raw "{directory}" {target}')
     for disk, reference in references[1].items():
