@@ -602,10 +602,13 @@ def marked(directory):
 
 
 def clear(directory):
-    """Kill what still has the laboratory in its environment, and remove its files."""
+    """Kill what still has the laboratory in its environment, and remove its files, and what is mounted there."""
     for pid in marked(directory):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
+        if (place := line.split()[4]).startswith(f"{directory}/"):
+            subprocess.run(["umount", "-l", place], check=False)
     shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -624,14 +627,15 @@ def warden(directory, place):
 
     signal.signal(signal.SIGCHLD, lambda *_: reap())
 
-    pid_file = ["--pid-file", f"{directory}/libvirtd.pid"] if place == "private" else []
-
-    def start():
-        pid = os.posix_spawnp("libvirtd", ["libvirtd", *pid_file], os.environ, file_actions=[
+    def spawn(name, *options):
+        return os.posix_spawnp(name, [name, *options], os.environ, file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_OPEN, 1, f"{directory}/libvirtd.log", LOG_FLAGS, 0o600),
+            (os.POSIX_SPAWN_OPEN, 1, f"{directory}/{name}.log", LOG_FLAGS, 0o600),
             (os.POSIX_SPAWN_DUP2, 1, 2),
         ])
+
+    def start():
+        pid = spawn("libvirtd", *(["--pid-file", f"{directory}/libvirtd.pid"] if place == "private" else []))
         wait_for(lambda: answers() or not alive(pid), "libvirtd")
         print("ready" if alive(pid) else "failed", flush=True)
         return pid
@@ -641,17 +645,26 @@ def warden(directory, place):
             os.kill(pid, signum)
             wait_for(lambda: not alive(pid), "end of libvirtd")
 
-    libvirtd = start()
-    for _line in sys.stdin:
-        end(libvirtd, signal.SIGKILL)
+    try:
+        socket = Path("/run/libvirt/virtlogd-sock")
+        virtlogd = None
+        if place != "private" and os.geteuid() == 0 and not socket.exists():
+            virtlogd = spawn("virtlogd")  # there the configuration is not ours, and asks for it
+            wait_for(socket.exists, "virtlogd")
         libvirtd = start()
-    end(libvirtd, signal.SIGTERM)  # its own way: it takes its files in /run along
-    children = Path(f"/proc/self/task/{os.getpid()}/children")
-    while rest := [int(pid) for pid in children.read_text().split()]:
-        for pid in rest:
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
-    clear(directory)
+        for _line in sys.stdin:
+            end(libvirtd, signal.SIGKILL)
+            libvirtd = start()
+        end(libvirtd, signal.SIGTERM)  # their own way: they take their files in /run along
+        if virtlogd is not None:
+            end(virtlogd, signal.SIGTERM)
+    finally:
+        children = Path(f"/proc/self/task/{os.getpid()}/children")
+        while rest := [int(pid) for pid in children.read_text().split()]:
+            for pid in rest:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        clear(directory)
     return 0
 
 
