@@ -54,7 +54,7 @@ def content_of(content, offset, length, seed):
     if isinstance(content, bytes):
         return content
     if content == "?":
-        return random.Random(f"{seed} {offset}").randbytes(length)  # noqa: S311
+        return random.Random(f"{seed} {offset}").randbytes(length)
     return content.encode() * length
 
 

@@ -134,7 +134,7 @@ def test_files_and_sets_as_operands(saved, tmp_path):
     single = tmp_path / "any name"
     shutil.move(path_of(saved, 1), single)
     operands = [single, saved, other]
-    random.Random(5).shuffle(operands)  # noqa: S311
+    random.Random(5).shuffle(operands)
     assert points(run(*operands).ok()) == POINTS
     done = run(saved, other)
     assert done.failed(f"vnb-cat: the chain: gap: {POINTS[2]} needs {POINTS[1]}, which is not here") == b""

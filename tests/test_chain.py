@@ -33,7 +33,7 @@ def a_chain(count, first="p"):
         Segment(f"{first}{n}", f"{first}{n - 1}" if n else None, created=day(n + 1))
         for n in range(count)
     ]
-    random.Random(count).shuffle(made)  # noqa: S311
+    random.Random(count).shuffle(made)
     return made
 
 

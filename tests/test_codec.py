@@ -47,7 +47,7 @@ def test_any_bytes_there_and_back(plain, spec):
 
 @pytest.mark.parametrize("spec", ["lz4", "zstd"])
 def test_what_does_not_shrink_is_stored(spec):
-    plain = random.Random(3).randbytes(100_000)  # noqa: S311
+    plain = random.Random(3).randbytes(100_000)
     data = frame(plain, spec)
     assert data.codec == "none"
     assert data.payload is plain

@@ -81,7 +81,7 @@ def data_file(path, header, extents, chunk=64 << 10):
 
 
 def noise(length, seed=0):
-    return random.Random(seed).randbytes(length)  # noqa: S311
+    return random.Random(seed).randbytes(length)
 
 
 def backup(directory, compressed=False, disks=("vda",)):

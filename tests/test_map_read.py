@@ -53,7 +53,7 @@ def test_random_ranges(saved):
     directory, expected = saved
     opened = Images([directory]).open("vda")
     plain = expected[-1]["vda"]
-    random_ = random.Random(6)  # noqa: S311
+    random_ = random.Random(6)
     for _ in range(500):
         offset = random_.randrange(len(plain))
         length = random_.randrange(1, min(len(plain) - offset, random_.choice([5, 4096, 300_000])) + 1)
@@ -236,7 +236,7 @@ def test_readers_side_by_side(saved):
 
     def use(number):
         try:
-            random_ = random.Random(number)  # noqa: S311
+            random_ = random.Random(number)
             point = number % len(PLAN)
             plain = expected[point]["vda"]
             for _ in range(100):
@@ -275,7 +275,7 @@ def test_small_reads_of_a_large_frame(tmp_path, monkeypatch):
     sizes = []
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, size, offset: sizes.append(size) or pread(fd, size, offset))
-    random_ = random.Random(7)  # noqa: S311
+    random_ = random.Random(7)
     for _ in range(300):
         offset = random_.randrange(len(plain) - 1)
         length = min(random_.choice([1, 4096, 40_000]), len(plain) - offset)

@@ -39,7 +39,7 @@ def created(hours):
 
 def segment(directory, point, parent, hours, level=None, seed=0, spec="lz4", **fields):
     """Store a segment of one disk: 8 blocks if it is full, else some of them. Returns its path."""
-    generator = random.Random(f"{point} {seed}")  # noqa: S311
+    generator = random.Random(f"{point} {seed}")
     level = level or ("inc" if parent else "full")
     fields = {"checkpoint": None if level in ("diff", "copy") else point, **fields}
     head = samples.head(point, parent, level=level, created=created(hours), id=f"{point}-{level}-{seed}", **fields)
@@ -334,7 +334,7 @@ CALLS = ("rename", "unlink", "fsync", "writev", "open")
 @pytest.mark.parametrize("number", range(5))
 def test_a_crash_at_any_step(tmp_path, number):
     """A child ends before its nth system call that changes something, for every n until it gets to its end."""
-    generator = random.Random(number)  # noqa: S311
+    generator = random.Random(number)
     made = [("p0", None)]
     for each in range(1, 8):
         parents = [point for point, _ in made]
@@ -392,7 +392,7 @@ def died_at(step, function):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_killed_at_a_random_moment(tmp_path, seed):
-    generator = random.Random(seed)  # noqa: S311
+    generator = random.Random(seed)
     chain_of(tmp_path / "set", 30)
     before = contents(tmp_path / "set", ["p28", "p29"])
     began = time.monotonic()

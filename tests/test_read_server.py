@@ -55,7 +55,7 @@ def read_disk(output, number=0):
 
 def random_extents(seed, size):
     """Extents of all states that tile a disk, at any byte."""
-    rng = random.Random(seed)  # noqa: S311
+    rng = random.Random(seed)
     extents, offset = [], 0
     while offset < size:
         length = min(size - offset, rng.choice([1, 511, 512, 4096, 70000, 300000]) + rng.randrange(2))

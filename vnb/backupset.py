@@ -9,6 +9,7 @@ import secrets
 
 from vnb import chain, index, stream
 from vnb import frame as f
+from vnb.direct import DirectWriter
 from vnb.errors import Error, StreamError, os_error
 from vnb.frame import FrameError
 
@@ -322,7 +323,7 @@ class Store:
     A segment on its way into a set: a temporary file, that commit() makes durable and names.
 
         with Store(directory, head, disks) as store:
-            ... write to store.fd ...
+            ... write to store.writer ...
             store.commit()
 
     Without commit() the temporary file is removed. The constructor refuses what the set may not take, before
@@ -352,6 +353,7 @@ class Store:
                 raise os_error(self.partial, error) from None
             fcntl.flock(self.fd, fcntl.LOCK_EX)  # says that somebody still writes it, see remove_abandoned()
             if os.fstat(self.fd).st_nlink:
+                self.writer = DirectWriter(self.fd, self.path)
                 return
             # Another writer came between open and flock, and removed the file as one that nobody writes.
             os.close(self.fd)
@@ -361,6 +363,7 @@ class Store:
 
     def commit(self):
         """Sync, name, and sync the directory: after this the segment is in the set. Returns its path."""
+        self.writer.finish()
         try:
             os.fsync(self.fd)
             with locked(self.directory) as directory_fd:
@@ -376,6 +379,7 @@ class Store:
         return self.path
 
     def __exit__(self, *_):
+        self.writer.close()
         if self.partial is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.partial)

@@ -8,7 +8,7 @@ A backup set is its own ledger. For a stream that goes elsewhere, heads are kept
 import os
 import socket
 
-from vnb import backupset, chain, stream
+from vnb import backupset, chain
 from vnb.errors import Error
 
 
@@ -58,5 +58,5 @@ class Ledger:
     def record(self, head, disks):
         """Keep a head durably: its segment is safe somewhere."""
         with backupset.Store(self.directory, head, disks, check=False) as store:
-            stream.Writer(store.fd, store.partial).segment({**head, "stage": "disks"}, disks).end()
+            store.writer.segment({**head, "stage": "disks"}, disks).end()
             store.commit()

@@ -38,7 +38,7 @@ def main(args):
             packer.pack(segment, out)
             continue
         with Store(args["-o"], segment.head, segment.disks) as store:
-            packer.pack(segment, stream.Writer(store.fd, store.path))
+            packer.pack(segment, store.writer)
             store.commit()
 
 

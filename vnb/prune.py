@@ -27,7 +27,7 @@ import errno
 import fcntl
 import os
 
-from vnb import arguments, backupset, chain, stream
+from vnb import arguments, backupset, chain
 from vnb.errors import Error, UsageError, os_error
 from vnb.index import Builder
 from vnb.merge import Merge
@@ -250,7 +250,7 @@ def store(run, directory):
     # An increment has the name of the one that it replaces, and takes its place in one step: Store's own check refuses
     # that. What it would have found, Plan and check_name() did.
     with backupset.Store(directory, merged.head, merged.disks, check=False) as store:
-        out = stream.Writer(store.fd, store.path).segment(merged.head, merged.disks)
+        out = store.writer.segment(merged.head, merged.disks)
         index = Builder(out)
         merged.write(out, index)
         index.finish()

@@ -9,7 +9,8 @@ import tempfile
 
 from vnb.child import Child
 from vnb.errors import Error, os_error
-from vnb.target import Early, Lost, Nbd
+from vnb.libc import WriteBack
+from vnb.target import Lost, Nbd
 
 # QEMU takes a buffer for each request and gives it back, and glibc asks the kernel for each one of this size: half of
 # a restore was page faults. With these it keeps the memory, at most as much as was ever in flight at once.
@@ -177,7 +178,7 @@ class Image(Nbd):
         except OSError as error:
             self._close_files()
             raise os_error(what, error) from None
-        self._early = Early(self._files[-1])
+        self._write_back = WriteBack(self._files[-1])
         self._server = None
         try:
             self._server = Server(path, what, format_, unsafe=new, discard=not keep)
@@ -191,7 +192,7 @@ class Image(Nbd):
 
     def write(self, offset, plain, done):
         super().write(offset, plain, done)
-        self._early.count(len(plain))
+        self._write_back.count(len(plain))
 
     def poll(self):
         try:

@@ -24,6 +24,7 @@ from vnb import frame as f
 from vnb.errors import Error, OutputClosed, StreamError, os_error
 from vnb.frame import DATA, HOLE, STATE_NAMES, ZERO, FrameError, Incomplete
 from vnb.index import ROW_SIZE
+from vnb.libc import WriteBack
 
 AHEAD = 4096  # read beyond a payload, so that the next header costs no system call; it is copied once more
 PIPE_SIZE = 1 << 20  # the most that a user may ask for (fs.pipe-max-size); see formats/extent-stream.md
@@ -515,6 +516,7 @@ class Writer:
         self.stdout = fd == 1
         self.offset = 0
         self._small = bytearray()
+        self._write_back = WriteBack(fd)
 
     def segment(self, head, disks):
         """Begin a segment: write head and disks (dicts); returns its SegmentWriter."""
@@ -547,6 +549,7 @@ class Writer:
             while parts:
                 try:
                     count = os.writev(self.fd, parts)
+                    self._write_back.count(count)
                 except BlockingIOError:
                     _wait(self.fd, select.POLLOUT)
                     continue

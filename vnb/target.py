@@ -13,16 +13,14 @@ import os
 import select
 import socket
 
+from vnb import libc
 from vnb.errors import Error, os_error
 from vnb.frame import GiB, MiB
 
 MAX_ZERO = 1 * GiB  # of one request: a server that has to write its zeroes is busy for a while
 MAX_NBD = 32 * MiB  # of one request, where the server does not say
 MAX_REQUESTS = 16  # in flight on one connection
-EARLY = 16 * MiB  # bytes: written back in such steps, so that the sync at the end has little left to do
 
-_KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16  # of fallocate(2)
-_SYNC_FILE_RANGE_WRITE = 2
 _ZEROES = memoryview(bytes(1 * MiB))
 
 
@@ -44,15 +42,15 @@ class Raw:
     def __init__(self, fd, name, keep=False, durable=True):
         self.fd = fd
         self.name = name
-        self._zero_modes = [_ZERO_RANGE] if keep else [_PUNCH_HOLE, _ZERO_RANGE]
+        self._zero_modes = [libc.ZERO_RANGE] if keep else [libc.PUNCH_HOLE, libc.ZERO_RANGE]
         self._durable = durable
-        self._early = Early(fd)
+        self._write_back = libc.WriteBack(fd)
 
     def write(self, offset, plain, done):
         """Write plain (bytes-like) at offset, then call done()."""
         view = memoryview(plain)
         if self._durable:
-            self._early.count(len(view))
+            self._write_back.count(len(view))
         try:
             while len(view):
                 count = os.pwrite(self.fd, view, offset)
@@ -66,7 +64,7 @@ class Raw:
         """Make [offset, offset + length) read as zeroes."""
         while self._zero_modes:
             try:
-                fallocate(self.fd, self._zero_modes[0] | _KEEP_SIZE, offset, length)
+                libc.fallocate(self.fd, self._zero_modes[0] | libc.KEEP_SIZE, offset, length)
                 return
             except OSError as error:
                 # Neither file systems nor devices tell what they can do before they are asked.
@@ -226,26 +224,6 @@ class Nbd:
             raise Error(self.name, os.strerror(number), f"offset {offset}")
 
 
-class Early:
-    """
-    Has the kernel start to write a file back while more is written to it.
-
-    Without it all waits for the sync at the end, where nothing else is left to do meanwhile.
-    """
-
-    def __init__(self, fd):
-        self._fd = fd
-        self._bytes = 0
-
-    def count(self, length):
-        """length bytes were written."""
-        self._bytes += length
-        if self._bytes >= EARLY:
-            self._bytes = 0
-            with contextlib.suppress(OSError):  # only speed depends on it
-                _call("sync_file_range", self._fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
-
-
 def wait_connected(handle):
     """Wait until an NBD handle is connected. Unlike libnbd's own waiting, a signal gets through. nbd.Error."""
     import nbd
@@ -263,23 +241,6 @@ def wait_connected(handle):
                 handle.aio_notify_read()
             else:
                 handle.aio_notify_write()
-
-
-def fallocate(fd, mode, offset, length):
-    """fallocate(2), whose modes Python does not have. Raises OSError."""
-    import ctypes
-
-    _call("fallocate", fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length))
-
-
-def _call(name, fd, *arguments):
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    function = getattr(libc, name + "64", None) or getattr(libc, name)
-    if function(fd, *arguments) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
 
 
 def _reason(error):

@@ -40,7 +40,7 @@ READS = 20_000
 def make(directory, size, increments, spec):
     """Make a set and the flat image (path) that it must read as."""
     os.makedirs(directory, mode=0o700)
-    random_ = random.Random(1)  # noqa: S311
+    random_ = random.Random(1)
     pack = codec.compressor(*codec.parse(spec))
 
     def content(length):

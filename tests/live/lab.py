@@ -260,7 +260,7 @@ class Domain:
 
     def write_random(self, disk, offset, length, seed=None):
         """Fill it with random bytes, the same for the same seed."""
-        generator = random.Random(seed)  # noqa: S311 -- for tests
+        generator = random.Random(seed)
         for at, size in pieces(offset, length):
             self.write_bytes(disk, at, generator.randbytes(size))
 

@@ -27,7 +27,7 @@ class Course:
 
     def __init__(self, lab, seed):
         self.lab = lab
-        self.random = random.Random(seed)  # noqa: S311 - for tests
+        self.random = random.Random(seed)
         self.vm = lab.domain(Disk("vda", SIZE), Disk("vdb", SIZE, discard=True))
         self.sizes = dict.fromkeys(self.vm.disks, SIZE)
         self.sets = {"a": lab.new_directory("set"), "b": lab.new_directory("set")}

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""System calls that Python does not have, and what they are for."""
+
+import functools
+import os
+import stat
+
+KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16  # modes of fallocate(2)
+EARLY = 8 << 20  # bytes: written back in such steps, so that the sync at the end has little left to do
+
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+def fallocate(fd, mode, offset, length):
+    """fallocate(2), whose modes Python does not have. Raises OSError."""
+    _call("fallocate", fd, mode, offset, length)
+
+
+class WriteBack:
+    """
+    Has the kernel start to write a file back while more is written to it; nothing for what is no regular file.
+
+    Without it all waits for the sync at the end, where nothing else is left to do meanwhile.
+    """
+
+    def __init__(self, fd):
+        self._fd = fd
+        self._bytes = 0
+        self._useful = stat.S_ISREG(os.fstat(fd).st_mode)
+
+    def count(self, length):
+        """length bytes were written."""
+        self._bytes += length
+        if self._bytes >= EARLY and self._useful:
+            self._bytes = 0
+            try:
+                _call("sync_file_range", self._fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
+            except OSError:
+                self._useful = False  # only speed depends on it: what is wrong with the file, the sync will say
+
+
+def _call(name, *arguments):
+    import ctypes  # most commands need none of it, and all would wait for it
+
+    if _function(name)(*arguments) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+@functools.cache
+def _function(name):
+    import ctypes
+
+    off_t, number = ctypes.c_int64, ctypes.c_int
+    libc = ctypes.CDLL(None, use_errno=True)
+    function = getattr(libc, name + "64", None) or getattr(libc, name)
+    function.argtypes = {
+        "fallocate": (number, number, off_t, off_t), "sync_file_range": (number, off_t, off_t, ctypes.c_uint),
+    }[name]
+    return function
