@@ -7,8 +7,8 @@ A small Linux for machines of the laboratory: a kernel, busybox, and the guest a
     vm.agent("guest-fsfreeze-status")
 
 It is made of the distribution's packages, which are downloaded and taken apart, not installed, and kept in
-~/.cache/vnb-lab. It boots in a few seconds without KVM. File systems that it finds on /dev/vdX are mounted on
-/mnt/vdX. Freeze and thaw work, and a shutdown that is asked of the agent.
+~/.cache/vnb-lab. It boots in a few seconds without KVM. File systems, ext4 and xfs, that it finds on /dev/vdX are
+mounted on /mnt/vdX. Freeze and thaw work, and a shutdown that is asked of the agent.
 """
 
 import base64
@@ -30,10 +30,11 @@ import pytest
 from lab import DEADLINE, Domain, MiB, run, wait_for
 
 CACHE = Path.home() / ".cache" / "vnb-lab"
-MODULES = (  # in this order; ext4 is built in
+MODULES = (  # in this order
     "virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk",
     "virtio_console",
 )
+XFS_MODULES = ("libcrc32c", "xfs")  # put in where a disk has it; ext4 is built in
 AGENT_PORT = "org.qemu.guest_agent.0"
 INIT = f"""#!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -44,8 +45,13 @@ mount -t tmpfs tmp /run
 for module in {" ".join(MODULES)}; do insmod /modules/$module.ko; done
 for disk in /sys/block/vd*; do
     disk=${{disk##*/}}
+    type=ext4
+    if [ "$(head -c 4 /dev/$disk)" = XFSB ]; then
+        type=xfs
+        for module in {" ".join(XFS_MODULES)}; do insmod /modules/$module.ko; done
+    fi
     mkdir -p /mnt/$disk
-    mount -t ext4 /dev/$disk /mnt/$disk || rmdir /mnt/$disk
+    mount -t $type /dev/$disk /mnt/$disk || rmdir /mnt/$disk
 done
 # QEMU tells the names of ports a little later
 until port=$(grep -ls {AGENT_PORT} /sys/class/virtio-ports/*/name); do sleep 0.1; done
@@ -167,7 +173,7 @@ def assemble(root, target):
         "init": INIT.encode(), "sbin/shutdown": SHUTDOWN.encode(), "bin/sh": None,
         "bin/busybox": (root / "bin/busybox").read_bytes(), "bin/qemu-ga": agent.read_bytes(),
     }
-    for module in MODULES:
+    for module in MODULES + XFS_MODULES:
         files[f"modules/{module}.ko"] = next(root.rglob(f"{module}.ko")).read_bytes()
     for library in re.findall(r"(/\S+) \(0x", run("ldd", agent)):
         files[library.lstrip("/")] = Path(library).read_bytes()

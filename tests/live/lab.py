@@ -95,7 +95,8 @@ class Disk:
     A virtual disk: a new image, or the existing file path.
 
     size in bytes; cluster_size in bytes or None; compat: "0.10" makes a qcow2 of version 2; backing (path or None): a
-    qcow2 below this one; discard: what the guest trims is given back; filesystem: None, or "ext4" on the whole disk.
+    qcow2 below this one; discard: what the guest trims is given back; filesystem (None, "ext4" or "xfs"): on the whole
+    disk.
     """
 
     name: str
@@ -123,7 +124,7 @@ class Disk:
         if self.filesystem:
             with tempfile.NamedTemporaryFile(dir=directory) as raw:
                 raw.truncate(self.size)
-                run(f"mkfs.{self.filesystem}", "-q", "-F", raw.name)
+                run(f"mkfs.{self.filesystem}", "-q", raw.name)
                 run("qemu-img", "convert", "-n", "-f", "raw", "-O", self.format, raw.name, self.path)
 
     def xml(self):
