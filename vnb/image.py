@@ -142,17 +142,18 @@ class Image:
             if row is not None and row[2]:
                 self._data.plain(self._sources[layer], row)
 
-    def extents(self, offset, length):
+    def extents(self, offset, length, most=MAX_EXTENTS):
         """
         A list of (offset, length, state) from offset on, contiguous, neighbours with one state merged.
 
-        It may end before the range does, and beyond it. state: see vnb.frame. Raises Error.
+        It may end before the range does; never beyond it. most (int): how many of them are wanted.
+        state: see vnb.frame. Raises Error.
         """
         found = []
         current = None
         for seen, (at, size, _, row) in enumerate(self._layers.pieces(offset, offset + length)):
             state = f.HOLE if row is None else f.DATA if row[2] else row[3]
-            if seen >= MAX_PIECES or state != current and len(found) == MAX_EXTENTS:
+            if seen >= MAX_PIECES or state != current and len(found) == most:
                 break
             if state == current:
                 found[-1] = found[-1][0], found[-1][1] + size, state

@@ -29,7 +29,7 @@ import nbdkit
 
 from vnb import frame as f
 from vnb.errors import Error, os_error
-from vnb.image import Images
+from vnb.image import MAX_EXTENTS, Images
 
 API_VERSION = 2
 PREFERRED = 512 * f.KiB  # request size: that of most frames, so that one read serves one request
@@ -158,9 +158,10 @@ def cache(image, count, offset, _flags):
         tell(error)
 
 
-def extents(image, count, offset, _flags):
-    """The extents of a range, or of its start."""
-    return told_if_failed(lambda: image.extents(offset, count))
+def extents(image, count, offset, flags):
+    """The extents of a range, or of its start; QEMU asks for one at a time."""
+    most = 1 if flags & nbdkit.FLAG_REQ_ONE else MAX_EXTENTS
+    return told_if_failed(lambda: image.extents(offset, count, most))
 
 
 def told_if_failed(function):
