@@ -66,11 +66,16 @@ poweroff -f
 
 
 class Linux(Domain):
-    """A machine that runs it. console (str): what it has said there is in this file."""
+    """
+    A machine that runs it.
 
-    def __init__(self, lab, name, disks, kernel, initrd, extra_xml="", memory=192 * MiB):
+    firmware (str): XML of loader and nvram, where it is not to be a BIOS. console (str): what it has said there is in
+    this file.
+    """
+
+    def __init__(self, lab, name, disks, kernel, initrd, extra_xml="", firmware="", memory=192 * MiB):
         self.console = lab.path(f"{name}.console")
-        os_xml = f"""<kernel>{kernel}</kernel><initrd>{initrd}</initrd>
+        os_xml = f"""{firmware}<kernel>{kernel}</kernel><initrd>{initrd}</initrd>
             <cmdline>console=ttyS0 quiet panic=-1 rdinit=/init</cmdline>"""
         extra_xml += f"""
             <serial type="file"><source path="{self.console}"/></serial>

@@ -26,6 +26,11 @@ class Restored(guest.Linux):
         self.uuid = lab.connection.lookupByName(name).UUIDString()
         self.console = console
 
+    def remove(self):
+        """Its files stay where they are."""
+        self.destroy()
+        self.handle.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM)
+
 
 def points(directory):
     """The points of a set, in order."""
@@ -87,12 +92,11 @@ def test_a_machine_of_each_point_boots_and_has_its_files(lab):
             restored.destroy()
             for disk, kind in FILE_SYSTEMS.items():
                 check_file_system(lab, f"{target}/{disk}.qcow2", kind)
-            restored.handle.undefine()
+            restored.remove()
             restored = None
     finally:
         if restored is not None:
-            restored.destroy()
-            restored.handle.undefine()
+            restored.remove()
         vm.remove()
 
 
@@ -111,6 +115,49 @@ def check_file_system(lab, image, kind):
         assert done.returncode == 0, done.stdout + done.stderr
     finally:
         os.unlink(raw)
+
+
+def uefi():
+    """(loader, template of nvram) of UEFI firmware that needs no secure boot; skips the test where there is none."""
+    for directory, suffix in (("/usr/share/OVMF", "_4M"), ("/usr/share/OVMF", ""), ("/usr/share/edk2/ovmf", "")):
+        found = [f"{directory}/OVMF_{what}{suffix}.fd" for what in ("CODE", "VARS")]
+        if all(map(os.path.exists, found)):
+            return found
+    pytest.skip("OVMF is not installed")
+
+
+def test_what_uefi_remembers_comes_back(lab):
+    """The nvram, as the firmware wrote it, is the restored machine's, which starts with it and has it for itself."""
+    loader, template = uefi()
+    nvram = lab.path("uefi vars.fd")
+    firmware = f"""
+        <loader readonly="yes" type="pflash">{loader}</loader><nvram template="{template}">{nvram}</nvram>"""
+    vm = guest.linux(lab, Disk("vda", 16 * MiB), firmware=firmware, memory=256 * MiB)
+    restored = None
+    try:
+        vm.run("test -d /sys/firmware/efi")
+        remembered = Path(nvram).read_bytes()
+        assert remembered != Path(template).read_bytes()
+        directory, target, name = lab.new_directory("set"), lab.path("uefi restored"), f"{vm.name}-restored"
+        backup(lab, vm, "full", directory)
+        vm.destroy()  # they share a file for their console
+        assert Path(nvram).read_bytes() == remembered
+        done = lab.sh(f"{RESTORE} --define --name {name} {directory} '{target}'")
+        assert done.stderr == f"vnb-config: {name}: defined\n"
+        restored = Restored(lab, name, vm.console)
+        root = ElementTree.fromstring(restored.handle.XMLDesc())  # noqa: S314 - libvirt's
+        own = root.findtext("os/nvram")
+        assert own == f"{target}/uefi vars.fd"
+        assert Path(own).read_bytes() == remembered
+        assert Path(root.findtext("os/loader")).read_bytes() == Path(loader).read_bytes()
+        os.unlink(nvram)  # whoever still needed it would not start, or make another
+        restored.start()
+        restored.run("test -d /sys/firmware/efi")
+        assert not os.path.exists(nvram)
+    finally:
+        if restored is not None:
+            restored.remove()
+        vm.remove()
 
 
 @pytest.fixture
