@@ -12,6 +12,7 @@ synced within its time.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -23,7 +24,30 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "live"))
 
 from lab import Disk, Lab, MiB, run, wait_for  # noqa: E402 -- after the path to it
+from map import make  # noqa: E402
 from peaks import LIMIT, peaks  # noqa: E402
+
+MEMORY = "peak memory, 1 TiB in a million extents"
+ADLER = """
+import sys, time, zlib
+start, sum_, left = time.monotonic(), 1, int(sys.argv[2])
+with open(sys.argv[1], "rb") as file:
+    while left and (block := file.read(1 << 20)):
+        sum_ = zlib.adler32(block, sum_)
+        left -= len(block)
+print(time.monotonic() - start)
+"""
+# The calls alone, on blocks as large as the frames: the file is read outside of the time.
+LZ4 = """
+import lz4.block, sys, time
+size, seconds = int(sys.argv[2]), 0
+with open(sys.argv[1], "rb") as file:
+    while block := file.read(size):
+        start = time.monotonic()
+        lz4.block.compress(block, store_size=False)
+        seconds += time.monotonic() - start
+print(seconds)
+"""
 
 
 class Group:
@@ -82,6 +106,19 @@ class Bench:
         """Back up by a pipeline that ends in last, and return the seconds that it took."""
         start = f"vnb-checkpoint run {self.vm.name} --level {level} {options}"
         return timed(lambda: self.lab.sh(f"{start} -- 'vnb-extents | vnb-read | {last}'"))
+
+    def python(self, program, path, *arguments):
+        """Run a program with the distribution's Python, and return the seconds that it says it took."""
+        words = " ".join(map(str, arguments))
+        return float(self.lab.sh(f"/usr/bin/python3 -c '{program}' {path} {words}").stdout)
+
+    def cold(self, directory, script):
+        """Run it, after the files of a directory were dropped from the page cache."""
+        for path in Path(directory).iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return self.script(script)
 
     def script(self, script):
         """Run it, and return the seconds that it took."""
@@ -165,9 +202,27 @@ class Bench:
             "vnb-map, packed set": lambda at: self.script(f"vnb-map --run 'nbdcopy \"$uri\" null:' {self.packed}"),
         })
         yield Group("verify", self.data, {
+            # What virtnbdrestore's verification does; the Debian package has none yet.
+            "Adler-32 over the file": lambda at: self.python(ADLER, self.raw, self.data),
             "sha1sum": lambda at: self.script(f"sha1sum {self.set}/*.vnb"),
             "vnb-verify": lambda at: self.script(f"vnb-verify < {self.set}/*.vnb > /dev/null"),
             "vnb-verify, packed set": lambda at: self.script(f"vnb-verify < {self.packed}/*.vnb > /dev/null"),
+        })
+
+    def groups_of_sets(self):
+        """Yield the Groups that need no machine: a set of a full and ten increments, half of whose bytes shrink."""
+        chain = self.lab.path("chain")
+        make(chain, self.data, 10, "none", shrinks=True)
+        full = f"{chain}/*.full.vnb"
+        yield Group("compress with lz4, one thread", self.data, {
+            "lz4.block.compress": lambda at: self.python(LZ4, full, 512 << 10),
+            "vnb-pack -z --threads 1": lambda at: self.script(f"vnb-pack -z --threads 1 < {full} > /dev/null"),
+            "vnb-pack -z": lambda at: self.script(f"vnb-pack -z < {full} > /dev/null"),
+        })
+        # Old segments are on disk, and so is what they are read for: here the set is dropped from the page cache.
+        yield Group("merge a full and ten increments", self.data, {
+            "vnb-cat": lambda at: self.cold(chain, f"vnb-cat {chain} | cat > /dev/null"),
+            "vnb-cat --merge": lambda at: self.cold(chain, f"vnb-cat --merge {chain} | cat > /dev/null"),
         })
 
     def read_to_nothing(self):
@@ -192,7 +247,7 @@ class Bench:
 def memory(lab):
     """Yield a row of the peak of each stage on a disk of 1 TiB with a million extents."""
     for command, peak in peaks(lab).items():
-        yield {"group": "peak memory, 1 TiB in a million extents", "job": command, "mib": round(peak / MiB, 1),
+        yield {"group": MEMORY, "job": command, "mib": round(peak / MiB, 1),
                "ratio": round(peak / LIMIT, 2)}
 
 
@@ -223,8 +278,9 @@ def main():
     last = None
     with Lab() as lab:
         bench = Bench(lab, options.data * MiB)
-        groups = (measure(lab, group, options.rounds) for group in bench.groups() if options.only in group.title)
-        for row in (row for group in (*groups, memory(lab)) for row in group):
+        groups = itertools.chain(bench.groups_of_sets(), bench.groups())
+        found = (measure(lab, group, options.rounds) for group in groups if options.only in group.title)
+        for row in itertools.chain.from_iterable((*found, memory(lab) if options.only in MEMORY else ())):
             rows.append(row)
             if not options.json:
                 last = print_row(row, last)

@@ -37,14 +37,14 @@ PIECE = 64 << 10
 READS = 20_000
 
 
-def make(directory, size, increments, spec):
-    """Make a set and the flat image (path) that it must read as."""
+def make(directory, size, increments, spec, shrinks=False):
+    """Make a set and the flat image (path) that it must read as. shrinks (bool): half of its bytes could be packed."""
     os.makedirs(directory, mode=0o700)
     random_ = random.Random(1)
     pack = codec.compressor(*codec.parse(spec))
 
     def content(length):
-        if spec == "none":
+        if spec == "none" and not shrinks:
             return random_.randbytes(length)
         return b"".join(random_.randbytes(2048).ljust(4096, b"\0") for _ in range(length // 4096))
 
