@@ -67,13 +67,34 @@ def test_a_signal_takes_everything_down(saved, tmp_path, clean, signum, said):
 
 
 def test_a_killed_vnb_map_takes_its_server_along(saved, tmp_path, clean):
-    with mapped("--socket", tmp_path / "s", saved, lines=2) as map_, connected(tmp_path / "s") as client:
-        map_.end(signal.SIGKILL)
-        assert hung_up(client)
-    for path in clean.iterdir():
-        for file in path.iterdir():
-            file.unlink()
-        path.rmdir()  # nobody was there to do it
+    """Its private directory is taken away by the next one, which leaves those alone that live."""
+    with mapped("--socket", tmp_path / "living", saved, lines=2):
+        (living,) = clean.iterdir()
+        with mapped("--socket", tmp_path / "s", saved, lines=2) as map_, connected(tmp_path / "s") as client:
+            map_.end(signal.SIGKILL)
+            assert hung_up(client)
+        (abandoned,) = set(clean.iterdir()) - {living}
+        for path in abandoned, living:
+            assert (path / "choice").exists()
+        (clean / "vnb-map.link").symlink_to(living)
+        (clean / "vnb-map.mine").mkdir()  # somebody may give a directory such a name
+        assert run("vnb-map", "--run", "true", saved).returncode == 0
+        assert set(clean.iterdir()) == {living, clean / "vnb-map.link", clean / "vnb-map.mine"}
+        assert (living / "choice").exists()
+        (clean / "vnb-map.link").unlink()
+        (clean / "vnb-map.mine").rmdir()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a directory away")
+def test_a_directory_of_another_user_is_left_alone(saved, clean):
+    theirs = clean / "vnb-map.theirs"
+    theirs.mkdir()
+    (theirs / "lock").touch()
+    for path in theirs, theirs / "lock":
+        os.chown(path, 12345, 12345)
+    assert run("vnb-map", "--run", "true", saved).returncode == 0
+    (theirs / "lock").unlink()
+    theirs.rmdir()
 
 
 def test_a_killed_server_ends_vnb_map(saved, tmp_path, clean):

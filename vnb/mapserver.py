@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -18,19 +19,52 @@ from vnb.child import PATIENCE, Child, wait_for
 from vnb.errors import Error, os_error
 
 PLUGIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "mapplugin.py")
+PREFIX = "vnb-map."  # of the names of private directories
+LOCK = "lock"  # the file in them that a living vnb-map has locked
 THREADS = 8  # of nbdkit for one connection
 HIGH = 10  # descriptors that a child inherits stay clear of 3, where it gets the socket
 
 
 @contextlib.contextmanager
 def private_directory():
-    """The path of a directory that only we can enter, for as long as this lasts."""
+    """The path of a directory that only we can enter, for as long as this lasts. Those of the killed are removed."""
+    above = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
     try:
-        made = tempfile.TemporaryDirectory(prefix="vnb-map.", dir=os.environ.get("XDG_RUNTIME_DIR"))
+        _remove_directories(above)
+        while True:
+            path = tempfile.mkdtemp(prefix=PREFIX, dir=above)
+            lock = os.open(os.path.join(path, LOCK), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # says that we live, see _remove_directories()
+            if os.fstat(lock).st_nlink:
+                break
+            os.close(lock)  # another came between open and flock, and took it for abandoned
     except OSError as error:
         raise os_error(error.filename, error) from None
-    with made as path:
+    try:
         yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_directories(above):
+    """Remove private directories of ours whose vnb-map was killed: the lock of a living one can't be had."""
+    for name in os.listdir(above):
+        if not name.startswith(PREFIX):
+            continue
+        path = os.path.join(above, name)
+        try:
+            lock = os.open(os.path.join(path, LOCK), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue  # another's, or gone, or something else
+        try:
+            if os.fstat(lock).st_uid == os.geteuid():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)  # it refuses a symbolic link
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(lock)
 
 
 @contextlib.contextmanager
