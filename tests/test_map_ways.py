@@ -16,6 +16,9 @@ import nbd
 import pytest
 from mapping import copy, mapped, run
 
+from vnb import mapserver
+from vnb.errors import Error
+
 PLAN = [{"vda": "200k:? 64k:- 32k:0 7k:A", "vdb": "64k:B 64k:0"}, {"vda": "4k:C", "vdb": "1k:.  1k:D"}]
 EXPECTED = makers.images(PLAN)
 needs_fuse = pytest.mark.skipif(
@@ -281,6 +284,42 @@ def test_a_device_without_the_kernels_module(saved):
     assert done.stderr == "vnb-map: /dev/nbd0: No such file or directory (type: modprobe nbd)\n"
 
 
+@pytest.mark.skipif(os.path.exists("/sys/module/nbd"), reason="the kernel has NBD devices")
+def test_a_device_beyond_those_that_the_module_makes(saved):
+    done = run("vnb-map", "--disk", "vda", "--device", "/dev/nbd20", saved)
+    assert done.stderr == "vnb-map: /dev/nbd20: No such file or directory (type: modprobe nbd nbds_max=21)\n"
+
+
+@needs_root
+@pytest.mark.skipif(os.path.exists("/sys/module/nbd"), reason="the kernel has NBD devices")
+def test_a_device_node_without_the_kernels_module(saved, tmp_path):
+    """It can't be seen before qemu-nbd has tried."""
+    os.mknod(tmp_path / "nbd0", 0o600 | stat.S_IFBLK, os.makedev(43, 0))
+    done = run("vnb-map", "--disk", "vda", "--device", tmp_path / "nbd0", saved)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"vnb-map: {tmp_path}/nbd0: No such device or address (type: modprobe nbd)\n"
+
+
+def test_a_device_that_the_module_was_not_asked_for(tmp_path, monkeypatch):
+    """The kernel has NBD devices, but fewer."""
+    (tmp_path / "module" / "nbd").mkdir(parents=True)
+    monkeypatch.setattr(mapserver.Device, "SYS", str(tmp_path))
+    reason = r"No such file or directory \(type: modprobe -r nbd && modprobe nbd nbds_max=1001\)"
+    with pytest.raises(Error, match=f"/dev/nbd1000: {reason}"):
+        mapserver.Device("/dev/nbd1000", "nbd://", False, False)
+
+
+@needs_root
+def test_a_device_in_use(tmp_path, monkeypatch):
+    """As the kernel says it: with the process of whoever has connected it."""
+    os.mknod(tmp_path / "nbd0", 0o600 | stat.S_IFBLK, os.makedev(43, 0))
+    (tmp_path / "dev" / "block" / "43:0").mkdir(parents=True)
+    (tmp_path / "dev" / "block" / "43:0" / "pid").write_text("4711\n")
+    monkeypatch.setattr(mapserver.Device, "SYS", str(tmp_path))
+    with pytest.raises(Error, match="nbd0: is in use by process 4711; qemu-nbd --disconnect frees it"):
+        mapserver.Device(str(tmp_path / "nbd0"), "nbd://", False, False)
+
+
 @pytest.mark.parametrize("path", ["/dev/null", "/etc/passwd", "/"])
 def test_what_is_no_nbd_device(saved, path):
     done = run("vnb-map", "--disk", "vda", "--device", path, saved)
@@ -297,12 +336,10 @@ def test_a_device(saved, tmp_path):
         pytest.skip(f"no device nodes here: {error}")
     (tmp_path / "qemu-nbd").write_text(f"""#!/bin/sh
         echo "$@" >> {log}
-        for word; do
-            case $word in
-            --pid-file=*) tail -f /dev/null & echo $! > "${{word#*=}}"; echo $! > {tmp_path}/pid;;
-            --disconnect) kill "$(cat {tmp_path}/pid)";;
-            esac
-        done
+        case $1 in
+        --disconnect) kill "$(cat {tmp_path}/pid)";;
+        *) echo $$ > {tmp_path}/pid; echo "NBD device is now connected to it" >&2; exec tail -f /dev/null;;
+        esac
     """)
     (tmp_path / "qemu-nbd").chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -311,7 +348,7 @@ def test_a_device(saved, tmp_path):
         assert map_.end() == (-15, "vnb-map: ended by SIGTERM\n")
     connect_, disconnect = log.read_text().splitlines()
     assert re.fullmatch(
-        rf"--fork --pid-file=\S+ --connect={device} --format=raw --read-only nbd\+unix:///vda\?socket=\S+", connect_
+        rf"--verbose --connect={device} --format=raw --read-only nbd\+unix:///vda\?socket=\S+", connect_
     )
     assert disconnect == f"--disconnect {device}"
 

@@ -21,20 +21,21 @@ class Child:
 
     listener (socket or None): handed over as systemd does it. keep (iterable of int): descriptors that it inherits.
     environment (dict): in addition. directory (str): where it runs, by default where we do.
+    stderr (int): descriptor for its standard error.
     ending (signal): what ends it; it also gets that when we die, SIGKILL included, but no signal to our process group.
-    Its standard error is kept, and told when it fails, unless debug.
+    Its standard error is kept, and told when it fails, unless debug or stderr.
     """
 
     def __init__(
         self, command, package, listener=None, keep=(), environment=None, directory=None, ending=signal.SIGTERM,
-        debug=False,
+        debug=False, stderr=None,
     ):
         self.name = command[0]
         self.fd = None
         self._package = package
         self._ending = ending
         # Read when it is dead, so it goes where it cannot block.
-        self._stderr = None if debug else os.memfd_create("stderr", os.MFD_CLOEXEC)
+        self._stderr = None if debug or stderr is not None else os.memfd_create("stderr", os.MFD_CLOEXEC)
         if listener is not None:
             command = ["sh", "-c", _LISTEN, "sh", *command]
         try:
@@ -42,7 +43,7 @@ class Child:
                 ["setpriv", "--pdeathsig", ending.name[len("SIG") :], "--", *command],
                 stdin=subprocess.DEVNULL if listener is None else listener,
                 stdout=subprocess.DEVNULL,
-                stderr=self._stderr,
+                stderr=self._stderr if stderr is None else stderr,
                 pass_fds=keep,
                 env={**os.environ, **(environment or {})},
                 cwd=directory,
@@ -62,17 +63,20 @@ class Child:
     def failure(self):
         """The Error that says why it ended: its last words. It has ended, or is about to."""
         status = self.process.wait()
-        words = ""
-        if self._stderr is not None:
-            size = os.fstat(self._stderr).st_size
-            words = os.pread(self._stderr, 4096, max(0, size - 4096)).decode(errors="replace")
-        lines = words.strip().splitlines()
+        lines = self.words().decode(errors="replace").strip().splitlines()
         if status == NOT_FOUND:
             return self._not_started("not found")
         if lines:
             return Error(self.name, self.reason(lines).removeprefix(f"{self.name}: "))
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         return Error(self.name, f"it {how}")
+
+    def words(self):
+        """The end of what it has said (bytes), when it has ended."""
+        if self._stderr is None:
+            return b""
+        size = os.fstat(self._stderr).st_size
+        return os.pread(self._stderr, 4096, max(0, size - 4096))
 
     def reason(self, lines):
         """The line that says why it failed, of all that it said (list of str, not empty)."""

@@ -153,7 +153,9 @@ def serve(args, ready, log=False):
                 file.ready()
         elif args["--device"]:
             is_writable = bool(args["--writable"] or args["--overlay"])
-            clients.append(stack.enter_context(mapserver.Device(args["--device"], *lines, is_writable, private)))
+            device = stack.enter_context(mapserver.Device(args["--device"], *lines, is_writable, debug))
+            device.ready()
+            clients.append(device)
             lines = [args["--device"]]
         ready(lines)
         wait(running, clients)
