@@ -194,6 +194,37 @@ def test_xml_into_a_file(tmp_path):
     assert os.listdir(tmp_path) == ["domain.xml"]
 
 
+def test_check_does_nothing(tmp_path):
+    """Not even the directory is made, and what does not stay as it was is for the run to say that changes it."""
+    text = xml("<nvram>/var/lib/vm1_VARS.fd</nvram><kernel>/boot/not-in-the-backup</kernel>")
+    arguments = ("--check", "--disk-dir", tmp_path / "new", "-o", tmp_path / "new" / "domain.xml")
+    assert config(*arguments, stdin=stream(file(), text=text)) == (0, "", "")
+    assert config("--check", "--keep-identity", stdin=stream(file())) == (0, "", "")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["vm1_VARS.fd", "domain.xml"])
+def test_check_finds_names_that_are_taken(tmp_path, name):
+    (tmp_path / name).symlink_to("nowhere")
+    arguments = ("--check", "--disk-dir", tmp_path, "-o", tmp_path / "domain.xml")
+    assert config(*arguments, stdin=stream(file())) == (1, "", f"vnb-config: {tmp_path}/{name}: File exists\n")
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_check_of_what_is_not_in_the_stream(tmp_path):
+    """What nothing comes for is in nobody's way."""
+    (tmp_path / "vm1_VARS.fd").write_text("mine")
+    assert config("--check", "--disk-dir", tmp_path, stdin=stream()) == (0, "", "")
+
+
+def test_check_finds_bad_input(tmp_path):
+    for content in (stream(text="<network/>"), stream(file(path="/a/../b")), stream(file())[:-9]):
+        status, out, err = config("--check", "--disk-dir", tmp_path / "new", stdin=content)
+        assert (status, out) == (1, "")
+        assert err.startswith("vnb-config: ")
+    assert os.listdir(tmp_path) == []
+
+
 def test_disks_elsewhere(tmp_path):
     status, out, _ = config("--disk", f"vda=qcow2:{tmp_path}/other", stdin=stream(file()))
     assert status == 0

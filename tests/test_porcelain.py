@@ -134,11 +134,15 @@ def test_restore_dry_run_is_the_pipelines(tmp_path):
     make_set(tmp_path / "set", PLAN)
     where = f"{tmp_path}/target"
     options = ["--until", "2026-01-31T12:00:00", "--disk", "vda=raw:/x", "--name", "vm2", "--define"]
-    assert printed("vnb-restore", "--dry-run", *options, tmp_path / "set", where) == (
-        f"vnb-cat --until {point(0)} --disk vda {tmp_path}/set | vnb-apply --disk vda=raw:/x {where}\n"
+    machine = (
         f"vnb-cat --head --until {point(0)} --disk vda {tmp_path}/set | "
-        f"vnb-config --disk-dir {where} --disk vda=raw:/x --name vm2 --define\n"
+        f"vnb-config --disk-dir {where} --disk vda=raw:/x --name vm2 --define"
     )
+    assert printed("vnb-restore", "--dry-run", *options, tmp_path / "set", where).splitlines() == [
+        f"{machine} --check",
+        f"vnb-cat --until {point(0)} --disk vda {tmp_path}/set | vnb-apply --disk vda=raw:/x {where}",
+        machine,
+    ]
     assert os.listdir(tmp_path) == ["set"]
 
 
@@ -148,11 +152,12 @@ def test_restore_passes_on_all_words_as_they_are(stubs, tmp_path):
     done = porcelain("vnb-restore", *options, f"/{ODD}", f"/t{ODD}", cwd=tmp_path, path=path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     rest = ["--until", point(1), "--disk", ODD, f"/{ODD}"]
-    assert seen(stubs, "vnb-cat") == ["--point", "--until", ODD, f"/{ODD}", *rest, "--head", *rest]
-    assert seen(stubs, "vnb-apply") == ["--disk", ODD, "-o", ODD, "--format", "raw", f"/t{ODD}"]
-    assert seen(stubs, "vnb-config") == [
-        "--disk-dir", f"/t{ODD}", "--name", ODD, "--format", "raw", "--define", "-c", ODD,
+    assert seen(stubs, "vnb-cat") == [
+        "--point", "--until", ODD, f"/{ODD}", "--head", *rest, *rest, "--head", *rest,
     ]
+    assert seen(stubs, "vnb-apply") == ["--disk", ODD, "-o", ODD, "--format", "raw", f"/t{ODD}"]
+    config = ["--disk-dir", f"/t{ODD}", "--name", ODD, "--format", "raw", "--define", "-c", ODD]
+    assert seen(stubs, "vnb-config") == [*config, "--check", *config]
     assert not (tmp_path / "gone").exists()
 
 
@@ -204,17 +209,27 @@ def test_restore_of_one_disk_at_an_earlier_point(tmp_path):
 
 
 def test_restore_without_xml(tmp_path):
-    """A set that was made of images: the disks are there, and what failed is named."""
+    """A set that was made of images: said before the disks are restored, which then is what has to be asked for."""
     make_set(tmp_path / "set", PLAN)
     done = porcelain("vnb-restore", "--format", "raw", "set", "target", cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.splitlines() == [
-        f"vnb-config: stdin: {point(1)} has no domain XML: it was no libvirt domain",
-        "vnb-restore: the disks are restored; what failed is: "
-        f"vnb-cat --head --until {point(1)} set | vnb-config --disk-dir target --format raw -o target/domain.xml",
-    ]
+    reason = f"vnb-config: stdin: {point(1)} has no domain XML: it was no libvirt domain\n"
+    assert (done.returncode, done.stderr) == (1, reason)
+    assert os.listdir(tmp_path) == ["set"]
+    done = porcelain("vnb-restore", "--format", "raw", "--no-config", "set", "target", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
     assert sorted(os.listdir(tmp_path / "target")) == ["vda.raw", "vdb.raw"]
-    assert porcelain("vnb-restore", "--no-config", "set", "other", cwd=tmp_path).returncode == 0
+
+
+def test_restored_disks_stay_where_the_machine_fails(stubs, tmp_path):
+    """What was in nobody's way before is in the way now: the disks are there, and what failed is named."""
+    (stubs / "vnb-config").write_text('#!/bin/bash\n[ "${@: -1}" = --check ]\n')
+    path = f"{stubs}:{os.environ['PATH']}"
+    done = porcelain("vnb-restore", "set", "target", cwd=tmp_path, path=path)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "vnb-restore: the disks are restored; what failed is: "
+        f"vnb-cat --head --until {point(1)} set | vnb-config --disk-dir target -o target/domain.xml\n",
+    )
 
 
 def test_restore_of_what_is_not_there(tmp_path):
@@ -229,7 +244,7 @@ def test_restore_replaces_nothing(tmp_path):
     with_xml(tmp_path / "set", PLAN, XML)
     (tmp_path / "domain.xml").write_text("mine")
     done = porcelain("vnb-restore", tmp_path / "set", tmp_path)
-    assert (done.returncode, done.stderr) == (1, f"vnb-restore: {tmp_path}/domain.xml: File exists\n")
+    assert (done.returncode, done.stderr) == (1, f"vnb-config: {tmp_path}/domain.xml: File exists\n")
     assert sorted(os.listdir(tmp_path)) == ["domain.xml", "set"]
 
 

@@ -22,6 +22,7 @@ Options:
   -o FILE             write the XML to a new file, which only we may read
   --define            define the domain instead of printing its XML
   --autostart         with --define: start it with the host, if it was so
+  --check             see what is in the way of all this, and do none of it
   -c URI, --connect URI
                       libvirt's URI; default: LIBVIRT_DEFAULT_URI, else
                       qemu:///system for root, qemu:///session for others
@@ -67,6 +68,8 @@ def main(args):
         else:
             if args["-o"]:
                 restored.files.add_text(os.path.abspath(args["-o"]), xml)
+            if args["--check"]:
+                return
             restored.files.publish()
             if not args["-o"]:
                 show(xml)
@@ -130,12 +133,13 @@ class Restored:
         self._destinations = {}
         self._domain = self._failure = None
         try:
-            self._domain = Domain(segment.head, _say)
+            # Who only asks is told what stops it; what else there is to say, whoever does it says.
+            self._domain = Domain(segment.head, (lambda _: None) if args["--check"] else _say)
         except Error as error:
             self._failure = error  # of no account where another segment follows
         else:
             self._choose_destinations(args)
-        self.files = Files(self._destinations)
+        self.files = Files(self._destinations, args["--check"])
 
     def _choose_destinations(self, args):
         if args["--no-files"] or not (args["--disk-dir"] or args["--files-in-place"]):
@@ -179,6 +183,8 @@ def _define(args, domain, xml, restored):
     with virt.Host(args["--connect"], *access) as host:
         uuid = (domain.root.findtext("uuid") or "").strip()
         host.refuse_to_replace(domain.name, uuid)
+        if args["--check"]:
+            return
         restored.files.publish()
         try:
             host.define(domain.name, xml)

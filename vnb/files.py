@@ -57,11 +57,13 @@ class Files:
             files.publish()
 
     destinations: {(role, path): where it goes, or None}. Until publish() nothing has its final name, and what is not
-    published is gone in the end. Nothing is ever replaced. Raises Error.
+    published is gone in the end. Nothing is ever replaced. check (bool): all is looked at, and nothing written.
+    Raises Error.
     """
 
-    def __init__(self, destinations_):
+    def __init__(self, destinations_, check=False):
         self._destinations = destinations_
+        self._check = check
         self._directories = {}  # path: ImageDirectory
         self._descriptors = {}  # (role, path): of the file that is written
         self._complete = {}  # (role, path): ImageDirectory and name
@@ -104,6 +106,13 @@ class Files:
 
     def _write(self, key, final, fields, payload):
         directory, name = os.path.split(final)
+        is_last = fields["offset"] + len(payload) == fields["size"]
+        if self._check:
+            if os.path.lexists(final):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            if is_last:
+                self._complete[key] = None, name
+            return
         home = self._directories.get(directory)
         if home is None:
             home = self._directories[directory] = ImageDirectory(directory)
@@ -115,7 +124,7 @@ class Files:
         view = memoryview(payload)
         while view:
             view = view[os.write(fd, view):]
-        if fields["offset"] + len(payload) == fields["size"]:
+        if is_last:
             # QEMU, another user, has to read a kernel or a loader, which libvirt may leave as they are. What others
             # could not read before they can't now, and the nvram, which libvirt makes QEMU's own, they never can.
             others = 0 if fields["role"] == "nvram" else fields["mode"] & 0o044
