@@ -3,12 +3,14 @@
 
 import os
 import shlex
+import signal
 import stat
 import subprocess
 import time
 
 import pytest
 import samples
+from applied import eventually, processes_with, segments_of
 from makers import images, make_set, point
 
 PLAN = [{"vda": "64k:A 64k:-", "vdb": "64k:B"}, {"vda": "96k:. 32k:C", "vdb": "64k:."}]
@@ -230,6 +232,33 @@ def test_restored_disks_stay_where_the_machine_fails(stubs, tmp_path):
         "vnb-restore: the disks are restored; what failed is: "
         f"vnb-cat --head --until {point(1)} set | vnb-config --disk-dir target -o target/domain.xml\n",
     )
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_restore_that_is_stopped_leaves_nothing(tmp_path, signum):
+    """The signal is for the script alone. When that has ended, so has all of its pipeline, and cleaned up."""
+    segment, target, commands = tmp_path / "segment", tmp_path / "target", tmp_path / "bin"
+    segment.write_bytes(segments_of(PLAN)[0][:-50])
+    commands.mkdir()
+    (commands / "vnb-cat").write_text(
+        f"#!/bin/bash\ncase $1 in --point) echo {point(0)} ;; *) cat {segment}; exec sleep 600 ;; esac\n"
+    )
+    (commands / "vnb-cat").chmod(0o755)
+    process = subprocess.Popen(
+        [os.path.join(samples.ROOT, "bin", "vnb-restore"), "--no-config", "set", target], stderr=subprocess.PIPE,
+        text=True, env={**os.environ, "PATH": f"{commands}:{os.environ['PATH']}"},
+    )
+    try:
+        eventually(lambda: len(list(target.glob(".*/vd*"))) == 2)
+        process.send_signal(signum)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == -signum
+        assert stderr == ("" if signum == signal.SIGINT else f"vnb-apply: ended by {signum.name}\n")
+        assert sorted(os.listdir(tmp_path)) == ["bin", "segment"]
+        assert processes_with(tmp_path) == []
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_restore_of_what_is_not_there(tmp_path):
