@@ -1,21 +1,109 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Every script in examples/ runs, as it stands."""
 
+import os
 import subprocess
 from pathlib import Path
 
+import guest
 import pytest
-from lab import ROOT
+from backups import levels, restores
+from lab import ROOT, Disk, MiB
 
-EXAMPLES = sorted(path.name for path in Path(ROOT, "examples").iterdir() if path.is_file())
+EXAMPLES = ROOT / "examples"
+SSH = """#!/bin/sh
+# ssh HOST COMMAND...: joined by spaces and given to a shell, as ssh(1) does
+[ "$1" = store ] || { echo "ssh: $1: unreachable" >&2; exit 255; }
+shift
+exec sh -c "$*"
+"""
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_example(lab, name):
-    done = subprocess.run([ROOT / "examples" / name], env=lab.env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
+def run(lab, name, *arguments, **environment):
+    argv = [EXAMPLES / name, *arguments]
+    return subprocess.run(argv, env={**lab.env, **environment}, capture_output=True, text=True, timeout=200)
+
+
+def test_each_example_has_a_test():
+    names = {path.name for path in EXAMPLES.iterdir() if path.is_file()}
+    assert {name for name in names if f"test_{name.replace('-', '_')}" not in globals()} == set()
+
+
+def test_demo(lab):
+    done = run(lab, "demo")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     assert lab.leftovers() == []
+
+
+@pytest.fixture
+def ssh(lab):
+    """PATH with an ssh that reaches the host store, which is this one."""
+    directory = Path(lab.new_directory("bin"))
+    (directory / "ssh").write_text(SSH)
+    (directory / "ssh").chmod(0o700)
+    return f"{directory}:{lab.env['PATH']}"
+
+
+def test_to_remote(lab, vm, ssh):
+    """Full, then an increment, then full as it was asked; the path has what a shell would take apart."""
+    directory = lab.path("a set; of $HOME")
+    for number, options in enumerate(([], [], ["full"])):
+        vm.write_random("vda", (4 + number) * MiB, MiB, seed=number)
+        reference = vm.reference()
+        done = run(lab, "to-remote", vm.name, "store", directory, *options, PATH=ssh)
+        assert done.returncode == 0, done.stderr
+    assert levels(directory) == ["full", "inc", "full"]
+    restores(lab, f"'{directory}'", reference)
+
+
+def test_to_remote_that_fails(lab, vm, ssh):
+    """What was begun is aborted; a host that is not reached has no set that could be missing."""
+    directory = lab.path(f"{vm.name}.set")
+    with open(directory, "w"):
+        done = run(lab, "to-remote", vm.name, "store", directory, PATH=ssh)
+    assert done.returncode == 1
+    assert (vm.has_job(), vm.checkpoints()) == (False, [])
+    done = run(lab, "to-remote", vm.name, "elsewhere", directory, PATH=ssh)
+    assert (done.returncode, done.stderr) == (1, "ssh: elsewhere: unreachable\n")
+
+
+def test_to_remote_leaves_the_backup_of_another_alone(lab, vm, ssh):
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level copy --no-freeze > {lab.path('theirs')}")
+    done = run(lab, "to-remote", vm.name, "store", lab.path("never"), PATH=ssh)
+    assert done.returncode == 1
+    assert "a backup runs already" in done.stderr
+    assert vm.has_job()
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+
+
+def test_restore_drill(lab):
+    """A machine that boots, without its network, beside the one that it is a copy of."""
+    network = '<interface type="user"><mac address="52:54:00:11:22:33"/><model type="virtio"/></interface>'
+    vm = guest.linux(lab, Disk("vda", 64 * MiB, filesystem="ext4"), extra_xml=network)
+    below, directory = lab.new_directory("drill"), lab.new_directory("set")
+    os.chmod(below, 0o711)  # noqa: S103 - QEMU's user must get through
+    try:
+        lab.sh(f"vnb-backup -z {vm.name} {directory}")
+        done = run(lab, "restore-drill", directory, below, "100")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"{directory}: point vnb.main." in done.stdout
+        assert os.listdir(below) == []
+    finally:
+        vm.remove()
+    assert {domain.name() for domain in lab.connection.listAllDomains()} == set(lab.domains)
+    assert lab.leftovers() == []
+
+
+def test_restore_drill_of_what_does_not_live(lab, vm):
+    """There is no system on these disks: nothing of the drill stays."""
+    below, directory = lab.new_directory("drill"), lab.new_directory("set")
+    os.chmod(below, 0o711)  # noqa: S103 - QEMU's user must get through
+    lab.sh(f"vnb-backup --no-freeze {vm.name} {directory}")
+    done = run(lab, "restore-drill", directory, below, "1")
+    assert done.returncode == 1
+    assert done.stderr == f"restore-drill: {directory}: its guest agent has not answered within 1 seconds\n"
+    assert os.listdir(below) == []
+    assert {domain.name() for domain in lab.connection.listAllDomains()} == set(lab.domains)
 
 
 def test_demo_cleans_up_when_it_is_interrupted(lab):
