@@ -135,3 +135,54 @@ def test_every_page_is_found_from_the_overview():
     text = Path(ROOT, "man", "vnb.7").read_text()
     named = {f"{name}.{section}" for name, section in re.findall(r"^\.Xr (vnb\S*) (\d)", text, flags=re.MULTILINE)}
     assert {path.name for path in PAGES} - named == {"vnb.7"}
+
+
+README = Path(ROOT, "README.md").read_text()
+PLACEHOLDERS = re.compile(r"\b(?:DIR|NAME|TIME|HOST|POINT|REASON|N|main|backup(?= job)|raw(?= image)|qemu:\S+)(?!\w)")
+NOT_OURS = {  # messages of libvirt and QEMU that users of vnb meet
+    "Bitmap already exists", "Device has active dirty bitmaps", "checkpoint inconsistent", "missing or broken bitmap",
+    "Permission denied", "QEMU guest agent is not connected",
+}
+
+
+def commands_of_readme():
+    """(command, its part of the line) for all commands of vnb in the README's code, but for those of the peer."""
+    text = "\n".join(line.split(" | ", 1)[1] if line.startswith("| `") else line for line in README.splitlines())
+    text = text.replace("\\\n", " ").replace("\\|", "|")
+    for code in re.findall(r"(?m)^    .+|`[^`\n]+`", text):
+        code = code.partition("    #")[0]
+        for found in re.finditer(r"(?<![\w/-])(vnb-\w+)((?:(?!\bvnb-| -- )[^|&;`()])*)", code):
+            yield found[1], found[2]
+
+
+def test_readme_has_only_options_that_there_are():
+    known = {name: set(options_of(usage(name))) for name in COMMANDS}
+    wrong = [
+        f"{name} {option}" for name, rest in commands_of_readme() if name in known
+        for option in OPTION.findall(rest) if option not in known[name]
+    ]
+    assert wrong == []
+
+
+def test_readme_names_every_command():
+    assert set(COMMANDS) - {name for name, _rest in commands_of_readme()} == set()
+
+
+def test_readme_leads_to_files_that_are_there():
+    assert [path for path in re.findall(r"\]\(([^)#:]+)\)", README) if not Path(ROOT, path).exists()] == []
+
+
+def test_readme_shows_the_two_commands_at_once():
+    first_screen = README.splitlines()[:24]
+    assert {"make demo", "make test"} <= {line.partition("#")[0].strip() for line in first_screen}
+
+
+def test_trouble_is_told_in_the_words_that_are_printed():
+    """A message that was changed would not be found in the README any more."""
+    code = "".join(path.read_text() for path in Path(ROOT, "vnb").glob("*.py"))
+    table = README.partition("| what is said |")[2].partition("\n\n")[0]
+    said = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert len(said) > 10
+    cut = [re.split(r": |, user|\(", PLACEHOLDERS.sub(": ", message)) for message in said]
+    parts = {part.strip(" ,():") for pieces in cut for part in pieces}
+    assert [part for part in sorted(parts - NOT_OURS) if part not in code] == []
