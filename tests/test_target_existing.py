@@ -152,6 +152,17 @@ def test_block_device_that_is_read_only(tmp_path, content):
         assert refused(content, "--disk", f"vda={device}") == f"{device}: Read-only file system"
 
 
+def test_file_that_a_loop_device_is_on(tmp_path, content):
+    """What is mounted by `mount -o loop`: the kernel lets anybody write to the file behind it."""
+    path = tmp_path / "backing"
+    with loop_device(path, 2 << 20):
+        os.link(path, tmp_path / "other name")
+        for target in (path, tmp_path / "other name"):
+            assert refused(content, "--disk", f"vda={target}") == f"{target}: is in use: a loop device is on it"
+        assert path.read_bytes() == OLD * (1 << 19)
+    restored(content, "--disk", f"vda={path}")
+
+
 @pytest.mark.parametrize("format_", ["raw", "qcow2"])
 def test_image_that_is_too_small(tmp_path, content, format_):
     """Nothing is written, to the other disk neither."""

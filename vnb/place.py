@@ -13,8 +13,10 @@ Places: what the user named as the home of a disk. A new image in a directory, o
 info is what qemu-img says of the original image, or None.
 """
 
+import contextlib
 import errno
 import fcntl
+import glob
 import os
 import re
 import stat
@@ -283,6 +285,8 @@ class RawFile(Existing):
         try:
             if stat.S_ISBLK(mode) and any(fcntl.ioctl(fd, _BLKROGET, bytes(4))):
                 raise Error(self.text, os.strerror(errno.EROFS))
+            if _has_loop_device(os.fstat(fd)):
+                raise Error(self.text, "is in use: a loop device is on it")
             self._refuse_in_use(fd)
             if not self._certain and os.pread(fd, len(_QCOW2_MAGIC), 0) == _QCOW2_MAGIC:
                 raise Error(self.text, f"starts as qcow2 images do: say qcow2:{self._path} or raw:{self._path}")
@@ -314,6 +318,15 @@ class RawFile(Existing):
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise Error(self.text, "is in use: another process has its locks") from None
             # A file system without locks: QEMU does without them there, too.
+
+
+def _has_loop_device(found):
+    """Whether a loop device, which may be mounted and takes no locks, is on a file; found: os.stat() of it."""
+    for path in glob.glob("/sys/block/loop*/loop/backing_file"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if os.path.samestat(os.stat(file.read().removesuffix(b"\n")), found):
+                return True
+    return False
 
 
 _FLOCK = "hhqqi4x"  # struct flock of fcntl(2), with 64 bits of offset
