@@ -347,9 +347,9 @@ class Device(Child):
             raise Error(path, error.strerror + self._hint()) from None
         if not stat.S_ISBLK(found.st_mode) or os.major(found.st_rdev) != self.MAJOR:
             raise Error(path, "is no NBD device")
-        with contextlib.suppress(FileNotFoundError):  # it is there while the device is connected
-            with open(f"{self.SYS}/dev/block/{self.MAJOR}:{os.minor(found.st_rdev)}/pid") as file:
-                raise Error(path, f"is in use by process {file.read().strip()}; qemu-nbd --disconnect frees it")
+        pid = f"{self.SYS}/dev/block/{self.MAJOR}:{os.minor(found.st_rdev)}/pid"  # there while the device is connected
+        with contextlib.suppress(FileNotFoundError), open(pid) as file:
+            raise Error(path, f"is in use by process {file.read().strip()}; qemu-nbd --disconnect frees it")
         self._pipe, pipe = os.pipe()
         try:
             super().__init__(
