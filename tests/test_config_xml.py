@@ -67,6 +67,10 @@ def test_name_is_the_user_s():
     assert adjusted(xml(), name="vm2", keep_identity=True)[0].findtext("name") == "vm2"
 
 
+def test_name_that_is_none_does_not_matter_where_the_user_gives_one():
+    assert adjusted("<domain><name>a/b</name></domain>", name="c")[0].findtext("name") == "c"
+
+
 def test_generation_id_is_made_anew():
     """The guest is to notice that it was restored."""
     root, _ = adjusted(xml(rest="<genid>43dc0cf8-809b-4adb-9bea-a9abb5f3d90e</genid>"), keep_identity=True)
@@ -261,6 +265,8 @@ def test_namespaces_survive():
      "domain XML: XML with a document type is not accepted"),
     ("<network><name>n</name></network>", "domain XML: is not a domain, but <network>"),
     ("<domain/>", "domain XML: has no name"),
+    ("<domain><name>a/b</name></domain>",
+     'domain XML: "restore_a/b" is no name for a domain: give another with --name'),
     ("<domain>", "domain XML: malformed XML: no element found: line 1, column 8"),
 ])
 def test_what_is_no_domain(text, reason):

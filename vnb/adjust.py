@@ -21,6 +21,11 @@ _MADE_PATH = re.compile(r"/domain-\d+-|/channel/target/|/run/libvirt/qemu/channe
 _MADE_INTERFACE = re.compile(r"(vnet|macvtap|macvlan|vif)\d+")
 
 
+def is_name(text):
+    """Whether libvirt takes it as the name of a domain."""
+    return text.strip() != "" and "/" not in text and "\n" not in text
+
+
 @dataclasses.dataclass
 class Place:
     """Where a disk is now. type (str): file or block. path (str): absolute. format (str): of the image there."""
@@ -105,6 +110,8 @@ class Domain:
 
     def _identity(self, wishes):
         self.name = wishes.name or (self.name if wishes.keep_identity else f"restore_{self.name}")
+        if not is_name(self.name):
+            raise Error("domain XML", f'"{self.name}" is no name for a domain: give another with --name')
         self.root.find("name").text = self.name
         self.root.attrib.pop("id", None)
         for genid in self.root.findall("genid"):

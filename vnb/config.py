@@ -39,7 +39,7 @@ import shlex
 import stat
 
 from vnb import stream
-from vnb.adjust import Domain, Place, Wishes
+from vnb.adjust import Domain, Place, Wishes, is_name
 from vnb.errors import Error, UsageError
 from vnb.files import Files, destinations, originals
 from vnb.run import note, show
@@ -89,7 +89,7 @@ def _check(args):
     """{disk name: Place} of --disk; UsageError for options that do not go together."""
     if args["--format"] not in FORMATS:
         raise UsageError("--format", f'"{args["--format"]}" is not qcow2 or raw')
-    if args["--name"] is not None and ("/" in args["--name"] or not args["--name"].strip()):
+    if args["--name"] is not None and not is_name(args["--name"]):
         raise UsageError("--name", f'"{args["--name"]}" is no name for a domain')
     if args["--files-in-place"] and args["--no-files"]:
         raise UsageError("--no-files", "contradicts --files-in-place")
