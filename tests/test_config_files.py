@@ -2,6 +2,7 @@
 """vnb-config as it is run: streams in, XML and files out, and what is refused."""
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -235,9 +236,24 @@ def test_disks_elsewhere(tmp_path):
     assert config("--disk", "vdz=/x", stdin=stream()) == (1, "", "vnb-config: --disk: no disk vdz at point p0\n")
 
 
+@pytest.mark.parametrize("uri, export, server", [
+    ("nbd+unix:///vda@a%20point?socket=/a%20b", "vda@a point", '<host transport="unix" socket="/a b" />'),
+    ("nbd://127.0.0.1:4711/vda", "vda", '<host name="127.0.0.1" port="4711" />'),
+    ("nbd://[::1]/vda", "vda", '<host name="::1" port="10809" />'),
+])
+def test_disk_on_a_map(uri, export, server):
+    status, out, _ = config("--disk", f"vda={uri}", stdin=stream(file()))
+    assert status == 0
+    assert re.search(rf'<source protocol="nbd" name="{export}">\s*{re.escape(server)}\s*</source>', out)
+    assert '<disk type="network"' in out
+    assert '<driver name="qemu" type="raw" />' in out
+
+
 @pytest.mark.parametrize("arguments", [
     ["--format", "vmdk"], ["--disk", "vda"], ["--disk", "a/b=/x"], ["--disk", "vda=/x", "--disk", "vda=/y"],
-    ["--disk", "vda=nbd://h/x"], ["--name", "a/b"], ["--name", ""], ["--files-in-place", "--no-files"], ["--autostart"],
+    ["--disk", "vda=nbds://h/x"], ["--disk", "vda=nbd:///x"], ["--disk", "vda=nbd+unix:///x"],
+    ["--disk", "vda=nbd+unix:///x?socket=s"], ["--disk", "vda=nbd://h:port/x"], ["--disk", "vda=nbd://[h/x"],
+    ["--name", "a/b"], ["--name", ""], ["--files-in-place", "--no-files"], ["--autostart"],
     ["-c", "test:///default"], ["--define", "-o", "x"],
 ])
 def test_wrong_usage(arguments, capsys):

@@ -28,11 +28,23 @@ def is_name(text):
 
 @dataclasses.dataclass
 class Place:
-    """Where a disk is now. type (str): file or block. path (str): absolute. format (str): of the image there."""
+    """
+    Where a disk is now. type (str): file, block, or network for NBD. path (str): absolute, or the name of the export.
+    format (str): of the image there. server (dict): attributes of libvirt's host element, for network.
+    """
 
     type: str
     path: str
     format: str
+    server: dict = None
+
+    def source(self):
+        """The element that tells libvirt."""
+        if self.type != "network":
+            return ElementTree.Element("source", {"dev" if self.type == "block" else "file": self.path})
+        source = ElementTree.Element("source", {"protocol": "nbd", "name": self.path})
+        ElementTree.SubElement(source, "host", self.server)
+        return source
 
 
 @dataclasses.dataclass
@@ -202,7 +214,7 @@ class Domain:
         elif disk.find("shareable") is not None:
             self.say(f"{name}: was shared by several domains, which a qcow2 image cannot be")
             _remove(disk, ".", "shareable")
-        disk.insert(0, ElementTree.Element("source", {"dev" if place.type == "block" else "file": place.path}))
+        disk.insert(0, place.source())
 
     def _restored_files(self, files, wishes):
         os_ = self.root.find("os")

@@ -13,8 +13,9 @@ Options:
   --disk-dir DIR      the disks are DIR/NAME.FORMAT, and files come there;
                       without it disks and files stay where they were
   --format FORMAT     of these disks, qcow2 or raw [default: qcow2]
-  --disk DISK         NAME=TARGET: this disk is there, a block device, or
-                      [qcow2:|raw:]FILE; may be given several times
+  --disk DISK         NAME=TARGET: this disk is there, a block device,
+                      [qcow2:|raw:]FILE, or an NBD URI as vnb-map prints it;
+                      may be given several times
   --keep-identity     keep name, UUID and MAC addresses
   --keep-graphics     keep VNC and Spice as they were, though without password
   --files-in-place    restore files to where they were, if missing there
@@ -37,6 +38,7 @@ Options:
 import os
 import shlex
 import stat
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from vnb import stream
 from vnb.adjust import Domain, Place, Wishes, is_name
@@ -45,6 +47,7 @@ from vnb.files import Files, destinations, originals
 from vnb.run import note, show
 
 FORMATS = ("qcow2", "raw")
+NBD_PORT = 10809  # registered for it
 
 
 def main(args):
@@ -114,7 +117,7 @@ def _place(target):
     format_, colon, path = target.partition(":")
     if not colon or format_ not in FORMATS:
         if target.startswith(("nbd:", "nbds:", "nbd+", "nbds+")):
-            raise UsageError("--disk", f'"{target}": a domain\'s disk is a file or a block device here')
+            return _nbd_place(target)
         format_, path = "raw", target
     path = os.path.abspath(path)
     try:
@@ -122,6 +125,23 @@ def _place(target):
     except OSError:
         kind = "block" if path.startswith("/dev/") else "file"
     return Place(kind, path, format_)
+
+
+def _nbd_place(uri):
+    """The Place that an NBD URI, as vnb-map prints it, means."""
+    try:
+        parts = urlsplit(uri)
+        socket = parse_qs(parts.query).get("socket", [""])[0]
+        if parts.scheme == "nbd+unix" and socket.startswith("/") and not parts.netloc:
+            server = {"transport": "unix", "socket": socket}
+        elif parts.scheme == "nbd" and parts.hostname:
+            server = {"name": parts.hostname, "port": str(parts.port or NBD_PORT)}
+        else:
+            raise ValueError(uri)
+    except ValueError:
+        reason = f'"{uri}" is not nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=/PATH'
+        raise UsageError("--disk", reason) from None
+    return Place("network", unquote(parts.path[1:]), "raw", server)
 
 
 class Restored:
