@@ -192,6 +192,35 @@ def test_background_that_fails(tmp_path, clean):
     assert not (tmp_path / "pid").exists()
 
 
+def killed_in_the_background(tmp_path, saved, stderr):
+    """Start it in the background, kill its nbdkit, and wait until it has ended."""
+    command = ["vnb-map", "--daemon", tmp_path / "pid", "--socket", tmp_path / "s", saved]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, timeout=DEADLINE, check=True)
+    assert done.stdout.startswith(b"nbd+unix:///vda?")
+    pid = int((tmp_path / "pid").read_text())
+    process = os.pidfd_open(pid)
+    child = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
+    os.kill(int(child), signal.SIGKILL)
+    assert select.select([process], [], [], DEADLINE)[0]
+    os.close(process)
+
+
+def test_errors_in_the_background_go_to_a_file_that_is_standard_error(saved, tmp_path, clean):
+    with open(tmp_path / "errors", "w") as errors:
+        killed_in_the_background(tmp_path, saved, errors)
+    assert (tmp_path / "errors").read_text() == "vnb-map: nbdkit: it was killed by SIGKILL\n"
+
+
+def test_errors_in_the_background_go_to_the_systems_log(saved, tmp_path, clean, monkeypatch):
+    """In the place of the system's log: a module that Python finds first."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import syslog\nsyslog.syslog = lambda _, text: open('{tmp_path}/log', 'a').write(text)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    killed_in_the_background(tmp_path, saved, subprocess.PIPE)
+    assert (tmp_path / "log").read_text() == "nbdkit: it was killed by SIGKILL"
+
+
 def test_run_passes_a_signal_on(saved, tmp_path, clean):
     """The command may clean up, with the disk still there; not only the shell gets it, but what that has started."""
     (tmp_path / "script").write_text(f"""if True:

@@ -46,6 +46,7 @@ import re
 import signal
 import stat
 import subprocess
+import syslog
 
 from vnb import arguments, mapserver
 from vnb.child import wait_for
@@ -245,12 +246,26 @@ def in_background(args):
     if child == 0:
         os.close(ours)
         os.setsid()
+        log = not is_file(2)
+        is_detached = False
+
+        def ready(lines):
+            nonlocal is_detached
+            detach(theirs, lines)
+            is_detached = True
+
         try:
             with pid_file(args["--daemon"]):
-                serve(args, lambda lines: detach(theirs, lines), log=not is_file(2))
+                serve(args, ready, log)
         except Interrupted as interrupted:
             if interrupted.signum != signal.SIGTERM:
                 raise
+        except Error as error:
+            if not (log and is_detached):
+                raise
+            syslog.openlog("vnb-map", syslog.LOG_PID, syslog.LOG_DAEMON)
+            syslog.syslog(syslog.LOG_ERR, str(error))
+            return 1
         return 0  # SIGTERM is how it is meant to end
     os.close(theirs)
     try:
