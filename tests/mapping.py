@@ -3,10 +3,12 @@
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 DEADLINE = 10  # seconds that anything may take before a test fails instead of hanging
 
@@ -81,6 +83,18 @@ def run(*command, **options):
         [str(word) for word in command], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE,
         **options,
     )
+
+
+def example(word, places):
+    """The one example of the manual with this word in it, as a script. places: {what stands there: what is meant}."""
+    page = Path(__file__).parents[1].joinpath("man", "vnb-map.1").read_text()
+    text = re.search(r"^\.Sh EXAMPLES\n(.*?)^\.Sh ", page, re.DOTALL | re.MULTILINE)[1]
+    scripts = re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed$", text, re.DOTALL | re.MULTILINE)
+    (script,) = (script.replace("\\e", "\\") for script in scripts if word in script)
+    for place, meant in places.items():
+        assert place in script, place
+        script = script.replace(place, str(meant))
+    return script
 
 
 def copy(uri, path):
