@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Usage, pages and commands agree: what one of them says of an option, the others say too."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,7 +65,29 @@ def test_help_is_for_a_terminal(name):
 @by_command
 def test_version(name):
     done = run(name, "--version")
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{name} {__version__}\n", "")
+    assert (done.returncode, done.stderr) == (0, "")
+    first, _, libraries = done.stdout.partition(" (")
+    assert first == f"{name} {__version__}"
+    assert [part.split()[0] for part in libraries.rstrip(")\n").split(", ")] == [
+        "Python", "libvirt", "libnbd", "lz4", "msgpack", "xxhash", "zstd",
+    ]
+
+
+def test_version_without_a_library(tmp_path):
+    """What is not there is said to be so; no other option of this command needs it."""
+    Path(tmp_path, "libvirt.py").write_text("raise ImportError('libvirt.so.0: cannot open shared object file')")
+    argv = [sys.executable, "-c", "import vnb.run; vnb.run.command('vnb-cat', 'vnb.cat')", "--version"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ", no libvirt, libnbd " in done.stdout
+
+
+def test_libraries_are_asked_only_for_their_versions():
+    """A stage of a pipeline starts without what it does not use."""
+    code = "import sys, vnb.run, vnb.cat; sys.exit(sorted({'vnb.versions', 'libvirt', 'nbd'} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @by_command

@@ -43,7 +43,9 @@ def outcome(name, module, argv):
         if args.get("--help"):
             show(module.__doc__.strip() + "\n", flush=True)
         elif args.get("--version"):
-            show(f"{name} {__version__}\n", flush=True)
+            from vnb.versions import libraries
+
+            show(f"{name} {__version__} ({libraries()})\n", flush=True)
         else:
             status = module.main(args) or 0
             show("", flush=True)
