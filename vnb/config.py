@@ -212,7 +212,7 @@ def _define(args, domain, xml, restored):
             restored.files.withdraw()
             raise
         for name, place in restored.places.items():
-            if place is not None and host.is_local and not os.path.exists(place.path):
+            if place and place.type != "network" and host.is_local and not os.path.exists(place.path):
                 _say(f"{name}: {place.path} is not there")
         paths = {place.path for place in restored.places.values() if place and place.type == "file"}
         for directory in sorted(set(map(os.path.dirname, paths))):

@@ -317,6 +317,21 @@ def test_what_libvirt_refuses_leaves_no_files(lab):
     assert os.listdir(target) == []
 
 
+def test_a_disk_on_an_nbd_server(lab, machine):
+    """No file is looked for there, and libvirt takes it."""
+    vm, directory = machine
+    target, name = lab.new_directory("restored"), f"{vm.name}-nbd"
+    disk = "--disk vda=nbd://localhost/vda"
+    done = lab.sh(f"vnb-cat --head {directory} | vnb-config --define --name {name} --disk-dir {target} {disk}")
+    domain = lab.connection.lookupByName(name)
+    try:
+        assert "vda" not in done.stderr
+        source = ElementTree.fromstring(domain.XMLDesc()).find("./devices/disk/source")  # noqa: S314 - libvirt's
+        assert source.attrib == {"protocol": "nbd", "name": "vda"}
+    finally:
+        domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM)
+
+
 def test_the_storage_pool_sees_the_disks(lab, machine):
     vm, directory = machine
     target = lab.new_directory("restored")
