@@ -9,7 +9,7 @@
 # make clean
 
 PYTEST = .venv/bin/python -m pytest
-SCRIPTS = $(shell grep -rlE '^\#!/bin/(ba)?sh' .ci bin examples)
+SCRIPTS = $(shell grep -rlE '^\#!/bin/(ba)?sh' .ci bin examples) packaging/completion/vnb.bash
 PAGES = $(wildcard man/*.[1-9])
 
 .PHONY: setup demo check test soak bench clean

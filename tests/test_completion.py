@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Completion, by the shells themselves: it offers what the usage texts have."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from samples import ROOT
+
+COMMANDS = sorted(path.name for path in Path(ROOT, "bin").glob("vnb-*"))
+DIRECTORY = Path(ROOT, "packaging", "completion")
+COMPLETE = """
+source "$1"; COMP_WORDS=("${@:2}"); COMP_CWORD=$(($# - 2))
+_vnb "$2" "${@: -1}" "${@: -2:1}"
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+ZSH = """
+zmodload zsh/zpty
+zpty shell zsh -f -i
+zpty -w shell "PS1= fpath=($1 \\$fpath); autoload -U compinit; compinit -u -D; bindkey '^I' complete-word"
+zpty -w shell "unsetopt list_beep; LISTMAX=1000 COLUMNS=80 LINES=100; echo rea''dy"
+zpty -r shell line '*ready*'
+zpty -w -n shell "$2"$'\\t\\t'
+zpty -r shell line "*$3*"
+print -r -- "$line"
+"""
+
+
+def bash(*words):
+    """What it offers for the last word."""
+    argv = ["bash", "-c", COMPLETE, "bash", DIRECTORY / "vnb.bash", *words]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_all_options_are_offered(name):
+    usage = subprocess.run([name, "--help"], capture_output=True, text=True, check=True).stdout
+    in_usage = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", usage.partition("\nUsage:\n")[2].partition("\n\n")[0]))
+    offered = bash(name, "-")
+    assert len(set(offered)) == len(offered)
+    assert in_usage | {"--help", "--version"} <= set(offered)
+    assert set(offered) <= set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", usage))
+
+
+def test_options_that_begin_so():
+    assert bash("vnb-prune", "--keep-last", "3", "--keep-m") == ["--keep-monthly"]
+    assert bash("vnb-prune", "--dry-run", "--x") == []
+
+
+def test_steps_of_checkpoint():
+    assert bash("vnb-checkpoint", "") == [
+        "abort", "begin", "commit", "list", "prune", "recover", "redefine", "run", "size",
+    ]
+    assert bash("vnb-checkpoint", "rec") == ["recover"]
+
+
+def test_domains(tmp_path, monkeypatch):
+    (tmp_path / "virsh").write_text("#!/bin/sh\necho vm1; echo vm2; echo other; echo\n")
+    (tmp_path / "virsh").chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert bash("vnb-checkpoint", "begin", "v") == ["vm1", "vm2"]
+    assert bash("vnb-backup", "-z", "") == ["vm1", "vm2", "other"]
+    assert bash("vnb-prune", "v") == []  # a set: bash offers files
+
+
+def test_a_command_that_is_not_there():
+    assert bash("/nonexistent/vnb-cat", "-") == []
+
+
+@pytest.mark.parametrize("name", ["vnb.bash", "_vnb"])
+def test_every_command_has_it(name):
+    listed = [line for line in (DIRECTORY / name).read_text().replace("\\\n", " ").splitlines()
+              if line.startswith(("#compdef", "complete "))]
+    assert re.findall(r" (vnb-\w+)", listed[0]) == COMMANDS
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="not installed: zsh")
+@pytest.mark.parametrize("line, offered", [
+    ("vnb-prune --keep-", "--keep-yearly"), ("vnb-checkpoint ", "redefine"), ("vnb-cat --mer", "vnb-cat --merge"),
+])
+def test_zsh(line, offered):
+    done = subprocess.run(["zsh", "-f", "-c", ZSH, "zsh", DIRECTORY, line, offered], capture_output=True, text=True,
+                          timeout=60)
+    assert offered in done.stdout
