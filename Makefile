@@ -6,13 +6,14 @@
 # make test     all tests, those on a real libvirtd and QEMU too: minutes
 # make soak     a long life of a machine, by a seed: SEED=1
 # make bench    beside nbdcopy, qemu-img, virtnbdbackup; JSON=1 prints JSON
+# make deb      a Debian package, in build/deb
 # make clean
 
 PYTEST = .venv/bin/python -m pytest
 SCRIPTS = $(shell grep -rlE '^\#!/bin/(ba)?sh' .ci bin examples) packaging/completion/vnb.bash
 PAGES = $(wildcard man/*.[1-9])
 
-.PHONY: setup demo check test soak bench clean
+.PHONY: setup demo check test soak bench deb clean
 
 setup:
 	@.ci/setup
@@ -34,6 +35,15 @@ soak: setup
 
 bench: setup
 	@.venv/bin/python tests/bench/bench.py $(if $(JSON),--json)
+
+# Of what git knows: neither .venv nor anything else that is lying about gets into it.
+deb:
+	rm -rf build/deb
+	mkdir -p build/deb/vnb
+	git ls-files -z | tar -c --null -T - | tar -x -C build/deb/vnb
+	cp -r build/deb/vnb/packaging/debian build/deb/vnb/debian
+	cd build/deb/vnb && PATH=/usr/sbin:/usr/bin:/sbin:/bin dpkg-buildpackage -us -uc -b
+	lintian --fail-on warning build/deb/*.deb
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
