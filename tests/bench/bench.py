@@ -24,9 +24,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "live"))
 
 from lab import Disk, Lab, MiB, run, wait_for  # noqa: E402 -- after the path to it
-from map import make  # noqa: E402
+from map import at_random, make, make_index, open_index, sequential, time_file, time_map  # noqa: E402
 from peaks import LIMIT, peaks  # noqa: E402
 
+INDEX = "open an index of ten million extents"
+MANY = 10_000_000
+MOST_SECONDS, MOST_MIB = 10, 400  # that this may take
 MEMORY = "peak memory, 1 TiB in a million extents"
 ADLER = """
 import sys, time, zlib
@@ -225,6 +228,17 @@ class Bench:
             "vnb-cat --merge": lambda at: self.cold(chain, f"vnb-cat --merge {chain} | cat > /dev/null"),
         })
 
+        clients = {
+            "read of the mapped chain, in order": (self.data, sequential),
+            "4 KiB reads of it, one at a time": (0, at_random(1)),
+            "4 KiB reads of it, 16 at a time": (0, at_random(16)),
+        }
+        for title, (size, client) in clients.items():
+            yield Group(title, size, {
+                "nbdkit file": lambda at, client=client: time_file(f"{chain}.flat", client),
+                "vnb-map": lambda at, client=client: time_map(chain, client),
+            })
+
     def read_to_nothing(self):
         with self.job() as uri:
             return self.script(f"vnb-extents '{uri}' | vnb-read > /dev/null")
@@ -251,16 +265,32 @@ def memory(lab):
                "ratio": round(peak / LIMIT, 2)}
 
 
+def large_index(lab):
+    """Yield a row of what it takes to open an index of ten million extents."""
+    path = lab.path("large.vnb")
+    make_index(path, MANY)
+    seconds, _, peak = open_index(path)
+    os.unlink(path)
+    for job, found, most in (("seconds", round(seconds, 2), MOST_SECONDS), ("MiB", round(peak), MOST_MIB)):
+        yield {"group": INDEX, "job": job, "found": found, "most": most}
+
+
 def note(text):
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
 def print_row(row, last_group):
     if row["group"] != last_group:
-        head = ("MiB", "of 64 MiB") if "mib" in row else ("seconds", "ratio", "spread", "MiB/s")
+        head = ("seconds", "ratio", "spread", "MiB/s")
+        if "mib" in row:
+            head = "MiB", "of 64 MiB"
+        elif "most" in row:
+            head = "found", "at most"
         print(f"\n{row['group']:42}" + "".join(f"{word:>10}" for word in head))
     if "mib" in row:
         print(f"  {row['job']:40}{row['mib']:>10}{row['ratio']:>10}", flush=True)
+    elif "most" in row:
+        print(f"  {row['job']:40}{row['found']:>10}{row['most']:>10}", flush=True)
     else:
         figures = (f"{row[key]:>10.2f}" for key in ("seconds", "ratio", "spread"))
         print(f"  {row['job']:40}{''.join(figures)}{row['mib_per_second'] or '':>10}", flush=True)
@@ -280,7 +310,9 @@ def main():
         bench = Bench(lab, options.data * MiB)
         groups = itertools.chain(bench.groups_of_sets(), bench.groups())
         found = (measure(lab, group, options.rounds) for group in groups if options.only in group.title)
-        for row in itertools.chain.from_iterable((*found, memory(lab) if options.only in MEMORY else ())):
+        others = {INDEX: large_index, MEMORY: memory}
+        others = [measured(lab) for title, measured in others.items() if options.only in title]
+        for row in itertools.chain.from_iterable(itertools.chain(found, others)):
             rows.append(row)
             if not options.json:
                 last = print_row(row, last)

@@ -12,7 +12,6 @@ of the group. Random reads are of 4 KiB, from one connection, one or 16 at a tim
 import argparse
 import os
 import random
-import resource
 import shutil
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["PATH"] = f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"
 
 import makers  # noqa: E402 -- after the path to it
 from mapping import mapped  # noqa: E402
@@ -135,35 +135,54 @@ def group(title, jobs, rounds, unit):
         print(f"{title:24} {name:28} {median:7.2f} s  x{median / first:5.2f}  {unit(median)}", flush=True)
 
 
+def make_index(path, rows):
+    """Make a segment whose index has this many rows, of holes and zeroes."""
+    with open(path, "wb") as file:
+        head = makers.head(0)
+        out = stream.Writer(file.fileno(), path).segment(
+            head, [{"name": "vda", "size": 65536 * rows, "level": "full", "image": {}}]
+        )
+        index = Builder(out)
+        for at in range(0, rows, 4096):
+            runs = []
+            for number in range(at, min(at + 4096, rows)):
+                runs += (65536 * number, 65536, 2 + number % 2)
+            out.extents(0, runs)
+            index.extents(0, runs)
+        index.finish()
+        out.end()
+
+
+OPEN = """
+import sys, time
+start = time.monotonic()
+from vnb.image import Images
+import random
+image = Images([sys.argv[1]]).open("vda")
+opened = time.monotonic() - start
+view = memoryview(bytearray(4096))
+start = time.monotonic()
+for _ in range(2000):
+    image.read_into(view, random.randrange(image.size - 4096))
+each = (time.monotonic() - start) / 2000
+peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:"))  # not the parent's too
+print(opened, each, int(peak) / 1024)
+"""
+
+
+def open_index(path):
+    """Open it in a process of its own: (seconds until it is open, seconds for a random look-up, MiB at most)."""
+    command = [sys.executable, "-c", OPEN, path]
+    done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
+    return tuple(map(float, done.stdout.split()))
+
+
 def large_index(rows):
-    """Make a segment whose index has this many rows, of holes and zeroes, and open it in a process of its own."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:  # noqa: S108
         path = os.path.join(directory, "large.vnb")
-        with open(path, "wb") as file:
-            head = makers.head(0)
-            out = stream.Writer(file.fileno(), path).segment(
-                head, [{"name": "vda", "size": 65536 * rows, "level": "full", "image": {}}]
-            )
-            index = Builder(out)
-            for at in range(0, rows, 4096):
-                runs = []
-                for number in range(at, min(at + 4096, rows)):
-                    runs += (65536 * number, 65536, 2 + number % 2)
-                out.extents(0, runs)
-                index.extents(0, runs)
-            index.finish()
-            out.end()
-        script = (
-            "import sys, time; start = time.monotonic(); from vnb.image import Images; import random\n"
-            "image = Images([sys.argv[1]]).open('vda'); opened = time.monotonic() - start\n"
-            "view = memoryview(bytearray(4096)); start = time.monotonic()\n"
-            "for _ in range(2000): image.read_into(view, random.randrange(image.size - 4096))\n"
-            "each = (time.monotonic() - start) / 2000\n"
-            "print(f'opened in {opened:.2f} s, a random look-up takes {each * 1e6:.0f} us')"
-        )
-        subprocess.run([sys.executable, "-c", script, path], check=True, cwd=ROOT)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        print(f"index of {rows} rows: most memory of any child so far {peak / 1024:.0f} MiB")
+        make_index(path, rows)
+        opened, each, peak = open_index(path)
+    print(f"index of {rows} rows: opened in {opened:.2f} s, {each * 1e6:.0f} us a look-up, {peak:.0f} MiB at most")
 
 
 def main():
