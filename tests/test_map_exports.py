@@ -163,6 +163,27 @@ def test_requests_leave_no_memory_behind(served):
     assert resident(pid) - before < 1 << 20
 
 
+def test_connections_leave_no_memory_behind(served):
+    """Each has threads of its own in nbdkit, and Python keeps something for each of them while it lives."""
+    map_, _ = served
+    pid = nbdkit_of(map_)
+
+    def come_and_go(times):
+        for _ in range(times):
+            handle = connect(map_.lines[0])
+            buffers = [nbd.Buffer(512) for _ in range(32)]
+            cookies = [handle.aio_pread(buffer, 512 * number) for number, buffer in enumerate(buffers)]
+            for cookie in cookies:
+                while not handle.aio_command_completed(cookie):
+                    handle.poll(-1)
+            handle.shutdown()
+
+    come_and_go(50)
+    before = resident(pid)
+    come_and_go(300)
+    assert resident(pid) - before < 2 << 20  # a thread's state has 16 KiB of stack, and there were 2400
+
+
 def nbdkit_of(map_):
     """The process id of the nbdkit that a vnb-map has started."""
     (pid,) = (
