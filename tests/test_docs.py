@@ -169,23 +169,38 @@ NOT_OURS = {  # messages of libvirt and QEMU that users of vnb meet
 }
 
 
+def commands_in(code):
+    """Yield (command, its part of the line) for all commands of vnb in a piece of code."""
+    for found in re.finditer(r"(?<![\w/-])(vnb-[a-z]+)((?:(?!\bvnb-| -- )[^|&;`()'])*)", code.partition("    #")[0]):
+        yield found[1], found[2]
+
+
 def commands_of_readme():
-    """(command, its part of the line) for all commands of vnb in the README's code, but for those of the peer."""
+    """All of its code, but for the peer's commands, which stand in a table."""
     text = "\n".join(line.split(" | ", 1)[1] if line.startswith("| `") else line for line in README.splitlines())
     text = text.replace("\\\n", " ").replace("\\|", "|")
-    for code in re.findall(r"(?m)^    .+|`[^`\n]+`", text):
-        code = code.partition("    #")[0]
-        for found in re.finditer(r"(?<![\w/-])(vnb-\w+)((?:(?!\bvnb-| -- )[^|&;`()])*)", code):
-            yield found[1], found[2]
+    return [command for code in re.findall(r"(?m)^    .+|`[^`\n]+`", text) for command in commands_in(code)]
+
+
+def unknown_options(commands):
+    known = {name: set(options_of(usage(name))) for name in COMMANDS}
+    return [
+        f"{name} {option}" for name, rest in commands for option in OPTION.findall(rest)
+        if option not in known.get(name, ())
+    ]
 
 
 def test_readme_has_only_options_that_there_are():
-    known = {name: set(options_of(usage(name))) for name in COMMANDS}
-    wrong = [
-        f"{name} {option}" for name, rest in commands_of_readme() if name in known
-        for option in OPTION.findall(rest) if option not in known[name]
-    ]
-    assert wrong == []
+    assert unknown_options(commands_of_readme()) == []
+
+
+def test_examples_of_pages_have_only_options_that_there_are():
+    blocks = [block for page in PAGES
+              for block in re.findall(r"(?ms)^\.Bd -literal.*?\n(.*?)^\.Ed", page.read_text())]
+    lines = "\n".join(blocks).replace("\\e\n", " ").splitlines()
+    commands = [command for line in lines for command in commands_in(line) if command[0] in COMMANDS]
+    assert len(commands) > 40
+    assert unknown_options(commands) == []
 
 
 def test_readme_names_every_command():
