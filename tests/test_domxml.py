@@ -50,11 +50,15 @@ def test_entities_and_what_is_no_xml(text):
 
 
 def test_backup_and_checkpoint_quote_what_they_are_given():
-    root = domxml.parse(domxml.backup("/a&b.sock", [("vda", "c<1", "/s'.scratch"), ("vdb", None, "/t")], ["vdc"]), "x")
+    root = domxml.parse(domxml.backup(
+        {"transport": "unix", "socket": "/a&b.sock"}, [("vda", "c<1", "/s'.scratch"), ("vdb", None, "/t")], ["vdc"]
+    ), "x")
     assert root.find("server").get("socket") == "/a&b.sock"
     modes = {disk.get("name"): (disk.get("backupmode"), disk.get("incremental")) for disk in root.iter("disk")}
     assert modes == {"vda": ("incremental", "c<1"), "vdb": ("full", None), "vdc": (None, None)}
-    assert domxml.backup_socket(domxml.backup("/x", [], [])) == "/x"
+    assert domxml.backup_endpoint(domxml.backup({"transport": "unix", "socket": "/x"}, [], [])) == "/x"
+    tcp = {"transport": "tcp", "name": "::1", "port": "49153", "tls": "yes"}
+    assert domxml.backup_endpoint(domxml.backup(tcp, [], [])) == "::1:49153"
     xml = domxml.checkpoint("c1", 'vnb {"a": "<"}', ["vda"], ["vdb"])
     assert domxml.bitmaps(xml) == {"vda": "c1"}
     assert domxml.description(xml) == 'vnb {"a": "<"}'

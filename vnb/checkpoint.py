@@ -49,6 +49,15 @@ Options:
                          [default: 256m]
   --socket PATH          where QEMU puts the NBD socket; default: in the
                          domain's private directory
+  --nbd-listen ADDRESS[:PORT]
+                         have QEMU listen there instead, on a port that it
+                         finds free; [ADDRESS]:PORT for IPv6
+  --tls                  with --nbd-listen: only with certificates, verified
+  --tls-certificates DIR
+                         where ours are; default: libnbd's directory
+  --ssh-user USER        for ssh to the host of -c, instead of its URI's
+  --ssh-port PORT        the same
+  --ssh-key FILE         the same
   --deadline TIME        end the job after this time, as 90s, 10m, 4h, 1d
                          [default: 1d]
   --idle TIME            end the job when nobody was connected for this time,
@@ -67,6 +76,7 @@ import re
 import subprocess
 
 from vnb import arguments, stream
+from vnb.endpoint import parse_listen
 from vnb.errors import Error, UsageError, os_error
 from vnb.frame import MiB
 from vnb.run import note
@@ -105,9 +115,16 @@ def _options(args):
         raise UsageError("--since", f"level {level} starts from nothing")
     if args["--no-freeze"] and (args["--freeze"] or args["--require-freeze"]):
         raise UsageError("--no-freeze", "contradicts --freeze and --require-freeze")
-    for option in ("--start-paused", "--pause", "--connect"):
+    for option in ("--start-paused", "--pause", "--connect", "--nbd-listen"):
         if args["--image"] and args[option]:
             raise UsageError(option, "has no meaning with --image")
+    if args["--nbd-listen"]:
+        parse_listen(args["--nbd-listen"])
+    for option, other in (("--tls", "--nbd-listen"), ("--tls-certificates", "--tls")):
+        if args[option] and not args[other]:
+            raise UsageError(option, f"is for {other}")
+    if args["--nbd-listen"] and args["--socket"]:
+        raise UsageError("--socket", "contradicts --nbd-listen")
     return {
         "domain": args["DOMAIN"],
         "images": _images(args),
@@ -131,11 +148,22 @@ def _options(args):
         "threshold": arguments.size(args, "--threshold", 0, MAX_SIZE) if args["--threshold"] else None,
         "scratch_dir": args["--scratch-dir"],
         "socket": args["--socket"],
+        "listen": args["--nbd-listen"],
+        "tls": args["--tls"],
+        "certificates": args["--tls-certificates"] and os.path.abspath(args["--tls-certificates"]),
+        "ssh": ssh_options(args),
         "reserve": arguments.size(args, "--scratch-reserve", 0, MAX_SIZE),
         "deadline": arguments.seconds(args, "--deadline"),
         "idle": arguments.seconds(args, "--idle"),
         "state": args["--state-dir"],
     }
+
+
+def ssh_options(args):
+    """What vnb.ssh.Host.of_uri() takes beside the URI."""
+    if args["--ssh-port"]:
+        arguments.integer(args, "--ssh-port", 1, 65535)
+    return {"user": args["--ssh-user"], "port": args["--ssh-port"], "key": args["--ssh-key"]}
 
 
 def check_chain(args):
@@ -168,7 +196,7 @@ def _begin(options):
     if "below" in keeper.begun:
         return _below(keeper, BELOW_THRESHOLD)
     try:
-        _write(out, keeper.begun)
+        _write(out, keeper.begun, options)
         keeper.hand_over()
     except BaseException:
         keeper.leave()
@@ -183,7 +211,7 @@ def _run(options, command):
     if "below" in keeper.begun:
         return _below(keeper, 0)
     try:
-        status = _feed(command, keeper)
+        status = _feed(command, keeper, options)
         if status != 0:
             how = f"ended with status {status}" if status > 0 else f"was ended by signal {-status}"
             raise Error(options["domain"], f"the command {how}: nothing is committed")
@@ -205,8 +233,9 @@ def _strict(options, keeper):
         raise Error(options["domain"], f"{keeper.warnings} warnings, and --strict")
 
 
-def _write(out, begun):
+def _write(out, begun, options):
     """The stream: head, disks, files. A file that cannot be read is a warning, not the end of the backup."""
+    read = _reader(options)
     segment = out.segment(begun["head"], begun["disks"])
     for file in begun["files"]:
         if "text" in file:
@@ -214,9 +243,9 @@ def _write(out, begun):
             mode = 0o600
         else:
             try:
-                mode, parts = _read_file(file["path"])
-            except OSError as error:
-                _say(f"{os_error(file['path'], error)}: {file['role']} is not in the backup")
+                mode, parts = read(file["path"])
+            except Error as error:
+                _say(f"{error}: {file['role']} is not in the backup")
                 continue
         size, offset = sum(map(len, parts)), 0
         for part in parts:
@@ -226,8 +255,32 @@ def _write(out, begun):
     segment.end()
 
 
+def _reader(options):
+    """A function (path) -> (mode, parts): firmware and kernels, of some MiB, from the host of the domain."""
+    if options["images"]:
+        return _read_file
+    from vnb.ssh import Host
+    from vnb.virt import default_uri
+
+    host = Host.of_uri(options["uri"] or default_uri(), **options["ssh"])
+    if host is None:
+        return _read_file
+
+    def read(path):
+        mode, content = host.read(path, MAX_FILE_PARTS * FILE_PART)
+        return mode, [content[at : at + FILE_PART] for at in range(0, len(content), FILE_PART)] or [b""]
+
+    return read
+
+
 def _read_file(path):
-    """(mode, parts) of a regular file: firmware and kernels have some MiB."""
+    try:
+        return _read_parts(path)
+    except OSError as error:
+        raise os_error(path, error) from None
+
+
+def _read_parts(path):
     import stat
 
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -245,7 +298,7 @@ def _read_file(path):
 MAX_FILE_PARTS = 64  # 64 MiB: they are held in memory, and no firmware or kernel is larger
 
 
-def _feed(command, keeper):
+def _feed(command, keeper, options):
     """Run the command with the stream on its standard input; its exit status, or minus the signal."""
     # One word is a pipeline for the shell, as typed; pipefail lets a stage in its middle fail it.
     argv = ["bash", "-o", "pipefail", "-c", command[0]] if len(command) == 1 else command
@@ -257,7 +310,7 @@ def _feed(command, keeper):
     try:
         with child.stdin:
             try:
-                _write(stream.Writer(child.stdin.fileno(), "the command"), keeper.begun)
+                _write(stream.Writer(child.stdin.fileno(), "the command"), keeper.begun, options)
             except Error as error:
                 # It did not want all of the stream: whatever it did then, it did not store it.
                 return child.wait() or _unread(error)

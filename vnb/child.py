@@ -21,14 +21,14 @@ class Child:
 
     listener (socket or None): handed over as systemd does it. keep (iterable of int): descriptors that it inherits.
     environment (dict): in addition. directory (str): where it runs, by default where we do.
-    stderr (int): descriptor for its standard error.
+    stderr (int): descriptor for its standard error. talk (bool): process.stdin and process.stdout are pipes to it.
     ending (signal): what ends it; it also gets that when we die, SIGKILL included, but no signal to our process group.
     Its standard error is kept, and told when it fails, unless debug or stderr.
     """
 
     def __init__(
         self, command, package, listener=None, keep=(), environment=None, directory=None, ending=signal.SIGTERM,
-        debug=False, stderr=None,
+        debug=False, stderr=None, talk=False,
     ):
         self.name = command[0]
         self.fd = None
@@ -41,16 +41,18 @@ class Child:
         try:
             self.process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", ending.name[len("SIG") :], "--", *command],
-                stdin=subprocess.DEVNULL if listener is None else listener,
-                stdout=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if talk else subprocess.DEVNULL if listener is None else listener,
+                stdout=subprocess.PIPE if talk else subprocess.DEVNULL,
                 stderr=self._stderr if stderr is None else stderr,
                 pass_fds=keep,
                 env={**os.environ, **(environment or {})},
                 cwd=directory,
                 start_new_session=True,
+                bufsize=0,
             )
         except OSError as error:
-            self._close()
+            if self._stderr is not None:
+                os.close(self._stderr)
             raise self._not_started(error.strerror) from None
         self.fd = os.pidfd_open(self.process.pid)  # readable when it has ended
 
@@ -101,6 +103,9 @@ class Child:
         if self._stderr is not None:
             os.close(self._stderr)
             self._stderr = None
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None

@@ -63,21 +63,24 @@ def bitmaps(checkpoint_xml):
     }
 
 
-def backup_socket(backup_xml):
-    """The socket of the server of a running backup job, or None."""
+def backup_endpoint(backup_xml):
+    """Where the server of a running backup job listens: the key of its endpoint (see vnb.endpoint), or None."""
     server = parse(backup_xml, "backup XML").find("server")
-    return None if server is None else server.get("socket")
+    if server is None:
+        return None
+    return server.get("socket") or f"{server.get('name')}:{server.get('port')}"
 
 
-def backup(socket, wanted, others):
+def backup(server, wanted, others):
     """
     The XML of a pull-mode backup job.
 
+    server: {attribute: value} of where it listens.
     wanted: list of (disk name, checkpoint its changes are counted from or None for all of it, scratch path).
     others: names of the domain's disks that take no part.
     """
     root = ElementTree.Element("domainbackup", mode="pull")
-    ElementTree.SubElement(root, "server", transport="unix", socket=socket)
+    ElementTree.SubElement(root, "server", server)
     disks_ = ElementTree.SubElement(root, "disks")
     for name, since, scratch in wanted:
         mode = {"backupmode": "incremental", "incremental": since} if since else {"backupmode": "full"}

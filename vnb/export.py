@@ -34,6 +34,17 @@ _EVENTS = {
 }
 
 
+def explained(error, uri):
+    """The Error of a connection to a URI that failed, with what is wrong with TLS: libnbd says only that it fails."""
+    if uri.startswith("nbds:"):
+        from vnb import tls  # most have no need of it, and it is slow to import
+
+        reason = tls.why(uri)
+        if reason is not None:
+            return error.__class__(error.what, f"cannot connect: {reason}", error.where)
+    return error
+
+
 class Connection:
     """
     One connection to an export.
@@ -66,7 +77,9 @@ class Connection:
             self.minimum = max(1, handle.get_block_size(nbd.SIZE_MINIMUM))
             self.maximum = handle.get_block_size(nbd.SIZE_MAXIMUM) or 32 * MiB
         except nbd.Error as error:
-            raise self.error(error) from None
+            raise explained(self.error(error), uri) from None
+        except Error as error:
+            raise explained(error, uri) from None
         if required and not self.has_context:
             raise Error(name, f'server does not support meta context "{context}"')
 

@@ -146,8 +146,8 @@ def begin(directory, source, options, note, warn):
     Begin a backup job; returns its Job. The caller holds the lock of directory.
 
     source: see vnb.source. options (dict): domain, images, uri, user, password_file, level, ledger, since, chain,
-    include, exclude, raw, allow_plaintext, scratch_dir, socket, state, freeze, require_freeze, pause, start_paused,
-    sparse, threshold. Raises Error or BelowThreshold; nothing is left then.
+    include, exclude, raw, allow_plaintext, scratch_dir, socket, listen, tls, certificates, ssh, state, freeze,
+    require_freeze, pause, start_paused, sparse, threshold. Raises Error or BelowThreshold; nothing is left then.
     """
     source.refuse_if_busy()
     plan = Plan(source, options, directory.path, note, warn)
@@ -178,24 +178,19 @@ def _files(source, plan, warn):
     found = []
     if source.kind != "images":
         xml = plan.head["domain_xml"]
-        local = source.domain.is_local
         for role, path in domxml.files(xml):
-            if local:
-                found.append({"role": role, "path": path})
-            else:
-                warn(f"{source.name}: {role} {path} is on another host: not in the backup")
+            found.append({"role": role, "path": path})
         if domxml.has_tpm(xml):
             warn(f"{source.name}: the state of its TPM is not in the backup")
         if source.kind == "running" and domxml.has_agent(xml):
             info = source.domain.guest_info()
             if info:
                 found.append({"role": "guest-info", "path": "guest-info.json", "text": json.dumps(info)})
-        if not local:
-            return found
+    run = qemuimg.run if source.is_local else source.host.run
     for disk in plan.sources.values():
         if disk.path is not None:
             try:
-                text = qemuimg.info(disk.name, disk.path, disk.format, shared=True)
+                text = qemuimg.info(disk.name, disk.path, disk.format, shared=True, run=run)
             except Error as error:
                 warn(f"{error}: no information about this image in the backup")
             else:

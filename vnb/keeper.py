@@ -413,11 +413,10 @@ class Keeper:
     def _look_at_scratch(self):
         for path in self.job.record["scratch"]:
             try:
-                room = os.statvfs(os.path.dirname(path))
+                free = self.job.held.room(os.path.dirname(path))
             except OSError:
-                continue  # not of this host, or gone with the domain
-            free = room.f_bavail * room.f_frsize
-            if free < self.options["reserve"]:
+                continue  # gone with the domain
+            if free is not None and free < self.options["reserve"]:
                 self.end_if_running(
                     f"only {free} bytes are left in {os.path.dirname(path)}, where the scratch is"
                 )
@@ -436,15 +435,20 @@ class Keeper:
             self.end_if_running("the guest was stopped by a write error: the scratch may be full")
 
     def _connect_again(self):
-        """libvirtd was restarted: the job survives that, our connection does not."""
+        """libvirtd was restarted, or the line was cut: the job survives that, our connection does not."""
         try:
-            self.job.held = source_of(self.job.record)
+            held = source_of(self.job.record)
         except Error as error:
             self.log(str(error))
+        else:
+            held.forward = self.job.held.forward
+            self.job.held = held
 
     def _clients(self):
         """How many connections to the export there are: the kernel lists what was accepted on its sockets."""
-        wanted = {self.job.record["socket"], *self.job.record["sockets"]}
+        if self.job.record["tcp"]:
+            return 1  # they may be on any host
+        wanted = {self.job.record["endpoint"], *self.job.record["sockets"]}
         with open("/proc/net/unix", encoding="utf-8", errors="replace") as file:
             # Fields: Num RefCount Protocol Flags Type St Inode Path; state 03 is connected.
             found = [line.split(None, 7) for line in file]

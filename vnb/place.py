@@ -24,6 +24,7 @@ import struct
 
 from vnb import qemu, target
 from vnb.errors import Error, UsageError, os_error
+from vnb.export import explained
 from vnb.run import note
 
 _QCOW2_MAGIC = b"QFI\xfb"
@@ -227,7 +228,10 @@ class Export(Existing):
             handle.set_uri_allow_local_file(True)  # a URI names the files with TLS keys; it is our user's
             handle.aio_connect_uri(self.text)
 
-        export = target.Nbd(self.name, self.text, connect)
+        try:
+            export = target.Nbd(self.name, self.text, connect)
+        except target.Lost as error:
+            raise explained(error, self.text) from None
         try:
             self._check(export.size, size)
         except Error:

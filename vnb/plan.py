@@ -41,9 +41,12 @@ class Plan:
         if self.marks:
             self.head["checkpoint"] = self.head["point"]
         self.union = f"{self.head['point']}.union"  # of one bitmap over several layers, while the job lasts
-        self.socket = options["socket"] or source.socket(directory, _socket_name(self.head))
-        if len(os.fsencode(self.socket)) > SUN_PATH:
-            raise Error(self.socket, f"the path is too long for a socket ({SUN_PATH} bytes at most): see --socket")
+        self.directory = directory
+        self.endpoint = source.endpoint(options, directory, _socket_name(self.head))
+        if not self.endpoint.is_tcp and len(os.fsencode(self.endpoint.path)) > SUN_PATH:
+            raise Error(
+                self.endpoint.path, f"the path is too long for a socket ({SUN_PATH} bytes at most): see --socket"
+            )
         self.sources = {disk.name: disk for disk in chosen}
         self.disks = [self._disk(disk) for disk in chosen]
         self.scratch = {disk.name: self._scratch(disk) for disk in chosen} if source.kind == "running" else {}
@@ -62,7 +65,9 @@ class Plan:
             "reason": None,
             "ledger": self.ledger.directory,
             "own_ledger": self.ledger.own,
-            "socket": self.socket,
+            "ssh": options["ssh"],
+            "endpoint": self.endpoint.key,
+            "tcp": self.endpoint.is_tcp,
             "scratch": list(self.scratch.values()),
             "started": self.source.started,
             "suspended": False,
@@ -108,7 +113,7 @@ class Plan:
             (disk["name"], self.parent if disk["level"] == "inc" else None, self.scratch[disk["name"]])
             for disk in self.disks
         ]
-        return domxml.backup(self.socket, wanted, self.others)
+        return domxml.backup(self.endpoint.attributes(), wanted, self.others)
 
     def checkpoint_xml(self):
         """The XML of the new checkpoint, or None. Its description says whose it is."""
@@ -185,7 +190,7 @@ class Plan:
             "level": "full",
             "image": {"format": disk.format, "path": disk.path, "type": disk.type},
         }
-        without = _no_bitmap_because(disk)
+        without = _no_bitmap_because(disk, self.source.is_local)
         if without and self.level != "copy" and not self.options["raw"]:
             raise Error(disk.name, f"{without}: --raw takes it in full each time, --exclude {disk.name} leaves it out")
         found["bitmap"] = self.marks and not without
@@ -216,16 +221,20 @@ class Plan:
     def _scratch(self, disk):
         """Where the old data goes that the guest overwrites: beside the image, as libvirt itself would do."""
         directory = self.options["scratch_dir"] or (
-            os.path.dirname(disk.path) if disk.type == "file" and disk.path else os.path.dirname(self.socket)
+            os.path.dirname(disk.path) if disk.type == "file" and disk.path else self._private_directory()
         )
-        self._warn_of_room(disk, directory)
+        if self.source.is_local:
+            self._warn_of_room(disk, directory)
         return os.path.join(os.path.abspath(directory), f"vnb-{self.head['id'][:12]}-{disk.name}.scratch")
+
+    def _private_directory(self):
+        return self.source.private_directory() if self.endpoint.is_tcp else os.path.dirname(self.endpoint.path)
 
     def _warn_of_room(self, disk, directory):
         try:
             room = os.statvfs(directory)
         except OSError:
-            return  # on another host, or QEMU will say so
+            return  # QEMU will say so
         free = room.f_bavail * room.f_frsize
         used = self.source.estimate(None, [disk.name])[disk.name]
         if free < used:
@@ -235,10 +244,12 @@ class Plan:
             )
 
 
-def _no_bitmap_because(disk):
+def _no_bitmap_because(disk, is_local):
     """Why an image cannot hold a persistent bitmap, or None (also where that is for libvirt to find out)."""
     if disk.format != "qcow2":
         return f"a {disk.format} image cannot hold a bitmap"
+    if not is_local:
+        return None
     try:
         with open(disk.path, "rb") as file:
             start = file.read(8)

@@ -10,6 +10,7 @@ import subprocess
 
 from vnb import export
 from vnb.child import Child
+from vnb.endpoint import Unix
 from vnb.errors import Error, one_line, os_error
 
 END_SECONDS = 30  # for a qemu-nbd that was told to end; it has nothing to write
@@ -42,8 +43,12 @@ def run(what, *argv):
     return done.stdout
 
 
-def info(name, path, format_, shared=False):
-    """What qemu-img says of an image and its backing chain, as text (JSON). shared (bool): a guest may use it."""
+def info(name, path, format_, shared=False, run=run):
+    """
+    What qemu-img says of an image and its backing chain, as text (JSON).
+
+    shared (bool): a guest may use it. run: a function like run(), of the host where it is.
+    """
     return run(
         name, "qemu-img", "info", *(["-U"] if shared else []), "--backing-chain", "--output=json", "-f", format_, path
     ).decode()
@@ -114,21 +119,13 @@ def serve(name, path, format_, socket_path, bitmap=None):
     with listener:
         child = Child(command, "qemu-utils", listener=listener)
     try:
-        export.Connection(uri(name, socket_path), name).close()
+        export.Connection(Unix(socket_path).uri(name), name).close()
     except Error:
         if child.wait(0):
             error = Error(name, child.failure().reason)
         child.end()
         raise error from None
     return child
-
-
-def uri(name, socket_path):
-    """The NBD URI of an export on a unix socket."""
-    import urllib.parse
-
-    query = urllib.parse.urlencode({"socket": socket_path}, safe="/")
-    return f"nbd+unix:///{urllib.parse.quote(name, safe='')}?{query}"
 
 
 def end(pid):

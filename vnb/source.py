@@ -8,10 +8,13 @@ import contextlib
 import os
 import time
 
-from vnb import domxml, heads, qemuimg
+from vnb import domxml, heads, qemuimg, ssh
+from vnb.endpoint import Tcp, Unix, parse_listen
 from vnb.errors import Error
 from vnb.state import start_of
 from vnb.virt import BrokenBitmap, Domain, Unanswered
+
+PORT_TRIES = 16  # of ports that are chosen: that many are not taken by chance
 
 
 def open_source(options):
@@ -19,10 +22,9 @@ def open_source(options):
     if options["images"]:
         return Images(options["images"])
     domain = Domain(options["uri"], options["domain"], options["user"], options["password_file"])
-    if domain.is_active:
-        return Running(domain)
-    if options["start_paused"]:
-        return Running(domain, start=True)
+    host = ssh.Host.of_uri(domain.uri, **options["ssh"])
+    if domain.is_active or options["start_paused"]:
+        return Running(domain, host, start=not domain.is_active)
     return Stopped(domain)
 
 
@@ -31,25 +33,27 @@ def source_of(record):
     if record["kind"] == "images":
         return Images(record["images"])
     domain = Domain(record["uri"], record["head"]["uuid"], record.get("user"), record.get("password_file"))
-    return Running(domain) if record["kind"] == "running" else Stopped(domain)
+    if record["kind"] == "stopped":
+        return Stopped(domain)
+    return Running(domain, ssh.Host.of_uri(domain.uri, **record["ssh"]))
 
 
 class Running:
     """
     A domain that runs, or is started paused for the backup and destroyed after it (start).
 
-    domain (vnb.virt.Domain).
+    domain (vnb.virt.Domain). host (vnb.ssh.Host or None): where it is, None for here.
     """
 
     kind = "running"
 
-    def __init__(self, domain, start=False):
+    def __init__(self, domain, host=None, start=False):
         self.domain = domain
+        self.host = host
+        self.forward = None  # vnb.ssh.Forward to the socket on the other host, which lasts as long as we do
         self.name = domain.name
         self.uuid = domain.uuid
         self.started = start
-        if not domain.is_local:
-            raise Error(domain.uri, "the export would be on another host: run vnb-checkpoint there, through ssh")
         if start:
             domain.start_paused()
 
@@ -74,20 +78,40 @@ class Running:
     def head_fields(self):
         return _domain_fields(self.domain)
 
-    def socket(self, _directory, name):
-        """Where QEMU puts its socket, in a directory that only its user and root may enter."""
-        return os.path.join(self.domain.private_directory(), name)
+    @property
+    def is_local(self):
+        """Whether its paths are paths of this host."""
+        return self.host is None
+
+    def private_directory(self):
+        """A directory, on its host, that only QEMU's user and root may enter."""
+        return self.domain.private_directory(self.host)
+
+    def endpoint(self, options, _directory, name):
+        """Where QEMU listens: a socket in a private directory, if the options name nothing else."""
+        if options["listen"] is not None:
+            address, port = parse_listen(options["listen"])
+            host = "localhost" if self.host is None else self.host.destination
+            return Tcp(address, port, host, options["tls"], options["certificates"])
+        return Unix(options["socket"] or os.path.join(self.private_directory(), name))
 
     def exports(self, plan):
         """{disk name: (uri, dirty meta context)}"""
+        endpoint = plan.endpoint if self.forward is None else Unix(_forwarded(plan))
         return {
-            disk["name"]: (qemuimg.uri(disk["name"], plan.socket), f"qemu:dirty-bitmap:backup-{disk['name']}")
+            disk["name"]: (endpoint.uri(disk["name"]), f"qemu:dirty-bitmap:backup-{disk['name']}")
             for disk in plan.disks
         }
 
     def start(self, plan, job):
         """Freeze, begin, thaw. Raises BrokenBitmap; nothing is left then."""
         options = plan.options
+        if self.host is not None and not plan.endpoint.is_tcp and self.forward is None:
+            here = _forwarded(plan)
+            job.remember("sockets", here)
+            self.forward = ssh.Forward(self.host, here, plan.endpoint.path)
+            pid = self.forward.child.process.pid
+            job.remember("servers", [pid, start_of(pid)])
         paused = options["pause"] and not self.domain.is_paused
         if paused:
             job.intend("suspended")
@@ -97,7 +121,7 @@ class Running:
             if options["freeze"] is not None and not self.started:
                 frozen = self._freeze(options, job)
             begun = time.monotonic()
-            self.domain.begin_backup(plan.backup_xml(), plan.checkpoint_xml())
+            self._begin(plan, job)
         except BrokenBitmap:
             raise
         except Error as error:
@@ -109,6 +133,20 @@ class Running:
             if paused:
                 self.domain.call("resume")
                 job.intend("suspended", False)
+
+    def _begin(self, plan, job):
+        """Begin the job; on another port, if we chose one that is taken."""
+        for tries_left in reversed(range(PORT_TRIES)):
+            try:
+                self.domain.begin_backup(plan.backup_xml(), plan.checkpoint_xml())
+                return
+            except BrokenBitmap:
+                raise
+            except Error as error:
+                if not plan.endpoint.is_tcp or plan.endpoint.is_given or "in use" not in error.reason or not tries_left:
+                    raise
+            plan.endpoint.choose_port()
+            job.intend("endpoint", plan.endpoint.key)
 
     def _freeze(self, options, job):
         """How many file systems are frozen now, by us."""
@@ -138,14 +176,16 @@ class Running:
         """End the job if it runs and is this one; then everything that it started."""
         domain = self.domain
         domain.settle()
-        if domain.is_active and domain.backup_socket() == record["socket"]:
+        if domain.is_active and domain.backup_endpoint() == record["endpoint"]:
             stuck = domain.is_paused_by_error()
             domain.end_backup()
             if stuck and domain.is_active:
                 domain.call("resume")  # its scratch was full, now it is gone
-        for path in (record["socket"], *record["scratch"]):
-            with contextlib.suppress(OSError):  # libvirt removes them; after a crash of its own it may not have
-                os.unlink(path)
+        _end_servers(record)
+        if self.host is None:
+            for path in (*([] if record["tcp"] else [record["endpoint"]]), *record["scratch"]):
+                with contextlib.suppress(OSError):  # libvirt removes them; after a crash of its own it may not have
+                    os.unlink(path)
         if domain.is_active and record["suspended"]:
             domain.call("resume")
         if record["started"]:
@@ -154,6 +194,13 @@ class Running:
 
     def delete_checkpoint(self, name):
         self.domain.delete_checkpoint(name)
+
+    def room(self, directory):
+        """Free bytes where a directory is, or None if that is not known. Raises OSError."""
+        if self.host is None:
+            found = os.statvfs(directory)
+            return found.f_bavail * found.f_frsize
+        return None if self.forward is None else self.forward.room(directory)
 
     def estimate(self, checkpoint, disks):
         """{disk: bytes} that a backup of disks (names) would read: since a checkpoint, or all that is allocated."""
@@ -167,6 +214,7 @@ class _Offline:
     """What a stopped domain and plain images have in common: images that qemu-nbd reads."""
 
     started = False
+    is_local = True
 
     def __init__(self):
         self._layers = {}
@@ -191,21 +239,23 @@ class _Offline:
         if disk.path is None:
             raise Error(disk.name, f"a disk of type {disk.type} can be read while its domain runs only")
 
-    def socket(self, directory, _name):
+    def endpoint(self, options, directory, _name):
         """What the sockets' paths start with, one a disk: the directory is that of this one job."""
-        return os.path.join(directory, "")
+        if options["listen"] is not None:
+            raise Error("--nbd-listen", f"{self.name} does not run, and its images are served on unix sockets")
+        return Unix(options["socket"] or os.path.join(directory, ""))
 
     def exports(self, plan):
         return {
             disk["name"]: (
-                qemuimg.uri(disk["name"], self._socket(plan, disk["name"])),
+                Unix(self._socket(plan, disk["name"])).uri(disk["name"]),
                 f"qemu:dirty-bitmap:{self._bitmap(plan, disk)}",
             )
             for disk in plan.disks
         }
 
     def _socket(self, plan, name):
-        return f"{plan.socket}{name}.sock"
+        return f"{plan.endpoint.path}{name}.sock"
 
     def _bitmap(self, plan, disk):
         """The bitmap that says what changed: the parent's, or the union that start() makes of its layers."""
@@ -235,12 +285,7 @@ class _Offline:
             job.remember("servers", [server.process.pid, start_of(server.process.pid)])
 
     def end(self, record):
-        for pid, start in record["servers"]:
-            if start is not None and start_of(pid) == start:
-                qemuimg.end(pid)
-        for socket in record["sockets"]:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(socket)
+        _end_servers(record)
         for name, path, bitmap in record["unions"]:
             qemuimg.remove_bitmap(name, path, bitmap)
 
@@ -259,7 +304,10 @@ class Stopped(_Offline):
         self.name = domain.name
         self.uuid = domain.uuid
         if not domain.is_local:
-            raise Error(self.name, "is not running, and its images are on another host: run vnb-checkpoint there")
+            raise Error(
+                self.name, "is not running, and its images are on another host: start it for the backup "
+                "(--start-paused), or run vnb-checkpoint there"
+            )
 
     def close(self):
         self.domain.close()
@@ -365,6 +413,21 @@ def _format_of(name, path):
         raise Error(name, error.strerror, path) from None
 
 
+def _forwarded(plan):
+    """The socket here that ssh forwards to the one of QEMU on its host."""
+    return os.path.join(plan.directory, "nbd.sock")
+
+
+def _end_servers(record):
+    """End the programs that a job has started, by their ids, and remove the sockets."""
+    for pid, start in record["servers"]:
+        if start is not None and start_of(pid) == start:
+            qemuimg.end(pid)
+    for socket in record["sockets"]:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(socket)
+
+
 def _domain_fields(domain):
     fields = {"domain_xml": domain.xml(), "checkpoint_xml": None}
     if domain.is_persistent:
@@ -393,7 +456,8 @@ def _with_permission_hint(error, xml, plan):
     if "ermission denied" not in error.reason:
         return error
     user = domxml.qemu_user(xml)
-    directories = sorted({os.path.dirname(path) for path in (plan.socket, *plan.scratch.values())})
+    paths = [*([] if plan.endpoint.is_tcp else [plan.endpoint.path]), *plan.scratch.values()]
+    directories = sorted({os.path.dirname(path) for path in paths})
     return Error(
         error.what,
         f"{error.reason} (QEMU{f', user {user},' if user else ''} has to write in {', '.join(directories)}: "

@@ -99,7 +99,7 @@ def _recover_job(domain, say):
     """A job of ours that no record here knows: its socket says whose it is."""
     if not domain.is_active:
         return
-    socket = domain.backup_socket()
+    socket = domain.backup_endpoint()
     if socket is None:
         return
     match = OUR_SOCKET.fullmatch(os.path.basename(socket))

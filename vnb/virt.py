@@ -13,6 +13,7 @@ from vnb.errors import Error
 SETTLE_SECONDS = 90  # a guest that shuts down while a job runs stays in that state for 30 s
 PRESERVE_SHUTDOWN = 1 << 1  # VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN: a guest stays until the job ends
 PRESERVE_SHUTDOWN_SINCE = 11_010_000  # the daemon's version, not the client library's, has to know it
+SYSTEM_ROOT = "/var/lib/libvirt/qemu"  # of the directories that the system's daemon makes for domains
 JOB_END_SECONDS = 60  # ending a pull job takes milliseconds; a guest that is shutting down keeps it for 30 s
 
 # libvirt prints each error on stderr itself, unless told not to: we say it, once.
@@ -187,24 +188,28 @@ class Domain:
         """The size in bytes of a disk (name) as the guest sees it."""
         return self.call("blockInfo", disk)[0]
 
-    def private_directory(self):
+    def private_directory(self, host=None):
         """
         The directory that libvirt made for this running domain, which only QEMU's user and root can enter.
 
         Its name is made of the domain's id and a part of its name (virDomainDefGetShortName).
+        host (vnb.ssh.Host or None): where it is.
         """
         import glob
 
-        roots = ["/var/lib/libvirt/qemu"]
-        if self.uri.partition("?")[0].endswith("/session"):
-            config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-            roots = [os.path.join(config, "libvirt/qemu/lib")]
-        found = [
-            path for root in roots for path in glob.glob(f"{glob.escape(root)}/domain-{self.call('ID')}-*")
-            if os.path.isdir(path)
-        ]
+        session = self.uri.partition("?")[0].endswith("/session")
+        name = f"domain-{int(self.call('ID'))}-*"
+        if host is not None:
+            root = '"${XDG_CONFIG_HOME:-$HOME/.config}"/libvirt/qemu/lib' if session else SYSTEM_ROOT
+            found = host.glob(self.what, f"{root}/{name}")
+        else:
+            root = SYSTEM_ROOT
+            if session:
+                config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+                root = os.path.join(config, "libvirt/qemu/lib")
+            found = [path for path in glob.glob(f"{glob.escape(root)}/{name}") if os.path.isdir(path)]
         if len(found) != 1:
-            raise Error(self.what, f"no directory of this domain below {roots[0]}: name a socket with --socket")
+            raise Error(self.what, f"no directory of this domain below {root}: name a socket with --socket")
         return found[0]
 
     def running_job(self):
@@ -228,12 +233,12 @@ class Domain:
         }
         return names.get(operation, "job")
 
-    def backup_socket(self):
-        """The socket of the running pull-mode backup job, or None where there is no backup job."""
+    def backup_endpoint(self):
+        """Where the running pull-mode backup job listens (see vnb.domxml), or None where there is no backup job."""
         if self.running_job() != "backup":
             return None
         try:
-            return domxml.backup_socket(self._domain.backupGetXMLDesc())
+            return domxml.backup_endpoint(self._domain.backupGetXMLDesc())
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
                 return None

@@ -572,7 +572,9 @@ def isolate(directory):
 def configure(directory):
     os.makedirs(directory, exist_ok=True)
     Path(directory, "libvirtd.conf").write_text(LIBVIRTD_CONF)
-    Path(directory, "qemu.conf").write_text(QEMU_CONF)
+    # Nothing is there until somebody makes certificates.
+    os.mkdir(f"{directory}/pki", mode=0o755)
+    Path(directory, "qemu.conf").write_text(f'{QEMU_CONF}backup_tls_x509_cert_dir = "{directory}/pki"\n')
 
 
 def libvirt_directories():

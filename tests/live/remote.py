@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Another host: an sshd of our own, by the name of hv, whose sessions are in the laboratory as we are."""
+
+import os
+import random
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+from lab import COMMANDS, run, wait_for
+
+SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+PRIVILEGES = Path("/run/sshd")  # sshd wants this directory to be there
+
+
+class Hypervisor:
+    """
+    address (str): where it listens. prefix (list of str): before the command, as ["ip", "netns", "exec", NAME].
+
+    env (dict): with it `ssh hv` comes here, and so does libvirt's qemu+ssh://root@hv/system.
+    """
+
+    def __init__(self, lab, address="127.0.0.1", prefix=()):
+        self.lab = lab
+        self.address = address
+        self.prefix = list(prefix)
+        self.directory = lab.new_directory("ssh")
+        self.made_privileges = os.geteuid() == 0 and not PRIVILEGES.exists()
+        if self.made_privileges:
+            PRIVILEGES.mkdir(mode=0o755)
+        for key in ("host_key", "key"):
+            run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.path(key))
+        shutil.copy(self.path("key.pub"), self.path("authorized_keys"))
+        environment = {**lab.env, "PATH": f"{COMMANDS}:{os.environ['PATH']}"}
+        settings = " ".join(f'"{name}={environment[name]}"' for name in ("PATH", "VNB_LAB", "VNB_STATE_DIR"))
+        self.config = f"""
+            ListenAddress {address}
+            HostKey {self.path("host_key")}
+            AuthorizedKeysFile {self.path("authorized_keys")}
+            PidFile none
+            StrictModes no
+            UsePAM no
+            PasswordAuthentication no
+            PermitRootLogin prohibit-password
+            SetEnv {settings}
+        """
+        self.env = {"PATH": f"{self.path('bin')}:{lab.env['PATH']}"}
+        os.mkdir(self.path("bin"))
+        wrapper = Path(self.path("bin"), "ssh")
+        wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.path("config")} "$@"\n')
+        wrapper.chmod(0o755)
+        self.start()
+
+    def path(self, name):
+        return os.path.join(self.directory, name)
+
+    def start(self):
+        """Start sshd, on a port that is free."""
+        while True:
+            self.port = random.randrange(20000, 32000)
+            Path(self.path("sshd_config")).write_text(f"Port {self.port}\n{self.config}")
+            with open(self.path("sshd.log"), "ab") as log:
+                self.sshd = subprocess.Popen([*self.prefix, SSHD, "-D", "-e", "-f", self.path("sshd_config")],
+                                             stdin=subprocess.DEVNULL, stderr=log, env=self.lab.env)
+            wait_for(lambda: self.sshd.poll() is not None or self.answers(), "sshd")
+            if self.sshd.poll() is None:
+                break
+        Path(self.path("config")).write_text(f"""Host hv
+            HostName {self.address}
+            Port {self.port}
+            IdentityFile {self.path("key")}
+            IdentitiesOnly yes
+            UserKnownHostsFile {self.path("known_hosts")}
+            StrictHostKeyChecking accept-new
+            LogLevel ERROR
+        """)
+
+    def answers(self):
+        with socket.socket() as client:
+            return client.connect_ex((self.address, self.port)) == 0
+
+    def sessions(self):
+        """The processes of sshd that serve a connection."""
+        found = Path(f"/proc/{self.sshd.pid}/task/{self.sshd.pid}/children").read_text().split()
+        return [int(pid) for pid in found]
+
+    def cut(self):
+        """Cut all connections."""
+        for pid in self.sessions():
+            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                os.kill(int(child), 9)
+            os.kill(pid, 9)
+
+    def sh(self, script, check=True, **kwargs):
+        """Run a script here, see Lab.sh."""
+        return self.lab.sh(script, check=check, env={**self.env, **kwargs.pop("env", {})}, **kwargs)
+
+    def close(self):
+        self.sshd.terminate()
+        self.sshd.wait()
+        if self.made_privileges:
+            PRIVILEGES.rmdir()
