@@ -184,6 +184,17 @@ def test_connections_leave_no_memory_behind(served):
     assert resident(pid) - before < 2 << 20  # a thread's state has 16 KiB of stack, and there were 2400
 
 
+def test_clients_that_go_away_in_the_middle(served):
+    """With answers on their way to it: others are served on. nbdkit has ended by an assertion here."""
+    map_, _ = served
+    for number in range(200):
+        handle = connect(map_.lines[0])
+        for length in range(20):
+            handle.aio_pread(nbd.Buffer(1000 + 10_000 * length), 1000 * number)
+        del handle
+    assert connect(map_.lines[0]).pread(4096, 0) == EXPECTED[-1]["vda"][:4096]
+
+
 def nbdkit_of(map_):
     """The process id of the nbdkit that a vnb-map has started."""
     (pid,) = (

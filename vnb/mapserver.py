@@ -21,7 +21,7 @@ from vnb.errors import Error, os_error
 PLUGIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "mapplugin.py")
 PREFIX = "vnb-map."  # of the names of private directories
 LOCK = "lock"  # the file in them that a living vnb-map has locked
-THREADS = 8  # of nbdkit for one connection
+THREADS = 1  # of nbdkit for each connection: with more, 1.32 aborts when a client dies; more connections are faster
 HIGH = 10  # descriptors that a child inherits stay clear of 3, where it gets the socket
 
 
