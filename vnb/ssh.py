@@ -9,9 +9,9 @@ from vnb import qemuimg
 from vnb.child import Child
 from vnb.errors import Error
 
-# A link that is down is noticed after a minute: TCP alone would wait for a quarter of an hour.
+# A line that is down is noticed after half a minute: TCP alone would wait for a quarter of an hour.
 OPTIONS = (
-    "-oBatchMode=yes", "-oServerAliveInterval=15", "-oServerAliveCountMax=4", "-oConnectTimeout=30",
+    "-oBatchMode=yes", "-oServerAliveInterval=10", "-oServerAliveCountMax=3", "-oConnectTimeout=30",
     # A master that other sessions share would outlive ours, with its forwarding.
     "-oControlMaster=no", "-oControlPath=none",
 )

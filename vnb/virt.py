@@ -2,7 +2,9 @@
 """libvirt: connections, domains and their backup jobs. The only user of libvirt-python."""
 
 import contextlib
+import functools
 import os
+import threading
 import time
 
 import libvirt
@@ -14,6 +16,7 @@ SETTLE_SECONDS = 90  # a guest that shuts down while a job runs stays in that st
 PRESERVE_SHUTDOWN = 1 << 1  # VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN: a guest stays until the job ends
 PRESERVE_SHUTDOWN_SINCE = 11_010_000  # the daemon's version, not the client library's, has to know it
 SYSTEM_ROOT = "/var/lib/libvirt/qemu"  # of the directories that the system's daemon makes for domains
+KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 10, 3  # a line is down when nothing has come for so many times so long
 JOB_END_SECONDS = 60  # ending a pull job takes milliseconds; a guest that is shutting down keeps it for 30 s
 
 # libvirt prints each error on stderr itself, unless told not to: we say it, once.
@@ -37,6 +40,28 @@ def _is_local(uri):
 
 
 def _open(uri, user, password_file):
+    if _is_local(uri):
+        return _open_any(uri, user, password_file)
+    _run_events()
+    connection = _open_any(uri, user, password_file)
+    # Else a call on a line that is down would wait as long as TCP does, and the keeper would watch over nothing.
+    connection.setKeepAlive(KEEPALIVE_SECONDS, KEEPALIVE_COUNT)
+    return connection
+
+
+@functools.cache
+def _run_events():
+    """Run libvirt's event loop in a thread, once in a process: keepalive messages need it."""
+    libvirt.virEventRegisterDefaultImpl()
+
+    def run():
+        while libvirt.virEventRunDefaultImpl() == 0:
+            pass
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+def _open_any(uri, user, password_file):
     if user is None and password_file is None:
         return libvirt.open(uri)
 

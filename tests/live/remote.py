@@ -4,7 +4,6 @@
 import os
 import random
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
@@ -61,6 +60,7 @@ class Hypervisor:
             self.port = random.randrange(20000, 32000)
             Path(self.path("sshd_config")).write_text(f"Port {self.port}\n{self.config}")
             with open(self.path("sshd.log"), "ab") as log:
+                self.started = Path(self.path("sshd.log")).read_bytes().count(b"Server listening on")
                 self.sshd = subprocess.Popen([*self.prefix, SSHD, "-D", "-e", "-f", self.path("sshd_config")],
                                              stdin=subprocess.DEVNULL, stderr=log, env=self.lab.env)
             wait_for(lambda: self.sshd.poll() is not None or self.answers(), "sshd")
@@ -77,8 +77,7 @@ class Hypervisor:
         """)
 
     def answers(self):
-        with socket.socket() as client:
-            return client.connect_ex((self.address, self.port)) == 0
+        return Path(self.path("sshd.log")).read_bytes().count(b"Server listening on") > self.started
 
     def sessions(self):
         """The processes of sshd that serve a connection."""
@@ -93,7 +92,7 @@ class Hypervisor:
             os.kill(pid, 9)
 
     def sh(self, script, check=True, **kwargs):
-        """Run a script here, see Lab.sh."""
+        """Run a script from which hv can be reached, see Lab.sh."""
         return self.lab.sh(script, check=check, env={**self.env, **kwargs.pop("env", {})}, **kwargs)
 
     def close(self):
@@ -101,3 +100,40 @@ class Hypervisor:
         self.sshd.wait()
         if self.made_privileges:
             PRIVILEGES.rmdir()
+
+
+class Network:
+    """
+    Two hosts and a line between them: network namespaces with an address each.
+
+    here, there (list of str): what comes before a command that is to run on one of them. address (str): of there.
+    """
+
+    address = "10.99.99.1"
+
+    def __init__(self):
+        names = [f"vnb-{os.getpid()}-{side}" for side in ("here", "there")]
+        self.here, self.there = (["ip", "netns", "exec", name] for name in names)
+        self.names = names
+        try:
+            for name in names:
+                run("ip", "netns", "add", name)
+            run("ip", "-n", names[0], "link", "add", "line", "type", "veth", "peer", "name", "line", "netns", names[1])
+            for name, address in zip(names, ("10.99.99.2", self.address)):
+                run("ip", "-n", name, "address", "add", f"{address}/30", "dev", "line")
+                run("ip", "-n", name, "link", "set", "lo", "up")
+            self.up()
+        except BaseException:
+            self.close()
+            raise
+
+    def down(self):
+        run("ip", "-n", self.names[1], "link", "set", "line", "down")
+
+    def up(self):
+        for name in self.names:
+            run("ip", "-n", name, "link", "set", "line", "up")
+
+    def close(self):
+        for name in self.names:
+            subprocess.run(["ip", "netns", "delete", name], check=False, stderr=subprocess.DEVNULL)

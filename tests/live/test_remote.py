@@ -10,7 +10,7 @@ import subprocess
 import pytest
 from backups import levels, restores
 from lab import ROOT, Disk, MiB, compare, wait_for
-from remote import SSHD, Hypervisor
+from remote import SSHD, Hypervisor, Network
 
 URI = "qemu+ssh://root@hv/system"
 STORE = "vnb-extents | vnb-read | vnb-pack -z -o {set}"
@@ -24,6 +24,28 @@ pytestmark = [
 @pytest.fixture
 def hv(lab):
     hypervisor = Hypervisor(lab)
+    try:
+        yield hypervisor
+    finally:
+        hypervisor.close()
+
+
+@pytest.fixture
+def network(lab):
+    try:
+        network = Network()
+    except RuntimeError as error:
+        pytest.skip(f"no network namespaces: {error}")
+    try:
+        yield network
+    finally:
+        network.close()
+
+
+@pytest.fixture
+def far(lab, network):
+    """A hypervisor at the other end of a line."""
+    hypervisor = Hypervisor(lab, network.address, network.there)
     try:
         yield hypervisor
     finally:
@@ -127,6 +149,41 @@ def test_the_line_is_cut(lab, hv, vm):
     assert len(vm.checkpoints()) == 1
     reference = vm.reference()
     backup(hv, vm, "inc", directory)
+    restores(lab, directory, reference)
+
+
+def test_the_line_is_down(lab, far, network, vm):
+    """
+    For longer than anybody waits: the pipeline fails, and the job is ended when the line is there again.
+
+    Here its two ends are network namespaces, and the stages run at the other one than sshd.
+    """
+    directory = lab.new_directory("set")
+    here = " ".join(network.here)
+    begin = f"vnb-checkpoint run -c {URI} --no-freeze {vm.name} --ledger {directory} --level"
+    far.sh(f"{here} {begin} full -- '{STORE.format(set=directory)}'")
+    vm.write_random("vda", 20 * MiB, 4 * MiB, seed=9)
+    gate = f"{directory}.gate"
+    os.mkfifo(gate)
+    script = (f"{here} {begin} inc -- 'vnb-extents | vnb-read --request-size 4096 --requests 1 |"
+              f" (head -c 100000; touch {gate}.reads; cat {gate}; cat) | vnb-pack -o {directory};"
+              f" touch {gate}.ended; exit 1'")
+    process = subprocess.Popen(["bash", "-c", script], env={**lab.env, **far.env}, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: os.path.exists(f"{gate}.reads"), "the pipeline")
+    network.down()
+    with open(gate, "w"):
+        pass
+    wait_for(lambda: os.path.exists(f"{gate}.ended"), "the end of the pipeline", 90)
+    assert vm.has_job()
+    network.up()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1, said
+    assert "vnb-read: vda" in said, said
+    assert levels(directory) == ["full"]
+    assert not vm.has_job()
+    assert len(vm.checkpoints()) == 1
+    reference = vm.reference()
+    far.sh(f"{here} {begin} inc -- '{STORE.format(set=directory)}'")
     restores(lab, directory, reference)
 
 
@@ -282,3 +339,86 @@ def test_an_ssh_that_does_not_come_in(lab, hv, vm):
     assert "ermission denied" in done.stderr
     assert vm.checkpoints() == []
     assert not vm.has_job()
+
+
+# The pipeline over ssh: stages there, stages here
+
+
+def test_both_forms_over_ssh(lab, far, network, vm):
+    """The storing stage under run, from there; and begin there, pack here, commit there, the parent named here."""
+    reference = vm.reference()
+    directory = lab.new_directory("set")
+    here = " ".join(network.here)
+    # Here is the hypervisor, and the set is there.
+    lab.sh(f"vnb-checkpoint run --no-freeze {vm.name} --level full --ledger {directory} -- 'vnb-extents | vnb-read |"
+           f" vnb-pack -z | {here} ssh hv vnb-pack -o {directory}'", env=far.env)
+    restores(lab, directory, reference)
+    # There is the hypervisor, and the set is here; whose ledger is not known there.
+    vm.write_random("vda", 20 * MiB, MiB, seed=4)
+    reference = vm.reference()
+    begin = f"vnb-checkpoint begin --no-freeze {vm.name} --level inc --since $(vnb-cat --tip {directory})"
+    far.sh(f"{here} ssh hv \"{begin} | vnb-extents | vnb-read | vnb-pack -z\" | vnb-pack -o {directory} &&"
+           f" {here} ssh hv vnb-checkpoint commit {vm.name}")
+    assert levels(directory) == ["full", "inc"]
+    restores(lab, directory, reference)
+
+
+def test_ssh_drops_between_the_stages(lab, far, network, vm):
+    """The set has no part of it, nothing is committed, and the next increment is right."""
+    directory = lab.new_directory("set")
+    here = " ".join(network.here)
+    lab.sh(f"vnb-checkpoint run --no-freeze {vm.name} --level full --ledger {directory} --"
+           f" '{STORE.format(set=directory)}'")
+    vm.write_random("vda", 20 * MiB, 4 * MiB, seed=9)
+    gate = f"{directory}.gate"
+    os.mkfifo(gate)
+    script = (f"vnb-checkpoint run --no-freeze {vm.name} --level inc --ledger {directory} -- 'vnb-extents | vnb-read |"
+              f" (head -c 100000; touch {gate}.reads; cat {gate}; cat) | {here} ssh hv vnb-pack -o {directory}'")
+    process = subprocess.Popen(["bash", "-c", script], env={**lab.env, **far.env}, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: os.path.exists(f"{gate}.reads"), "the pipeline")
+    far.cut()
+    with open(gate, "w"):
+        pass
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1, said
+    assert not vm.has_job()
+    assert len(vm.checkpoints()) == 1
+    reference = vm.reference()
+    lab.sh(f"vnb-checkpoint run --no-freeze {vm.name} --level inc --ledger {directory} --"
+           f" '{STORE.format(set=directory)}'")
+    assert levels(directory) == ["full", "inc"]
+    assert not [name for name in os.listdir(directory) if name.startswith(".")]
+    restores(lab, directory, reference)
+
+
+def test_a_standby_over_a_bad_line(lab, far, network, vm):
+    """Cut in the middle of an increment it is at the point before; the same increment again brings it up."""
+    directory, standby = lab.new_directory("set"), lab.path(f"{vm.name}.standby")
+    here = " ".join(network.here)
+    backup_here = f"vnb-checkpoint run --no-freeze {vm.name} --ledger {directory} --level"
+    references = [vm.reference()]
+    lab.sh(f"{backup_here} full -- '{STORE.format(set=directory)}'")
+    send = f"{here} ssh hv vnb-apply --update {standby}"
+    far.sh(f"vnb-cat {directory} | {send}")
+    vm.write_random("vda", 20 * MiB, 4 * MiB, seed=9)
+    references.append(vm.reference())
+    lab.sh(f"{backup_here} inc -- '{STORE.format(set=directory)}'")
+    increment = sorted(os.listdir(directory))[-1]
+    gate = f"{directory}.gate"
+    os.mkfifo(gate)
+    process = subprocess.Popen(
+        ["bash", "-c", f"(head -c 1000000; touch {gate}.reads; cat {gate}; cat) < {directory}/{increment} | {send}"],
+        env={**lab.env, **far.env}, stderr=subprocess.PIPE, text=True,
+    )
+    wait_for(lambda: os.path.exists(f"{gate}.reads"), "the pipeline")
+    far.cut()
+    with open(gate, "w"):
+        pass
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    wait_for(lambda: not [name for name in os.listdir(standby) if name.endswith(".partial")], "end of vnb-apply there")
+    for disk, image in references[0].items():
+        compare(image, f"{standby}/{disk}.qcow2", "qcow2")
+    far.sh(f"{send} < {directory}/{increment}")
+    for disk, image in references[1].items():
+        compare(image, f"{standby}/{disk}.qcow2", "qcow2")
