@@ -70,3 +70,12 @@ def test_a_parent_is_replaced_and_removed():
     assert domxml.parse(domxml.with_parent(xml, "c1"), "x").findtext("./parent/name") == "c1"
     assert domxml.parse(domxml.with_parent(xml, None), "x").find("parent") is None
     assert domxml.bitmaps(domxml.checkpoint_of_one(xml, "vdb")) == {"vdb": "c3"}
+
+
+@pytest.mark.parametrize("state, away", [(' state="connected"', False), (' state="disconnected"', True), ("", False)])
+def test_an_agent_that_is_away(state, away):
+    """A domain that is off, and an old libvirt, say nothing of it."""
+    channel = f'<channel type="unix"><target type="virtio" name="org.qemu.guest_agent.0"{state}/></channel>'
+    xml = f"<domain><devices>{channel}</devices></domain>"
+    assert (domxml.has_agent(xml), domxml.is_agent_away(xml)) == (True, away)
+    assert not domxml.is_agent_away(DOMAIN)

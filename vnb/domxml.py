@@ -174,10 +174,19 @@ def has_tpm(domain_xml):
     return parse(domain_xml, "domain XML").find("./devices/tpm/backend[@type='emulator']") is not None
 
 
+_AGENT = "./devices/channel/target[@name='org.qemu.guest_agent.0']"
+
+
 def has_agent(domain_xml):
     """Whether the domain has a channel for a guest agent."""
     root = parse(domain_xml, "domain XML")
-    return root.find("./devices/channel/target[@name='org.qemu.guest_agent.0']") is not None
+    return root.find(_AGENT) is not None
+
+
+def is_agent_away(domain_xml):
+    """Whether nobody in the guest has opened that channel, as libvirt says of a domain that runs."""
+    target = parse(domain_xml, "domain XML").find(_AGENT)
+    return target is not None and target.get("state") == "disconnected"
 
 
 def qemu_user(domain_xml):

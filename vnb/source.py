@@ -150,8 +150,12 @@ class Running:
 
     def _freeze(self, options, job):
         """How many file systems are frozen now, by us."""
-        if not domxml.has_agent(self.domain.xml()):
+        xml = self.domain.xml()
+        if not domxml.has_agent(xml):
             return self._not_frozen(options, job, "it has no channel for a guest agent")
+        if domxml.is_agent_away(xml):
+            # It would not answer, as one that hangs: the keeper would wait for ever to thaw what nobody froze.
+            return self._not_frozen(options, job, "its guest agent is not connected")
         job.intend("frozen")
         try:
             return self.domain.freeze(options["freeze"])
