@@ -165,7 +165,7 @@ README = Path(ROOT, "README.md").read_text()
 PLACEHOLDERS = re.compile(r"\b(?:DIR|NAME|TIME|HOST|POINT|REASON|N|main|backup(?= job)|raw(?= image)|qemu:\S+)(?!\w)")
 NOT_OURS = {  # messages of libvirt and QEMU that users of vnb meet
     "Bitmap already exists", "Device has active dirty bitmaps", "checkpoint inconsistent", "missing or broken bitmap",
-    "Permission denied", "QEMU guest agent is not connected",
+    "Permission denied",
 }
 
 

@@ -114,3 +114,64 @@ def test_bitmaps_after_a_crash(vm, host):
     done = host("vnb-backup --no-freeze vm1 /backup/vm1", vm)
     assert "vda: full in this increment: checkpoint inconsistent: missing or broken bitmap" in done.stderr
     assert host("vnb-backup --no-freeze vm1 /backup/vm1", vm).stderr.count("\n") == 1
+
+
+def test_checkpoints_that_libvirt_has_forgotten(lab, vm, host):
+    """What is left of them is the bitmaps in the images."""
+    host("vnb-backup --no-freeze vm1 /backup/vm1", vm)
+    for checkpoint in vm.checkpoints():
+        lab.sh(f"virsh checkpoint-delete {vm.name} {checkpoint} --metadata")
+    host("vnb-checkpoint redefine vm1 --ledger /backup/vm1", vm)
+    host("vnb-backup --no-freeze vm1 /backup/vm1", vm)
+    assert levels(host.path / "backup/vm1") == ["full", "inc"]
+
+
+def test_an_image_that_cannot_hold_a_bitmap(lab, host):
+    vm = lab.domain(Disk("vda", 16 * MiB, compat="0.10"), start=False)
+    try:
+        done = host("vnb-backup --no-freeze vm1 /backup/vm1", vm, check=False)
+        assert "vda: a qcow2 image of version 2 cannot hold a bitmap" in done.stderr
+        lab.sh(f"qemu-img amend -f qcow2 -o compat=1.1 {vm.disks['vda'].path}")
+        host("vnb-backup --no-freeze vm1 /backup/vm1", vm.start())
+    finally:
+        vm.remove()
+
+
+def test_an_agent_that_does_not_run(lab, host):
+    channel = '<channel type="unix"><target type="virtio" name="org.qemu.guest_agent.0"/></channel>'
+    vm = lab.domain(Disk("vda", 16 * MiB), extra_xml=channel)
+    try:
+        done = host("vnb-backup vm1 /backup/vm1", vm)
+        assert "the guest is not frozen: its guest agent is not connected" in done.stderr
+        done = host("vnb-backup --require-freeze vm1 /backup/vm1", vm, check=False)
+        assert (done.returncode, vm.has_job()) == (1, False)
+        assert "cannot freeze the guest: its guest agent is not connected" in done.stderr
+        assert "not frozen" not in host("vnb-backup --no-freeze vm1 /backup/vm1", vm).stderr
+        assert lab.leftovers() == []  # as a keeper that waits to thaw what nobody froze
+    finally:
+        vm.remove()
+
+
+def test_a_directory_that_qemu_must_not_enter(vm, host):
+    """The message names the user and the directory; what it takes is a mode."""
+    closed = host.path / "backup/closed"
+    closed.mkdir(mode=0o700)
+    done = host("vnb-backup --no-freeze --scratch-dir /backup/closed vm1 /backup/vm1", vm, check=False)
+    if done.returncode == 0:
+        pytest.skip("QEMU runs as the one who runs the tests")
+    assert "Permission denied (QEMU, user " in done.stderr
+    assert f"has to write in {closed}" in done.stderr or f", {closed}" in done.stderr
+    closed.chmod(0o777)  # noqa: S103 - for the user that was named
+    host("vnb-backup --no-freeze --scratch-dir /backup/closed vm1 /backup/vm1", vm)
+    assert not os.listdir(closed)
+
+
+def test_a_job_of_another_program(lab, vm, host):
+    xml = host.path / "job.xml"
+    server = f"<server transport='unix' socket='{vm.private_directory()}/x'/>"
+    xml.write_text(f"<domainbackup mode='pull'>{server}</domainbackup>")
+    lab.sh(f"virsh backup-begin {vm.name} {xml}")
+    done = host("vnb-backup --no-freeze vm1 /backup/vm1", vm, check=False)
+    assert "a backup job is active already" in done.stderr
+    host("virsh domjobabort vm1", vm)
+    host("vnb-backup --no-freeze vm1 /backup/vm1", vm)
