@@ -177,8 +177,11 @@ def commands_in(code):
 
 def commands_of_readme():
     """All of its code, but for the peer's commands, which stand in a table."""
-    text = "\n".join(line.split(" | ", 1)[1] if line.startswith("| `") else line for line in README.splitlines())
-    text = text.replace("\\\n", " ").replace("\\|", "|")
+    before, there, rest = README.partition("| there | here |")
+    table, _, after = rest.partition("\n\n")
+    here = "\n".join(line.partition(" | ")[2] for line in table.splitlines())
+    text = f"{before}{here}\n\n{after}".replace("\\\n", " ").replace("\\|", "|")
+    assert there
     return [command for code in re.findall(r"(?m)^    .+|`[^`\n]+`", text) for command in commands_in(code)]
 
 
