@@ -76,7 +76,7 @@ def test_what_is_in_it_runs(package):
 
 
 def test_examples_in_it_are_not_compressed(package):
-    for name in ("restore-drill", "test-ca", "to-remote"):
+    for name in ("from-s3", "restore-drill", "test-ca", "to-remote", "to-s3"):
         assert os.access(package / "usr/share/doc/vnb/examples" / name, os.X_OK)
 
 

@@ -2,13 +2,15 @@
 """Every script in examples/ runs, as it stands."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import guest
 import pytest
 from backups import levels, restores
-from lab import ROOT, Disk, MiB
+from lab import ROOT, Disk, MiB, compare
+from stores import MOTO, S3
 
 EXAMPLES = ROOT / "examples"
 SSH = """#!/bin/sh
@@ -17,6 +19,11 @@ SSH = """#!/bin/sh
 shift
 exec sh -c "$*"
 """
+
+
+def needs(*programs):
+    missing = [name for name in programs if shutil.which(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(map(str, missing))}")
 
 
 def run(lab, name, *arguments, **environment):
@@ -105,6 +112,70 @@ def test_restore_drill_of_what_does_not_live(lab, vm):
     assert done.stderr == f"restore-drill: {directory}: its guest agent has not answered within 1 seconds\n"
     assert os.listdir(below) == []
     assert {domain.name() for domain in lab.connection.listAllDomains()} == set(lab.domains)
+
+
+def chain(vm, back_up, count=3):
+    """Back up after each of some changes; the references: what the disks held then."""
+    references = []
+    for number in range(count):
+        vm.write_random("vda", (4 + number) * MiB, MiB, seed=number)
+        vm.zero("vdb", (8 + number) * MiB, MiB // 2)
+        references.append(vm.reference())
+        back_up(number)
+    return references
+
+
+def holds(directory, reference):
+    """Hold the images of a directory against a reference."""
+    for name, image in reference.items():
+        compare(image, f"{directory}/{name}.qcow2", "qcow2")
+
+
+def done_well(done):
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def s3(lab):
+    server = S3(lab)
+    yield server
+    server.close()
+
+
+@needs("aws", MOTO)
+def test_s3(lab, vm, s3):
+    """There and straight back: the last point, one before it, one that is not there. What is there is a backup set."""
+    url = "s3://store/a b"
+    wanted = [[], [], ["full"]]
+    references = chain(vm, lambda number: done_well(run(lab, "to-s3", vm.name, url, *wanted[number], **s3.env)))
+    points = [name.removesuffix(".vnb").rpartition(".") for name in s3.names("a b")]
+    assert [level for _, _, level in points] == ["full", "inc", "full"]
+    for number, point in ((2, []), (1, [points[1][0]])):
+        directory = lab.new_directory("restored")
+        done_well(run(lab, "from-s3", url, directory, *point, **s3.env))
+        holds(directory, references[number])
+    done = run(lab, "from-s3", url, lab.path("never"), "vnb.main.0", **s3.env)
+    assert (done.returncode, done.stderr) == (1, f"from-s3: {url}: vnb.main.0: no such point\n")
+    directory = lab.new_directory("set")
+    s3.aws("sync", url, directory)
+    restores(lab, directory, references[1], point=points[1][0])
+
+
+@needs("aws", MOTO)
+def test_to_s3_that_fails(lab, vm, s3):
+    """Where the store does not take it, and where a stage fails: nothing counts, and nothing that was cut stays."""
+    temporary = lab.new_directory("tmp")
+    done = run(lab, "to-s3", vm.name, "s3://elsewhere/vm1", **s3.env, TMPDIR=temporary)
+    assert done.returncode == 1
+    assert "NoSuchBucket" in done.stderr
+    directory = Path(lab.new_directory("bin"))
+    (directory / "vnb-pack").write_text("#!/bin/sh\nhead -c 1000\nexit 1\n")
+    (directory / "vnb-pack").chmod(0o700)
+    done = run(lab, "to-s3", vm.name, "s3://store/vm1", **s3.env, PATH=f"{directory}:{lab.env['PATH']}")
+    assert done.returncode == 1
+    assert s3.aws("ls", "--recursive", "s3://store") == ""
+    assert os.listdir(temporary) == []
+    assert (vm.has_job(), vm.checkpoints()) == (False, [])
 
 
 def test_demo_cleans_up_when_it_is_interrupted(lab):
