@@ -135,6 +135,14 @@ def done_well(done):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def failing_program(lab, name):
+    """PATH with a stage by this name that passes on a little and fails."""
+    directory = Path(lab.new_directory("bin"))
+    (directory / name).write_text("#!/bin/sh\nhead -c 1000\nexit 1\n")
+    (directory / name).chmod(0o700)
+    return f"{directory}:{lab.env['PATH']}"
+
+
 @pytest.fixture
 def s3(lab):
     server = S3(lab)
@@ -168,14 +176,99 @@ def test_to_s3_that_fails(lab, vm, s3):
     done = run(lab, "to-s3", vm.name, "s3://elsewhere/vm1", **s3.env, TMPDIR=temporary)
     assert done.returncode == 1
     assert "NoSuchBucket" in done.stderr
-    directory = Path(lab.new_directory("bin"))
-    (directory / "vnb-pack").write_text("#!/bin/sh\nhead -c 1000\nexit 1\n")
-    (directory / "vnb-pack").chmod(0o700)
-    done = run(lab, "to-s3", vm.name, "s3://store/vm1", **s3.env, PATH=f"{directory}:{lab.env['PATH']}")
+    done = run(lab, "to-s3", vm.name, "s3://store/vm1", **s3.env, PATH=failing_program(lab, "vnb-pack"))
     assert done.returncode == 1
     assert s3.aws("ls", "--recursive", "s3://store") == ""
     assert os.listdir(temporary) == []
     assert (vm.has_job(), vm.checkpoints()) == (False, [])
+
+
+@needs("age", "age-keygen", "gpg", "gpgconf")
+@pytest.mark.parametrize("program", ["age", "gpg"])
+def test_encrypted(lab, vm, program):
+    """Full and an increment; in the files is nothing that can be read, and a key that is missing is said."""
+    keys, files = lab.new_directory("keys"), Path(lab.new_directory("files"))
+    env = {"GNUPGHOME": keys}
+    if program == "age":
+        lab.sh(f"age-keygen -o {keys}/key && age-keygen -y {keys}/key > {keys}/public")
+        public, private = f"{keys}/public", f"{keys}/key"
+    else:
+        public = private = "backup@example.org"
+        lab.sh(f"gpg --batch --passphrase '' --quick-gen-key {public} default default never", env=env)
+    try:
+        levels_wanted = ["full", "inc"]
+        references = chain(vm, lambda number: done_well(
+            run(lab, "encrypted", "backup", vm.name, levels_wanted[number], public, files, **env)), 2)
+        stored = sorted(files.iterdir())
+        assert [path.name.split(".", 2)[2] for path in stored] == [f"full.vnb.{program}", f"inc.vnb.{program}"]
+        assert not any(path.read_bytes().startswith(b"\x94\xa3vnb") for path in stored)
+        directory = lab.new_directory("restored")
+        done_well(run(lab, "encrypted", "restore", private, directory, *stored, **env))
+        holds(directory, references[-1])
+    finally:
+        lab.sh("gpgconf --kill all", env=env)
+    done = run(lab, "encrypted", "backup", vm.name, "inc", "nobody@example.org", files, **env)
+    assert done.returncode == 1
+    assert sorted(files.iterdir()) == stored
+    assert len(vm.checkpoints()) == 2
+    lab.sh("gpgconf --kill all", env=env)
+
+
+def test_volumes(lab, vm):
+    """More than one volume each; what is there is not written to, and of a backup that failed nothing stays."""
+    prefixes = [lab.path(f"{vm.name} {level}") for level in ("full", "inc")]
+    references = chain(vm, lambda number: done_well(
+        run(lab, "volumes", "backup", vm.name, prefixes[number].split()[-1], "300K", prefixes[number])), 2)
+    assert all(os.path.getsize(f"{prefix}.0001") == 300 * 1024 for prefix in prefixes)
+    directory = lab.new_directory("restored")
+    done_well(run(lab, "volumes", "restore", directory, *prefixes))
+    holds(directory, references[-1])
+    done = run(lab, "volumes", "backup", vm.name, "inc", "300K", prefixes[0])
+    assert (done.returncode, done.stderr) == (1, f"volumes: {prefixes[0]}.0000: is there already\n")
+    done = run(lab, "volumes", "backup", vm.name, "inc", "300K", lab.path("never", "there"))
+    assert done.returncode == 1
+    assert len(vm.checkpoints()) == 2
+
+
+@needs("rclone")
+def test_to_rclone(lab, vm):
+    store = lab.new_directory("remote")
+    env = {"RCLONE_CONFIG": lab.path("rclone.conf"), "RCLONE_CONFIG_STORE_TYPE": "alias",
+           "RCLONE_CONFIG_STORE_REMOTE": store}
+    wanted = ["full", "full", "inc"]
+    references = chain(vm, lambda number: done_well(
+        run(lab, "to-rclone", "backup", vm.name, wanted[number], "store:a b", **env)))
+    failing = failing_program(lab, "vnb-pack")
+    assert run(lab, "to-rclone", "backup", vm.name, "inc", "store:a b", **env, PATH=failing).returncode == 1
+    stored = sorted(path.name for path in Path(store).rglob("*") if path.is_file())
+    assert [name.split(".")[-2] for name in stored] == wanted
+    directory = lab.new_directory("restored")
+    done_well(run(lab, "to-rclone", "restore", "store:a b", directory, **env))
+    holds(directory, references[-1])
+    os.mkdir(f"{store}/empty")
+    done = run(lab, "to-rclone", "restore", "store:empty", directory, **env)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "to-rclone: store:empty: no backup there"
+
+
+@needs("restic")
+def test_to_restic(lab, vm):
+    """A stream that was cut is there as a snapshot, but not taken."""
+    password = lab.path("password")
+    Path(password).write_text("secret\n")
+    env = {"RESTIC_REPOSITORY": lab.path(f"{vm.name}.restic"), "RESTIC_PASSWORD_FILE": password,
+           "RESTIC_CACHE_DIR": lab.path("restic-cache")}
+    lab.sh("restic init", env=env)
+    wanted = ["full", "inc"]
+    references = chain(vm, lambda number: done_well(
+        run(lab, "to-restic", "backup", vm.name, wanted[number], **env)), 2)
+    failing = failing_program(lab, "vnb-read")
+    assert run(lab, "to-restic", "backup", vm.name, "inc", **env, PATH=failing).returncode == 1
+    directory = lab.new_directory("restored")
+    done_well(run(lab, "to-restic", "restore", vm.name, directory, **env))
+    holds(directory, references[-1])
+    done = run(lab, "to-restic", "restore", "vm1", directory, **env)
+    assert (done.returncode, done.stderr) == (1, "to-restic: vm1: no full backup of it in the repository\n")
 
 
 def test_demo_cleans_up_when_it_is_interrupted(lab):
