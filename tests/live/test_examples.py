@@ -4,12 +4,14 @@
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import guest
 import pytest
 from backups import levels, restores
 from lab import ROOT, Disk, MiB, compare
+from remote import SSHD, Hypervisor
 from stores import MOTO, S3
 
 EXAMPLES = ROOT / "examples"
@@ -269,6 +271,45 @@ def test_to_restic(lab, vm):
     holds(directory, references[-1])
     done = run(lab, "to-restic", "restore", "vm1", directory, **env)
     assert (done.returncode, done.stderr) == (1, "to-restic: vm1: no full backup of it in the repository\n")
+
+
+@needs("parallel")
+@pytest.mark.skipif(os.geteuid() != 0 or SSHD is None, reason="logs in as root, to an sshd")
+def test_fleet(lab, vm):
+    """Two machines of another host, of which one fails: the other is saved, and status, lines and joblog say which."""
+    raw = lab.domain(Disk("vda", 8 * MiB, format="raw"))
+    hypervisor = Hypervisor(lab)
+    try:
+        machines, directory = lab.path(f"{vm.name}.list"), lab.new_directory("fleet")
+        Path(machines).write_text(f"hv {raw.name}\nhv {vm.name}\n")
+        env = {**hypervisor.env, "HOME": lab.new_directory("home")}
+        reference = vm.reference()
+        done = run(lab, "fleet", machines, directory, "1", **env)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == f"fleet: hv: {raw.name}: not saved: status 1"
+        assert "a raw image cannot hold a bitmap" in done.stderr
+        jobs = [line.split("\t") for line in Path(directory, "joblog").read_text().splitlines()[1:]]
+        assert {job[8]: job[6] for job in jobs} == {f"backup hv {raw.name}": "1", f"backup hv {vm.name}": "0"}
+        restores(lab, f"{directory}/hv/{vm.name}", reference)
+        Path(machines).write_text(f"hv {vm.name}\n")
+        done_well(run(lab, "fleet", machines, directory, **env))
+        assert levels(f"{directory}/hv/{vm.name}") == ["full", "inc"]
+    finally:
+        hypervisor.close()
+        raw.remove()
+
+
+@needs("pv", "mbuffer")
+def test_bandwidth(lab, vm, ssh):
+    """The pipeline of vnb(7), as it stands there but for its places: not faster than it says."""
+    page = (ROOT / "man" / "vnb.7").read_text()
+    command = page.partition("With not more than")[2].partition("indent\n")[2].partition("\n.Ed")[0]
+    vm.write_random("vdb", 16 * MiB, 24 * MiB, seed=3)
+    directory, reference = lab.path(f"{vm.name}.set"), vm.reference()
+    begun = time.monotonic()
+    lab.sh(command.replace("/backup/vm1", directory).replace(" vm1 ", f" {vm.name} "), env={"PATH": ssh})
+    assert time.monotonic() - begun > 24 / 10 - 1  # pv lets a first second's worth through at once
+    restores(lab, directory, reference)
 
 
 def test_demo_cleans_up_when_it_is_interrupted(lab):
