@@ -13,7 +13,8 @@ LIMIT_SECONDS = int(os.environ.get("VNB_TEST_LIMIT", "240"))  # for a minute at 
 FAST = (
     "test_backupset", "test_cache", "test_chain", "test_checkpoint_usage", "test_codec", "test_completion",
     "test_config", "test_direct", "test_docs", "test_domxml", "test_dump", "test_endpoint",
-    "test_export_walk", "test_frame", "test_index", "test_layers", "test_run", "test_stream", "test_vectors",
+    "test_export_walk", "test_frame", "test_index", "test_layers", "test_run", "test_source", "test_stream",
+    "test_vectors",
 )
 
 os.environ["PATH"] = f"{COMMANDS}:{os.environ['PATH']}"

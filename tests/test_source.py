@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Sources, as far as they need no machine."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from vnb.endpoint import Tcp, Unix
+from vnb.errors import Error
+from vnb.source import PORT_TRIES, Running
+
+TAKEN = "unable to execute QEMU command 'nbd-server-start': Failed to find an available port: Address already in use"
+
+
+class Domain:
+    """Refuses to begin a backup this often, with these words."""
+
+    name = uuid = "vm"
+
+    def __init__(self, refusals, reason=TAKEN):
+        self.refusals = refusals
+        self.reason = reason
+        self.begun = []
+
+    def begin_backup(self, server, _checkpoint):
+        if self.refusals:
+            self.refusals -= 1
+            raise Error("vm", self.reason)
+        self.begun.append(server)
+
+
+def begin(domain, endpoint):
+    """What _begin() wrote into the record of the job, in order."""
+    written = []
+    plan = SimpleNamespace(endpoint=endpoint, backup_xml=lambda: endpoint.key, checkpoint_xml=lambda: None)
+    job = SimpleNamespace(intend=lambda what, value: written.append((what, value)))
+    Running(domain)._begin(plan, job)
+    return written
+
+
+def test_a_port_that_is_taken_is_not_tried_again():
+    domain = Domain(3)
+    endpoint = Tcp("127.0.0.1", None, "localhost")
+    written = begin(domain, endpoint)
+    assert domain.begun == [endpoint.key]
+    # Whoever has to end the job finds where it listens, before it does.
+    assert len(written) == 3
+    assert written[-1] == ("endpoint", endpoint.key)
+
+
+@pytest.mark.parametrize(("domain", "endpoint"), [
+    (Domain(PORT_TRIES), Tcp("127.0.0.1", None, "localhost")),
+    (Domain(1), Tcp("127.0.0.1", 10809, "localhost")),  # the user's own
+    (Domain(1), Unix("/run/x")),
+    (Domain(1, "Cannot assign requested address"), Tcp("192.0.2.1", None, "localhost")),
+])
+def test_what_is_not_tried_again(domain, endpoint):
+    with pytest.raises(Error):
+        begin(domain, endpoint)
+    assert domain.begun == []
