@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """vnb-backup and vnb-restore without a libvirt: which pipelines they make, and what they restore."""
 
+import json
 import os
 import shlex
 import signal
@@ -178,6 +179,15 @@ def test_backup_of_all_domains(stubs, virsh, tmp_path):
     assert not (tmp_path / "gone").exists()
 
 
+def test_backup_of_all_domains_for_programs(stubs, virsh):
+    (stubs / "vnb-pack").write_text('#!/bin/sh\ncase $2 in *bad*) exit 1; esac\n')
+    names = ["good", "a \"bad\" \\ one"]
+    done = porcelain("vnb-backup", "--all", "--json", "/b", path=virsh(*names))
+    assert done.returncode == 1
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert rows == [{"domain": names[0], "status": 0}, {"domain": names[1], "status": 1}]
+
+
 @pytest.mark.parametrize("jobs", [[], ["--jobs", "2"], ["--jobs=9"]])
 def test_backup_of_all_domains_says_which_failed(stubs, virsh, jobs):
     (stubs / "vnb-verify").write_text('#!/bin/sh\ncase $1 in */worn) exit 1; esac\n')
@@ -213,7 +223,8 @@ def test_backup_of_all_domains_that_cannot_be_listed(stubs, virsh):
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--all", "vm1", "/b"], ["--all"], ["--jobs", "2", "vm1", "/b"], ["--all", "--jobs", "0", "/b"],
+    ["--all", "vm1", "/b"], ["--all"], ["--jobs", "2", "vm1", "/b"], ["--json", "vm1", "/b"],
+    ["--all", "--jobs", "0", "/b"],
     ["--all", "--jobs", "x", "/b"], ["--keep-some", "vm1", "/b"], ["vm1", "/b", "--keep-last"],
 ])
 def test_backup_wrong_usage_of_all(arguments):

@@ -27,6 +27,13 @@ def lab():
 
 
 @pytest.fixture
+def no_machines(lab):
+    """No test before has left one: for those that back up all of the host."""
+    for machine in list(lab.domains.values()):
+        machine.remove()
+
+
+@pytest.fixture
 def vm(lab):
     """
     A running machine with vda (64 MiB, some data at 1 MiB) and vdb (64 MiB, with discard).

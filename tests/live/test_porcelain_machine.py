@@ -76,7 +76,7 @@ def test_verify(lab, vm):
     assert levels(directory) == ["full", "inc"]
 
 
-def test_all_machines_and_what_is_kept_of_them(lab, vm):
+def test_all_machines_and_what_is_kept_of_them(no_machines, lab, vm):
     """Two at a time, one of them off; one that fails does not keep the others from their backup."""
     other = lab.domain(Disk("vda", 16 * MiB), start=False)
     bad = lab.domain(Disk("vda", 16 * MiB, format="raw"), start=False)

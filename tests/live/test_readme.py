@@ -54,7 +54,7 @@ def host(lab):
     return run
 
 
-def test_every_day(lab, host):
+def test_every_day(no_machines, lab, host):
     vm = guest.linux(lab, Disk("vda", 64 * MiB, filesystem="ext4"), Disk("vdb", 32 * MiB))
     try:
         vm.run("echo contents > /mnt/vda/file; sync")
