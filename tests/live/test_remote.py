@@ -187,6 +187,21 @@ def test_the_line_is_down(lab, far, network, vm):
     restores(lab, directory, reference)
 
 
+def test_libvirtd_is_restarted(lab, hv, vm):
+    """Between begin and commit: the job survives that, and the keeper's connection is made again."""
+    directory = lab.new_directory("set")
+    reference = vm.reference()
+    hv.sh(f"vnb-checkpoint begin -c {URI} --no-freeze {vm.name} --level full --ledger {directory} | vnb-extents |"
+          f" vnb-read > {directory}.data")
+    lab.restart_libvirtd()
+    hv.sh(f"vnb-pack -o {directory} < {directory}.data && vnb-checkpoint commit -c {URI} {vm.name}")
+    assert not vm.has_job()
+    restores(lab, directory, reference)
+    reference = vm.reference()
+    backup(hv, vm, "inc", directory)
+    restores(lab, directory, reference)
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1", "[::1]"])
 def test_over_tcp(lab, hv, vm, address):
     """A port that is chosen; IPv6 too. Here and through ssh."""
