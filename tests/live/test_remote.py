@@ -6,6 +6,7 @@ import shutil
 import socket
 import stat
 import subprocess
+import time
 
 import pytest
 from backups import levels, restores
@@ -267,6 +268,9 @@ def test_tls(lab, vm, pki):
 def test_tls_that_is_not_right(lab, vm, pki, what, said):
     """One clear line, no plain connection instead, and nothing is left."""
     client = pki("localhost", days=0 if what == "expired" else 2)
+    made = time.time()
+    if what == "expired":
+        wait_for(lambda: time.time() > made + 2, "the second after the one in which it was made")
     if what == "another authority":
         client = lab.new_directory("other")
         make_ca(client, "localhost")
