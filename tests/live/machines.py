@@ -1,17 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Fixtures for tests on a real libvirtd and QEMU; lab.py has the laboratory."""
+"""Fixtures for tests on a real libvirtd and QEMU, for tests/conftest.py; lab.py has the laboratory."""
 
 import shutil
 
 import pytest
 
 NEEDED = ("libvirtd", "virsh", "qemu-system-x86_64", "qemu-img", "nbdcopy")
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "/live/" in item.path.as_posix():
-            item.add_marker("live")
 
 
 @pytest.fixture(scope="session")

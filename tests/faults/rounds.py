@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Rounds of a test that tries faults, each with chances of its own, and a count of what was tried."""
+
+import dataclasses
+import itertools
+import os
+import random
+import time
+
+import limit
+
+SEED = os.environ.get("VNB_SEED", "1")
+ONLY = os.environ.get("VNB_ROUND")  # this round alone, to see again what happened in it
+SOAK_SECONDS = float(os.environ.get("VNB_SOAK", "0")) * 60
+
+
+class Rounds:
+    """
+    Yields a random.Random for each round of a test: the same for the same seed, test and number.
+
+    name (str): the test; count (int): how many, or None where seconds say how long. done (int): rounds that ended well;
+    number (int or None): the one that runs.
+    """
+
+    def __init__(self, name, count=None, seconds=0, seed=SEED, only=ONLY):
+        self.name = name
+        self.seed = seed
+        self.done = 0
+        self.number = None
+        self._numbers = itertools.count() if count is None else range(count)
+        if only is not None:
+            self._numbers = [int(only)]
+        self._end = time.monotonic() + seconds if count is None else None
+
+    def __iter__(self):
+        for number in self._numbers:
+            if self._end is not None and self.done and time.monotonic() > self._end:
+                break
+            limit.renew()
+            self.number = number
+            yield random.Random(f"{self.seed} {self.name} {number}")
+            self.done += 1
+
+    def again(self):
+        """What to say to have the round again that failed (str)."""
+        return f"VNB_SEED={self.seed} VNB_ROUND={self.number}"
+
+
+@dataclasses.dataclass
+class Tally:
+    """How often a fault was tried. what, holds (str): see tests/faults/conftest.py; failed (int): of those tried."""
+
+    what: str
+    holds: str
+    tried: int = 0
+    failed: int = 0
