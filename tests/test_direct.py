@@ -90,3 +90,17 @@ def test_no_room(tmp_path, limit):
         signal.signal(signal.SIGXFSZ, handler)
         writer.close()
         os.close(fd)
+
+
+def test_more_after_finish(tmp_path):
+    """As the next segment of a stream: behind the rest, which no disk would take by itself."""
+    data = random.Random(3).randbytes(7 * BLOCK)
+    fd = os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR, 0o600)
+    writer = DirectWriter(fd, "file")
+    at = 0
+    for size in (0, 1, 5000, BLOCK - 1, 1, 2 * BLOCK + 77, 0):
+        writer.write(data[at : at + size])
+        at += size
+        writer.finish()
+        assert os.pread(fd, len(data), 0) == data[:at]
+    os.close(fd)

@@ -31,7 +31,7 @@ import os
 
 from xxhash import xxh3_128_hexdigest
 
-from vnb import backupset, chain, codec, stream
+from vnb import backupset, chain, codec, output, stream
 from vnb.errors import Error, UsageError
 from vnb.merge import Merge
 from vnb.run import note
@@ -69,7 +69,7 @@ def main(args):
         note("vnb-cat", f"{name}: not on the way to {point}: " + ", ".join(segment.head["point"] for segment in left))
     # A disk that the last point does not have is not part of it: nobody needs its older data.
     wanted = set(args["--disk"]) or held
-    out = stream.stdout()
+    out = output.stdout()
     if args["--head"]:
         _copy_head(path[-1], out, wanted)
         return

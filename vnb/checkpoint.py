@@ -75,7 +75,7 @@ import os
 import re
 import subprocess
 
-from vnb import arguments, stream
+from vnb import arguments, output, stream
 from vnb.endpoint import parse_listen
 from vnb.errors import Error, UsageError, os_error
 from vnb.frame import MiB
@@ -191,7 +191,7 @@ def _say(text):
 def _begin(options):
     from vnb.keeper import Starter
 
-    out = stream.stdout()
+    out = output.stdout()
     keeper = Starter(options, _say)
     if "below" in keeper.begun:
         return _below(keeper, BELOW_THRESHOLD)

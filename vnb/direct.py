@@ -18,26 +18,28 @@ from vnb import stream
 from vnb.errors import os_error
 
 BLOCK = 2 << 20  # bytes of one write: large for disks, and all three small beside the cache of a processor
+ALIGNMENT = 4096  # bytes: of an offset that every disk takes
 BLOCKS = 3  # one is filled, one is written, one waits
 
 
 class DirectWriter(stream.Writer):
     """
-    A Writer to a new file, from its first byte.
+    A Writer to a file, from an offset on that is a multiple of ALIGNMENT.
 
     All is with the operating system after finish(), and not before: fsync(2) comes after it. close() ends the thread,
     whatever was written, and leaves the file open. Where the file system does not take direct writes, they go
     through the page cache.
     """
 
-    def __init__(self, fd, name):
+    def __init__(self, fd, name, start=0):
         super().__init__(fd, name)
         self._block = _block()
         self._fill = 0  # bytes in the block
-        self._at = 0  # where in the file it goes
+        self._at = start  # where in the file it goes
         self._made = 1  # blocks
         self._full = queue.SimpleQueue()  # (block, where it goes), or None in the end
-        self._free = queue.SimpleQueue()  # blocks that were written, or the OSError that ended the thread
+        self._free = queue.SimpleQueue()  # blocks that were written, or None from the thread that an error ended
+        self._error = None  # that error
         self._thread = None
 
     def write(self, header, payload=None):
@@ -52,10 +54,11 @@ class DirectWriter(stream.Writer):
     def finish(self):
         """Have all bytes written. Raises Error."""
         self.close()
-        while not self._free.empty():
-            self._checked(self._free.get())
+        if self._error is not None:
+            raise os_error(self.name, self._error)
         try:
-            set_direct(self.fd, False)  # the rest is not a multiple of the disk's sectors
+            # The rest is not a multiple of the disk's sectors. It stays in the block: what follows goes behind it.
+            set_direct(self.fd, False)
             _write(self.fd, self._block[: self._fill], self._at)
         except OSError as error:
             raise os_error(self.name, error) from None
@@ -78,7 +81,7 @@ class DirectWriter(stream.Writer):
                 self._next_block()
 
     def _next_block(self):
-        if self._at == 0:
+        if self._thread is None:
             with contextlib.suppress(OSError):  # not every file system can
                 set_direct(self.fd, True)
             self._thread = threading.Thread(target=self._work, daemon=True)
@@ -90,12 +93,9 @@ class DirectWriter(stream.Writer):
             self._made += 1
             self._block = _block()
         else:
-            self._block = self._checked(self._free.get())
-
-    def _checked(self, block):
-        if isinstance(block, OSError):
-            raise os_error(self.name, block)
-        return block
+            self._block = self._free.get()
+            if self._block is None:
+                raise os_error(self.name, self._error)
 
     def _work(self):
         while (job := self._full.get()) is not None:
@@ -111,8 +111,33 @@ class DirectWriter(stream.Writer):
                     _write(self.fd, block, at)
                 self._free.put(block)
             except OSError as error:
-                self._free.put(error)
+                self._error = error
+                self._free.put(None)
                 return
+
+
+class Stdout(DirectWriter):
+    """
+    Standard output, where it is a file: who writes to it next does so behind what was written.
+
+    fd (int): of the same file, but opened for this. start (int): where standard output stands in it.
+    """
+
+    def __init__(self, fd, start):
+        super().__init__(fd, "stdout", start)
+
+    def flush(self):
+        """
+        Have in the file what was written. Raises Error.
+
+        The start of a segment above all: a file in which only those before it stand would pass for a whole stream.
+        """
+        self.finish()
+
+    def finish(self):
+        """See DirectWriter."""
+        super().finish()
+        os.lseek(1, self._at + self._fill, os.SEEK_SET)
 
 
 def set_direct(fd, wanted):

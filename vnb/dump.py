@@ -32,7 +32,7 @@ import json
 import os
 import sys
 
-from vnb import arguments, backupset, chain, codec, stream, strip
+from vnb import arguments, backupset, chain, codec, output, stream, strip
 from vnb.errors import Error, StreamError, one_line
 from vnb.frame import DATA, STATE_NAMES
 from vnb.jsonlines import JsonReader, line_of
@@ -330,7 +330,7 @@ def _map(operands, columns, draw):
 
 
 def _from_json():
-    out = stream.stdout()
+    out = output.stdout()
 
     def passed(raw):
         check_data(reader, raw)
@@ -339,7 +339,7 @@ def _from_json():
     reader = JsonReader(open(0, "rb", buffering=1 << 20, closefd=False), "stdin", passed)  # noqa: SIM115
     for segment in reader:
         segment.finish()
-    out.flush()
+    out.finish()
 
 
 def check_data(reader, raw):

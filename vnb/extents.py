@@ -20,7 +20,7 @@ Options:
 
 from operator import eq
 
-from vnb import export, heads, stream
+from vnb import export, heads, output, stream
 from vnb.errors import Error, UsageError
 from vnb.frame import DATA, MAX_EXTENTS
 
@@ -28,9 +28,9 @@ from vnb.frame import DATA, MAX_EXTENTS
 def main(args):
     if args["URI"]:
         disk, head = _from_uri(args)
-        _write(stream.stdout(), head, [disk], ())
+        _write(output.stdout(), head, [disk], ())
         return
-    out = stream.stdout()
+    out = output.stdout()
     for segment in stream.stdin(stage="disks"):
         _write(out, segment.head, segment.disks, segment)
 

@@ -28,7 +28,7 @@ import zlib
 
 from xxhash import xxh3_64_intdigest
 
-from vnb import chain, domxml, heads, stream
+from vnb import chain, domxml, heads, output, stream
 from vnb import frame as f
 from vnb.errors import Error, os_error
 from vnb.run import note
@@ -75,7 +75,7 @@ def main(args):
         wanted = points
     if any(file.incremental for point in wanted for file in point.files) and not backup.is_old:
         note("vnb-import", f"{backup.path}: {DOUBT}")
-    out = stream.stdout()
+    out = output.stdout()
     for point in wanted:
         point.write(out)
 

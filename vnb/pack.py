@@ -20,7 +20,7 @@ Options:
   --version         print the version
 """
 
-from vnb import arguments, codec, stream
+from vnb import arguments, codec, output, stream
 from vnb.backupset import Store
 from vnb.index import Builder
 from vnb.pool import Ordered, Pool
@@ -32,7 +32,7 @@ def main(args):
     threads = arguments.integer(args, "--threads", 0, 64)
     pool = Pool()
     packer = Packer(compress, args["--compress"] == "none", threads, pool)
-    out = None if args["-o"] else stream.stdout()
+    out = None if args["-o"] else output.stdout()
     for segment in stream.stdin(stage="data", pool=pool):
         if out is not None:
             packer.pack(segment, out)

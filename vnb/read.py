@@ -21,7 +21,7 @@ import collections
 
 from xxhash import xxh3_64_intdigest
 
-from vnb import arguments, stream
+from vnb import arguments, output, stream
 from vnb.errors import Error, UsageError
 from vnb.export import Connection, wait
 from vnb.frame import DATA, MAX_DATA, MiB
@@ -37,7 +37,7 @@ def main(args):
     if request_size & (request_size - 1):
         raise UsageError("--request-size", f'"{args["--request-size"]}" is not a power of 2')
     connections = arguments.integer(args, "--connections", 1, 64)
-    out = stream.stdout()
+    out = output.stdout()
     for segment in stream.stdin(stage="extents"):
         exports = [Export(disk, connections, request_size) for disk in segment.disks]
         # Where the data came from is nobody's business after this stage.

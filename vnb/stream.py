@@ -24,7 +24,6 @@ from vnb import frame as f
 from vnb.errors import Error, OutputClosed, StreamError, os_error
 from vnb.frame import DATA, HOLE, STATE_NAMES, ZERO, FrameError, Incomplete
 from vnb.index import ROW_SIZE
-from vnb.libc import WriteBack
 
 AHEAD = 4096  # read beyond a payload, so that the next header costs no system call; it is copied once more
 PIPE_SIZE = 1 << 20  # the most that a user may ask for (fs.pipe-max-size); see formats/extent-stream.md
@@ -516,7 +515,6 @@ class Writer:
         self.stdout = fd == 1
         self.offset = 0
         self._small = bytearray()
-        self._write_back = WriteBack(fd)
 
     def segment(self, head, disks):
         """Begin a segment: write head and disks (dicts); returns its SegmentWriter."""
@@ -538,18 +536,21 @@ class Writer:
             self.flush()
 
     def flush(self):
-        """Hand all bytes to the operating system."""
+        """Let whoever reads them have all bytes that wait."""
         if self._small:
             parts = [memoryview(self._small)]
             self._small = bytearray()
             self._writev(parts)
+
+    def finish(self):
+        """Have all bytes with the operating system; more may follow. Raises Error."""
+        self.flush()
 
     def _writev(self, parts):
         try:
             while parts:
                 try:
                     count = os.writev(self.fd, parts)
-                    self._write_back.count(count)
                 except BlockingIOError:
                     _wait(self.fd, select.POLLOUT)
                     continue
@@ -615,13 +616,13 @@ class SegmentWriter:
             self._frame(fields, frame.payload)
 
     def end(self):
-        """All went well: write end and tail, and flush."""
+        """All went well: write end and tail, and finish."""
         header, _sum = f.encode(["end", self.counts.fields()])
         self.writer.write(header)
         tail_at = self.writer.offset
         length = tail_at + f.TAIL.size - self.start
         self.writer.write(f.encode_tail(length, tail_at - self.last_index if self.last_index else 0))
-        self.writer.flush()
+        self.writer.finish()
 
     def _frame(self, fields, payload=None):
         try:
@@ -638,14 +639,6 @@ def stdin(stage=None, consumer=False, pool=None):
         raise Error("stdin", "is a terminal, expected a stream")
     set_pipe_size(0)
     return Reader(0, "stdin", stage, consumer, pool)
-
-
-def stdout():
-    """A Writer to standard output, which must not be a terminal."""
-    if os.isatty(1):
-        raise Error("stdout", "is a terminal: will not write a binary stream to it (vnb-dump prints one)")
-    set_pipe_size(1)
-    return Writer(1)
 
 
 def set_pipe_size(fd):

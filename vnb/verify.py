@@ -24,7 +24,7 @@ import json
 import os
 import threading
 
-from vnb import arguments, backupset, chain, codec, stream
+from vnb import arguments, backupset, chain, codec, output, stream
 from vnb.errors import Error
 from vnb.pool import Ordered, Pool
 from vnb.rowcheck import RowCheck
@@ -41,7 +41,7 @@ def main(args):
 
 def _filter(threads):
     """Standard input to standard output: byte for byte, each frame once it was checked."""
-    out = None if os.isatty(1) else stream.stdout()
+    out = None if os.isatty(1) else output.stdout()
     follow = chain.Follow("stdin")
 
     def begin(segment):
@@ -57,7 +57,7 @@ def _filter(threads):
             pass
     finally:
         if out is not None:
-            out.flush()  # of a damaged stream too: what is sound
+            out.finish()  # of a damaged stream too: what is sound
 
 
 def _raise(error):
