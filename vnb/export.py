@@ -62,13 +62,7 @@ class Connection:
         self.handle = handle = nbd.NBD()
         self._pending = {}  # cookie: offset, oldest first
         try:
-            handle.set_uri_allow_local_file(True)  # a URI names the files with TLS keys; it is our user's
-            handle.set_pread_initialize(False)  # every completion is checked before a byte is used
-            # Whether a request must be aligned is for the server to say: the last one of an odd size cannot be.
-            handle.set_strict_mode(handle.get_strict_mode() & ~nbd.STRICT_ALIGN)
-            if context is not None:
-                handle.add_meta_context(context)
-            handle.aio_connect_uri(uri)
+            self._begin(uri)
             while handle.aio_is_connecting():
                 _turn([self])
             self.size = handle.get_size()
@@ -82,6 +76,32 @@ class Connection:
             raise explained(error, uri) from None
         if required and not self.has_context:
             raise Error(name, f'server does not support meta context "{context}"')
+
+    def _begin(self, uri):
+        handle = self.handle
+        handle.set_uri_allow_local_file(True)  # a URI names the files with TLS keys; it is our user's
+        handle.set_pread_initialize(False)  # every completion is checked before a byte is used
+        # Whether a request must be aligned is for the server to say: the last one of an odd size cannot be.
+        handle.set_strict_mode(handle.get_strict_mode() & ~nbd.STRICT_ALIGN)
+        if self.context is not None:
+            handle.add_meta_context(self.context)
+        handle.aio_connect_uri(uri)
+
+    ready = True  # requests may be made of it
+
+    @property
+    def in_flight(self):
+        """Requests whose answers were not taken yet."""
+        return len(self._pending)
+
+    @property
+    def expects(self):
+        """Whether something is to come from the server: poll(2) for it."""
+        return self.handle.aio_in_flight() > 0
+
+    def failed(self, error):
+        """Something awaited brought an nbd.Error: raises its Error."""
+        raise self.error(error) from None
 
     def read(self, offset, view):
         """Begin to read into view (memoryview) from offset; returns the request."""
@@ -142,11 +162,54 @@ class Connection:
             return
 
 
+class Further(Connection):
+    """
+    One more connection to the export of another: of use once it is ready, and missed by nobody if it never is.
+
+    Some servers take no second client before the first has gone, and say nothing until then.
+    """
+
+    def __init__(self, uri, first):
+        self.name = first.name
+        self.context = None
+        self.size = first.size
+        self.handle = nbd.NBD()
+        self._pending = {}
+        self._state = "connecting"
+        try:
+            self._begin(uri)
+        except nbd.Error as error:
+            self.failed(error)
+
+    @property
+    def ready(self):
+        """Whether requests may be made of it."""
+        if self._state == "connecting" and self.handle.aio_is_ready():
+            self._state = "ready" if self.handle.get_size() == self.size else "failed"
+        return self._state == "ready"
+
+    @property
+    def expects(self):
+        """See Connection."""
+        return self.handle.aio_is_connecting() if self._state == "connecting" else super().expects
+
+    def failed(self, error):
+        """See Connection; before it was ready nothing is lost with it."""
+        if self.ready:
+            super().failed(error)
+        self._state = "failed"
+
+    def close(self):
+        """See Connection. Of one that is not ready no server is waiting for an end."""
+        if self.ready:
+            super().close()
+
+
 def wait(request, connections):
     """Return when a request is done; those of the other connections go on meanwhile. Raises Error."""
     connection, cookie = request
     while not connection.is_done(cookie):
-        _turn([connection, *(c for c in connections if c is not connection and c.handle.aio_in_flight())])
+        _turn([connection, *(c for c in connections if c is not connection and c.expects)])
 
 
 def _turn(connections):
@@ -159,7 +222,8 @@ def _turn(connections):
             direction = handle.aio_get_direction()
             fd = handle.aio_get_fd()
         except nbd.Error as error:
-            raise connection.error(error) from None
+            connection.failed(error)
+            continue
         by_fd[fd] = connection, direction
         poller.register(fd, _EVENTS[direction])
     for fd, events in poller.poll():
@@ -171,7 +235,7 @@ def _turn(connections):
             elif direction & nbd.AIO_DIRECTION_WRITE:
                 connection.handle.aio_notify_write()
         except nbd.Error as error:
-            raise connection.error(error) from None
+            connection.failed(error)
 
 
 class Question:

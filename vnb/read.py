@@ -8,26 +8,28 @@ Usage:
 Reads a stream with extents, writes it with their data.
 
 Options:
-  --requests N         reads in flight over all disks [default: 16]
+  --requests N         reads in flight over all disks [default: 32]
   --request-size SIZE  bytes of one read, and of a data frame [default: 512k]
   --connections N      connections to each export, where the server allows
-                       several [default: 1]
+                       several [default: 4]
   --debug              show tracebacks
   --help               print this
   --version            print the version
 """
 
 import collections
+from operator import attrgetter
 
 from xxhash import xxh3_64_intdigest
 
 from vnb import arguments, output, stream
 from vnb.errors import Error, UsageError
-from vnb.export import Connection, wait
+from vnb.export import Connection, Further, wait
 from vnb.frame import DATA, MAX_DATA, MiB
 from vnb.pool import Pool
 
 MAX_IN_FLIGHT = 16 * MiB  # bytes: what the buffers of reads in flight take, however many are asked for
+BUSY = 4  # reads in flight on a connection: with so many on each, another one is worth its handshake
 LIST_TURNS = 2  # lists of extents that may wait behind a read in flight
 
 
@@ -57,7 +59,11 @@ def main(args):
 
 
 class Export:
-    """The connections to one disk's export, and how much to ask of it at a time (request_size, bytes)."""
+    """
+    The connections to one disk's export, made as they are needed, and how much to ask of it at a time.
+
+    connections (list): at most count. request_size (int): bytes.
+    """
 
     def __init__(self, disk, count, request_size):
         name, source = disk["name"], disk.get("source", {})
@@ -66,15 +72,18 @@ class Export:
         first = Connection(source["uri"], name)
         if first.size != disk["size"]:
             raise Error(name, f'the export has {first.size} bytes, the stream says {disk["size"]}')
-        more = count - 1 if first.multi_conn else 0
-        self.connections = [first, *(Connection(source["uri"], name) for _ in range(more))]
+        self.connections = [first]
         self.request_size = min(max(request_size, first.minimum), first.maximum, MAX_DATA)
-        self._turn = 0
+        self._uri = source["uri"]
+        self._most = count if first.multi_conn else 1
 
     def next_connection(self):
-        """Each connection in turn."""
-        self._turn = (self._turn + 1) % len(self.connections)
-        return self.connections[self._turn]
+        """The one that has the least to do."""
+        ready = [connection for connection in self.connections if connection.ready]
+        best = min(ready, key=attrgetter("in_flight"))
+        if best.in_flight >= BUSY and len(self.connections) < self._most:
+            self.connections.append(Further(self._uri, best))
+        return best
 
 
 class Pipeline:
@@ -84,7 +93,6 @@ class Pipeline:
         self.out = out
         self.exports = exports
         self.requests = requests
-        self.connections = [connection for export in exports for connection in export.connections]
         self.pool = Pool()
         self.queue = collections.deque()  # (request, disk, offset, view), or (None, disk, runs, None)
         self.in_flight = 0
@@ -135,7 +143,7 @@ class Pipeline:
         if request is None:
             self.out.extents(disk, what)
             return
-        wait(request, self.connections)
+        wait(request, [connection for export in self.exports for connection in export.connections])
         self.in_flight -= 1
         self.bytes_in_flight -= len(view)
         self.out.data(disk, what, len(view), "none", xxh3_64_intdigest(view), view)
