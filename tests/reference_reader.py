@@ -93,6 +93,7 @@ def segments(content):
         found = segment(source, start)
         result.append(found)
         start += found[-1]
+    need("next" not in result[-1][0], "another segment was to follow")
     return result
 
 
@@ -167,7 +168,7 @@ def check_head(head):
         need(is_name(head.get(key)), key)
     for key in ("parent", "checkpoint"):
         need(key in head and (head[key] is None or is_name(head[key])), key)
-    need(all(is_name(head[key]) for key in ("chain", "run") if key in head), "chain or run")
+    need(all(is_name(head[key]) for key in ("chain", "run", "next") if key in head), "chain, run or next")
     need(all(head.get(key) is None or isinstance(head[key], str) for key in ("domain_xml", "checkpoint_xml")), "XML")
     created = head.get("created")
     time = r"[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}\.[0-9]{6}Z"

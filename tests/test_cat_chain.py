@@ -13,7 +13,8 @@ import pytest
 import samples
 from servers import DEADLINE, command, forked
 
-from vnb import backupset, cat, chain, stream
+from vnb import apply as vnb_apply
+from vnb import backupset, cat, chain, pack, stream
 
 PLAN = [
     {"vda": "300k:A 64k:? 1M:- 64k:0", "vdb": "64k:B 64k:0"},
@@ -327,6 +328,30 @@ def test_a_reader_that_closes_the_pipe(saved):
         child.stdout.close()
         assert child.stderr.read() == b""
         assert child.wait(DEADLINE) == -signal.SIGPIPE
+
+
+def test_a_stream_that_ends_between_two_segments_is_refused(saved, tmp_path):
+    """Else it would restore an older point, if nobody looks at the exit status of what came before."""
+    output = run(saved).ok()
+    lengths = [length for *_, length in samples.read(output)]
+    cut = output[: sum(lengths[:2])]
+    said = f"stdin: stream offset {len(cut)}: the input ends at {POINTS[1]}, but {POINTS[2]} was to follow"
+    forked("vnb-apply", vnb_apply, tmp_path / "out", stdin=cut).failed(f"vnb-apply: {said}")
+    assert not (tmp_path / "out").exists()
+    forked("vnb-pack", pack, "-o", tmp_path / "copy", stdin=cut).failed(f"vnb-pack: {said}")
+    assert points(run(tmp_path / "copy").ok()) == POINTS[:2]
+
+
+def test_the_next_segment_is_named_in_a_stream_and_not_in_a_set(saved, tmp_path):
+    output = run("--until", POINTS[2], saved).ok()
+    assert [head.get("next") for head in heads(output)] == [POINTS[1], POINTS[2], None]
+    (tmp_path / "stream.vnb").write_bytes(output)
+    again = run("--until", POINTS[1], tmp_path / "stream.vnb").ok()
+    assert [head.get("next") for head in heads(again)] == [POINTS[1], None]
+    assert "next" not in heads(run("--until", POINTS[1], "--merge", tmp_path / "stream.vnb").ok())[0]
+    forked("vnb-pack", pack, "-o", tmp_path / "copy", stdin=output).ok()
+    for path in (tmp_path / "copy").iterdir():
+        assert "next" not in samples.read(path.read_bytes())[0][0]
 
 
 def test_a_full_disk(saved):

@@ -361,5 +361,5 @@ def test_a_payload_is_given_back_once(saved):
         packer = pack.Packer(compress, unpack, 2, pool)
         with samples.memory(stdin) as fd, samples.written() as (writer, _):
             for segment in stream.Reader(fd, "sample", stage="data", pool=pool):
-                packer.pack(segment, writer)
+                packer.pack(segment, segment.head, writer)
         assert pool.out == {}

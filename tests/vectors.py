@@ -37,9 +37,10 @@ def minimal(writer):
     out.end()
 
 
-def full_none(writer, number=0):
+def full_none(writer, number=0, **changes):
     """A full backup of one disk: data as they are, zeroes, holes; an index."""
-    out = writer.segment(head(number), [disk("vda", 8192, image={"format": "qcow2", "path": "/images/vda.qcow2"})])
+    image = {"format": "qcow2", "path": "/images/vda.qcow2"}
+    out = writer.segment(head(number, **changes), [disk("vda", 8192, image=image)])
     builder = index.Builder(out)
     extents(out, 0, [0, 1024, ZERO, 1024, 1024, HOLE], builder)
     data(out, 0, 2048, PLAIN[:1024], builder=builder)
@@ -177,6 +178,7 @@ def refused():
         "four-gib": (replaced(small, hole, huge), "a payload that claims 4 GiB"),
         "key-twice": (replaced(small, hole, twice + b"\xcf" + f.xxh3(twice).to_bytes(8, "big")),
                       "a map with one key twice"),
+        "next-missing": (made(lambda writer: full_none(writer, next="vnb.main.1")), "a segment was to follow"),
         "text": (b"This is not a stream.\n", "text"),
         "empty": (b"", "nothing at all"),
     }

@@ -31,7 +31,7 @@ import os
 
 from xxhash import xxh3_128_hexdigest
 
-from vnb import backupset, chain, codec, output, stream
+from vnb import backupset, chain, codec, heads, output, stream
 from vnb.errors import Error, UsageError
 from vnb.merge import Merge
 from vnb.run import note
@@ -76,8 +76,8 @@ def main(args):
     if args["--merge"]:
         _merge(_after(path, segments, name, args["--from"]), name, wanted, out)
         return
-    for saved in path:
-        _copy(saved, out, wanted)
+    for saved, after in zip(path, [*path[1:], None]):
+        _copy(saved, out, wanted, after)
 
 
 def _segments(operands):
@@ -118,11 +118,16 @@ def _merge(path, name, wanted, out):
     written.end()
 
 
-def _copy(saved, out, wanted):
-    """Write what a saved segment has of the disks that are wanted (set of names)."""
+def _copy(saved, out, wanted, after):
+    """
+    Write what a saved segment has of the disks that are wanted (set of names).
+
+    after (SavedSegment or None): follows in this stream, and the head says so: a stream that ends where one of its
+    segments does would else be taken for an older point.
+    """
     segment = saved.open()
     kept = [number for number, disk in enumerate(segment.disks) if disk["name"] in wanted]
-    head = segment.head
+    head = {**segment.head, "next": after.head["point"]} if after is not None else heads.alone(segment.head)
     if len(kept) < len(segment.disks):
         # Not the same segment any more, but the same one each time that these disks are asked for.
         head = {**head, "id": xxh3_128_hexdigest("/".join([head["id"], *(segment.disks[n]["name"] for n in kept)]))}
@@ -143,7 +148,7 @@ def _copy(saved, out, wanted):
 def _copy_head(saved, out, wanted):
     """Write what a saved segment has before its extents, as a segment of disks alone."""
     segment = saved.open()
-    head = {**segment.head, "stage": "disks", "id": xxh3_128_hexdigest(f"{segment.head['id']}/head")}
+    head = {**heads.alone(segment.head), "stage": "disks", "id": xxh3_128_hexdigest(f"{segment.head['id']}/head")}
     written = out.segment(head, [disk for disk in segment.disks if disk["name"] in wanted])
     for frame in segment:
         if frame.__class__ is stream.File:

@@ -40,6 +40,11 @@ def new(domain, uuid, level, stage, parent=None, chain=DEFAULT_CHAIN, after=None
     }
 
 
+def alone(head):
+    """A head as that of a segment that stands alone, in a set: nothing follows it."""
+    return {key: value for key, value in head.items() if key != "next"}
+
+
 def uuid_of(name):
     """A UUID for something that has none but its name."""
     return str(uuid.uuid5(uuid.NAMESPACE_OID, f"vnb:{name}"))

@@ -76,8 +76,8 @@ def main(args):
     if any(file.incremental for point in wanted for file in point.files) and not backup.is_old:
         note("vnb-import", f"{backup.path}: {DOUBT}")
     out = output.stdout()
-    for point in wanted:
-        point.write(out)
+    for point, after in zip(wanted, [*wanted[1:], None]):
+        point.write(out, after)
 
 
 class Directory:
@@ -375,9 +375,10 @@ class Point:
                 return self.directory.text(name)
         return None
 
-    def write(self, out):
-        """Write the segment of this point with a vnb.stream.Writer."""
-        written = out.segment(self.head, self.disks)
+    def write(self, out, after=None):
+        """Write the segment of this point with a vnb.stream.Writer. after (Point or None): follows in this stream."""
+        head = self.head if after is None else {**self.head, "next": after.head["point"]}
+        written = out.segment(head, self.disks)
         for fields, payload in self._extra_files():
             for offset in range(0, max(1, len(payload)), f.MAX_PAYLOAD):
                 written.file({**fields, "size": len(payload), "offset": offset}, payload[offset:][: f.MAX_PAYLOAD])

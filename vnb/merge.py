@@ -22,7 +22,7 @@ import secrets
 
 from xxhash import xxh3_64_intdigest
 
-from vnb import codec
+from vnb import codec, heads
 from vnb import frame as f
 from vnb.cache import Cache
 from vnb.errors import Error, StreamError, os_error
@@ -55,7 +55,7 @@ class Merge:
             if segment.head["stage"] != "data":
                 raise Error(segment.name, f'holds no data, but {segment.head["stage"]}')
         first, last = path[0].head, path[-1].head
-        self.head = {**last, "id": secrets.token_hex(16), "parent": first["parent"]}
+        self.head = {**heads.alone(last), "id": secrets.token_hex(16), "parent": first["parent"]}
         if first["parent"] is None:
             self.head["level"] = "full"
         self.disks = []

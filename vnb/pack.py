@@ -20,7 +20,7 @@ Options:
   --version         print the version
 """
 
-from vnb import arguments, codec, output, stream
+from vnb import arguments, codec, heads, output, stream
 from vnb.backupset import Store
 from vnb.index import Builder
 from vnb.pool import Ordered, Pool
@@ -35,10 +35,11 @@ def main(args):
     out = None if args["-o"] else output.stdout()
     for segment in stream.stdin(stage="data", pool=pool):
         if out is not None:
-            packer.pack(segment, out)
+            packer.pack(segment, segment.head, out)
             continue
-        with Store(args["-o"], segment.head, segment.disks) as store:
-            packer.pack(segment, store.writer)
+        head = heads.alone(segment.head)
+        with Store(args["-o"], head, segment.disks) as store:
+            packer.pack(segment, head, store.writer)
             store.commit()
 
 
@@ -57,9 +58,9 @@ class Packer:
         self.threads = threads
         self.pool = pool
 
-    def pack(self, segment, writer):
-        """Write one segment, with an index as it goes."""
-        out = writer.segment(segment.head, segment.disks)
+    def pack(self, segment, head, writer):
+        """Write one segment with this head, with an index as it goes."""
+        out = writer.segment(head, segment.disks)
         index = Builder(out)
         names = [disk["name"] for disk in segment.disks]
         with Ordered(lambda data: self._work(data, names), self.threads) as work:

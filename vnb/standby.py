@@ -208,13 +208,14 @@ class Standby:
         path = self._directory.final(SPOOL)
         fd = _open(path)
         try:
-            for segment in stream.Reader(fd, path, stage="data", consumer=True, pool=self._buffers):
-                with Replay(self.path, *self._restore, self._state) as replay:
-                    replay.apply(segment)
-                    replay.finish()
-                    with undisturbed(last=False):
-                        replay.publish()
-                        self._save_reached(segment, replay)
+            # It has one segment, which may be said to have another one after it.
+            segment = next(iter(stream.Reader(fd, path, stage="data", consumer=True, pool=self._buffers)))
+            with Replay(self.path, *self._restore, self._state) as replay:
+                replay.apply(segment)
+                replay.finish()
+                with undisturbed(last=False):
+                    replay.publish()
+                    self._save_reached(segment, replay)
         finally:
             os.close(fd)
 

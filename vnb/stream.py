@@ -229,6 +229,9 @@ class Reader:
         if not window:
             if first == 0:
                 raise StreamError(self.input.name, "empty input, expected a stream")
+            head = self.segment.head if self.segment is not None else {}
+            if "next" in head:  # who wrote it may have ended between two segments
+                raise self.error(f'the input ends at {head["point"]}, but {head["next"]} was to follow')
             return False
         if window[: len(f.HEAD_MAGIC)] != f.HEAD_MAGIC:
             expected = "a stream" if first == 0 else "another segment"
@@ -665,7 +668,7 @@ def checked_head(fields, payload, error):
     for key in ("parent", "checkpoint"):
         if key not in head or not (head[key] is None or f.is_name(head[key])):
             raise error(f'malformed head: "{key}"')
-    for key in ("chain", "run"):
+    for key in ("chain", "run", "next"):
         if key in head and not f.is_name(head[key]):
             raise error(f'malformed head: "{key}"')
     for key in ("domain_xml", "checkpoint_xml"):
