@@ -120,11 +120,11 @@ def serve(name, path, format_, socket_path, bitmap=None):
         child = Child(command, "qemu-utils", listener=listener)
     try:
         export.Connection(Unix(socket_path).uri(name), name).close()
-    except Error:
-        if child.wait(0):
-            error = Error(name, child.failure().reason)
+    except Error as error:
+        # Who closes the connection is about to end, and then has said why.
+        reason = child.failure().reason if child.wait(1) else error.reason
         child.end()
-        raise error from None
+        raise Error(name, reason) from None
     return child
 
 
