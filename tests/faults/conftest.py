@@ -9,7 +9,8 @@ Tests of what happens when something goes wrong: each says what is tried, and wh
 
 VNB_SEED (default 1) decides what happens: the same seed, the same course of events, as far as moments can be repeated.
 A round that fails says how to have it again, alone: VNB_SEED=1 VNB_ROUND=3. A test without the fixture `rounds` counts
-as one round. Tests with the same text are one line of the table.
+as one round; one that tries several faults in a round says rounds.fault() for each. Tests with the same text are one
+line of the table.
 
 VNB_SOAK=MINUTES: rounds go on until this time is over, which the tests have in proportion to their `share` (default 1;
 a test with parameters has it for each). `make soak` does that, and puts what was tried into the README.
@@ -67,7 +68,7 @@ def pytest_runtest_makereport(item, call):
     rounds = item.stash.get(ROUNDS, None)
     what, holds = mark.args[0], mark.kwargs["holds"]
     tally = item.config.stash[TALLIES].setdefault(what, Tally(what, holds))
-    tally.tried += (rounds.done if rounds else 1) + (report.failed and rounds is not None)
+    tally.tried += max(rounds.faults, 1) if rounds else 1
     tally.failed += report.failed
     if report.failed and rounds is not None:
         report.sections.append(("the same again", rounds.again()))

@@ -18,14 +18,14 @@ class Rounds:
     """
     Yields a random.Random for each round of a test: the same for the same seed, test and number.
 
-    name (str): the test; count (int): how many, or None where seconds say how long. done (int): rounds that ended well;
-    number (int or None): the one that runs.
+    name (str): the test; count (int): how many, or None where seconds say how long. number (int or None): the one that
+    runs. faults (int): what was tried, a round or what fault() was called for.
     """
 
     def __init__(self, name, count=None, seconds=0, seed=SEED, only=ONLY):
         self.name = name
         self.seed = seed
-        self.done = 0
+        self.faults = 0
         self.number = None
         self._numbers = itertools.count() if count is None else range(count)
         if only is not None:
@@ -34,12 +34,17 @@ class Rounds:
 
     def __iter__(self):
         for number in self._numbers:
-            if self._end is not None and self.done and time.monotonic() > self._end:
+            if self._end is not None and self.number is not None and time.monotonic() > self._end:
                 break
             limit.renew()
             self.number = number
+            before = self.faults
             yield random.Random(f"{self.seed} {self.name} {number}")
-            self.done += 1
+            self.faults += self.faults == before
+
+    def fault(self):
+        """One more was tried, in a round of several."""
+        self.faults += 1
 
     def again(self):
         """What to say to have the round again that failed (str)."""

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What reads and changes sets, killed at any moment, in any part: restore, update of a standby, prune, merge."""
+
+import random
+import shutil
+
+import pytest
+from killing import Place
+from machine import Machine
+
+SIGNALLED = "SIGKILL, SIGTERM, SIGINT or SIGPIPE to a part of"
+POINTS = 5
+
+
+@pytest.fixture(scope="module")
+def saved():
+    """A Machine with a set of some points."""
+    with Place() as place:
+        machine = Machine(place, random.Random(0))
+        for _ in range(POINTS):
+            machine.write()
+            machine.back_up()
+        yield machine
+
+
+@pytest.fixture
+def work(saved):
+    """A directory that does not exist."""
+    path = saved.place.directory / "work"
+    yield path
+    shutil.rmtree(path)
+
+
+def hidden(directory):
+    """The names (set) of what is there and has no final name."""
+    return {path.name for path in directory.iterdir() if path.name.startswith(".")}
+
+
+def images(directory):
+    """The images with a final name in a directory, if that is there."""
+    return [path for path in directory.glob("*") if not path.name.startswith(".")]
+
+
+@pytest.mark.fault(
+    f"{SIGNALLED} a restore: vnb-cat, vnb-apply, and the qemu-nbd or qemu-img of that",
+    holds="an image has its name when it is whole, byte for byte; the next run removes the rest", rounds=4,
+)
+@pytest.mark.parametrize("format_", ["qcow2", "raw"])
+def test_a_restore_that_is_killed(saved, work, rounds, format_):
+    script = f"vnb-cat {saved.set} | vnb-apply --format {format_} {work}"
+    calls = saved.place.profile(script, ("vnb-cat", "vnb-apply"))
+    shutil.rmtree(work)
+    last = list(saved.truths)[-1]
+    for chance in rounds:
+        with saved.place.killed(script, chance, calls) as ended:
+            assert images(work) or ended.status != 0
+            if not images(work):
+                saved.place.sh(script)
+                assert hidden(work) == set()
+            image, = images(work)
+            saved.check_image(image, last)
+        shutil.rmtree(work)
+    work.mkdir()
+
+
+@pytest.mark.fault(
+    f"{SIGNALLED} an update of a standby: vnb-cat, vnb-apply, qemu-nbd",
+    holds="the copy is at a point, or says that it is not finished; the next run brings it to the last point",
+    rounds=4,
+)
+@pytest.mark.parametrize("format_", ["qcow2", "raw"])
+def test_an_update_that_is_killed(saved, work, rounds, format_):
+    points = list(saved.truths)
+    update = f"vnb-apply --update --format {format_} {work}"
+    script = f"vnb-cat {saved.set} | {update}"
+
+    def at(number):
+        """Have a copy that is at this point."""
+        shutil.rmtree(work, ignore_errors=True)
+        saved.place.sh(f"vnb-cat --until {points[number]} {saved.set} | {update}")
+
+    at(0)
+    calls = saved.place.profile(script, ("vnb-cat", "vnb-apply"))
+    for chance in rounds:
+        number = chance.randrange(len(points) - 1)
+        at(number)
+        with saved.place.killed(script, chance, calls) as ended:
+            state = (work / ".vnb-apply.state").read_text()
+            if not (work / ".vnb-apply.spool").exists():
+                reached, = (point for point in points if f'"point": "{point}"' in state)
+                saved.check_image(work / f"vda.{format_}", reached)
+                assert ended.status != 0 or reached == points[-1]
+            saved.place.sh(script)
+            saved.check_image(work / f"vda.{format_}", points[-1])
+            assert hidden(work) == {".vnb-apply.state", ".vnb-apply.lock"}
+
+
+@pytest.mark.fault(
+    f"{SIGNALLED} vnb-prune, that drops and merges",
+    holds="each point that is kept restores at any time; the next run finishes the work", rounds=4,
+)
+def test_a_prune_that_is_killed(saved, work, rounds):
+    points = list(saved.truths)
+    script = f"vnb-prune --keep-last 2 {work}"
+    shutil.copytree(saved.set, work)
+    calls = saved.place.profile(script, ("vnb-prune",))
+    for chance in rounds:
+        shutil.rmtree(work)
+        shutil.copytree(saved.set, work)
+        with saved.place.killed(script, chance, calls) as ended:
+            saved.place.sh(f"vnb-verify {work}")
+            for point in points[-2:]:
+                saved.check_restored(work, point)
+            assert ended.status != 0 or len(list(work.iterdir())) == 2
+            saved.place.sh(script)
+            assert len(list(work.iterdir())) == 2
+            for point in points[-2:]:
+                saved.check_restored(work, point)
+
+
+@pytest.mark.fault(
+    f"{SIGNALLED} a merge into another set: vnb-cat, vnb-pack",
+    holds="the other set has the point, whole, or nothing of it; the next run removes the rest", rounds=4,
+)
+def test_a_merge_that_is_killed(saved, work, rounds):
+    last = list(saved.truths)[-1]
+    script = f"vnb-cat --merge {saved.set} | vnb-pack --compress zstd -o {work}"
+    calls = saved.place.profile(script, ("vnb-cat", "vnb-pack"))
+    for chance in rounds:
+        shutil.rmtree(work)
+        with saved.place.killed(script, chance, calls) as ended:
+            assert images(work) or ended.status != 0
+            if not images(work):
+                saved.place.sh(script)
+            saved.place.sh(f"vnb-verify {work}")
+            assert hidden(work) == set()
+            saved.check_restored(work, last)
