@@ -224,6 +224,35 @@ def test_a_clock_that_went_back(tmp_path):
     assert len({head["created"] for head in heads}) == 3
 
 
+def test_no_time_after_the_last_one(tmp_path):
+    """Each point is younger than the one it starts from, but for the end of all calendars."""
+    data_file(tmp_path / "vda.full.data", meta(date="9999-12-31T23:59:59.999999"), [(0, SIZE)])
+    data_file(tmp_path / f"vda.inc.{CPT}.1.data", meta(number=1), [(0, b"a")])
+    refused(tmp_path, f"nothing can come after 9999-12-31 23:59:59.999999+00:00, the time of {CPT}.0")
+
+
+def test_a_file_of_no_year(monkeypatch, tmp_path):
+    """A file system may hold times that no calendar has; the one here may not, so stat(2) is told what to say."""
+    (tmp_path / "vda.full.data").write_bytes(bytes(SIZE))
+    monkeypatch.setattr(importer.Input, "modified", property(lambda _: 1 << 60, lambda *_: None), raising=False)
+    with pytest.raises(Error, match="was last changed in a year that cannot be"):
+        importer.Directory(str(tmp_path))
+
+
+def test_a_number_of_other_digits(tmp_path):
+    """What Unicode calls a digit need not be one of a number."""
+    backup(tmp_path)
+    data_file(tmp_path / "vda.diff.²²²²²²²²²².data", meta(number=3, parent=2), [(0, b"abc")])
+    (tmp_path / "vmconfig.1769900007.xml").write_text(DOMAIN)
+    assert len(samples.read(imported(tmp_path))) == 4
+
+
+def test_lz4_frames_of_a_byte_each(tmp_path):
+    header = meta(virtualSize=5000, compressed=True)
+    data_file(tmp_path / "vda.full.data", header, [(0, noise(5000))], chunk=1)
+    assert applied(imported(tmp_path)) == {"vda": noise(5000)}
+
+
 def test_a_raw_image_beside_a_stream(tmp_path):
     backup(tmp_path)
     image = bytes(700_000) + noise(300_000) + bytes(123)
@@ -288,8 +317,9 @@ def test_a_checksum_that_differs(tmp_path):
     imported(tmp_path)
     (tmp_path / "vda.full.data.chksum").write_text("{checksum}")
     imported(tmp_path)
-    (tmp_path / "vda.full.data.chksum").write_text(str(sound ^ 1))
-    refused(tmp_path, "is damaged: its checksum is")
+    for text in (str(sound ^ 1), "9" * 10_000):
+        (tmp_path / "vda.full.data.chksum").write_text(text)
+        refused(tmp_path, "is damaged: its checksum is")
 
 
 @pytest.mark.parametrize("name, changes, reason", [
@@ -373,6 +403,7 @@ def test_names_that_would_leave_the_directory(tmp_path):
     (lambda path: (path.mkdir(), os.mkfifo(path / "vda.full.data")), "not a regular file"),
     (lambda path: (path.mkdir(), (path / "vda.inc.x.data").write_text("image")), "not a stream of virtnbdbackup"),
     (lambda path: (backup(path), (path / "vm.cpt").write_text("{}")), "is no list of checkpoints"),
+    (lambda path: (backup(path), (path / "vm.cpt").write_text("[" * 100_000)), "is no list of checkpoints"),
     (lambda path: (backup(path), (path / "vmconfig.a.xml").write_text("<a")), "malformed XML"),
     (lambda path: (backup(path), (path / "vmconfig.a.xml").write_bytes(b"\xff")), "is not UTF-8"),
     (lambda path: (backup(path), (path / f"vmconfig.{CPT}.1.xml").write_text(NAMELESS)), "has a disk without a name"),

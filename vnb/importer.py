@@ -48,6 +48,7 @@ MAX_META = 1 << 20
 MAX_FILE = 64 << 20  # of a file that is taken along: firmware and kernels are smaller
 MAX_TEXT = 16 << 20  # of XML and JSON files
 PACKED = 64 * f.KiB  # of lz4 data, handed to its library at a time
+PACKED_FIRST = 4 * f.KiB  # of a frame, which may be a short one: what is behind it is copied
 PIECE = 512 * f.KiB  # plain bytes of a data frame, as vnb-read has it
 NAME = re.compile(r"([^.]+)\.(full|copy|inc|diff)(?:\.(.+))?\.data", re.DOTALL)
 CHAIN = "virtnbdbackup"
@@ -180,10 +181,7 @@ class Directory:
         """Tell of checkpoints that the tool's own list has, and no data: it lists them before it copies."""
         for name in self.names:
             if name.endswith(".cpt"):
-                try:
-                    listed = json.loads(self.text(name))
-                except ValueError:
-                    listed = None
+                listed = _json(self.text(name))
                 if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
                     raise Error(self.where(name), "is no list of checkpoints")
                 missing = [entry for entry in listed if entry not in by_checkpoint]
@@ -240,12 +238,19 @@ class DataFile:
                 if level in ("inc", "diff"):
                     raise Error(path, "not a stream of virtnbdbackup")
                 self.size = source.size
-                self.made = datetime.datetime.fromtimestamp(source.modified, datetime.timezone.utc)
+                self.made = self._time(source.modified)
                 self.checkpoint = self.since = ""
                 self.incremental = self.compressed = False
                 self.format = "raw"
             else:
                 self._take(source.meta())
+
+    def _time(self, seconds):
+        """A Unix time as a datetime. Raises Error for one that no calendar has: file systems hold more."""
+        try:
+            return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+        except (ValueError, OverflowError, OSError):
+            raise Error(self.path, "was last changed in a year that cannot be") from None
 
     def _take(self, meta):
         def field(name, kind, *others):
@@ -335,8 +340,12 @@ class Point:
 
     def set_head(self, parent):
         """Make the head and disks. parent (Point or None): has its own already."""
-        if parent is not None:
-            self.made = max(self.made, parent.made + datetime.timedelta(microseconds=1))
+        if parent is not None and self.made <= parent.made:
+            try:
+                self.made = parent.made + datetime.timedelta(microseconds=1)
+            except OverflowError:
+                reason = f"nothing can come after {parent.made}, the time of {parent.checkpoint}"
+                raise Error(self.name, reason) from None
         # Their names are used again after the next full backup; with the time they are not, and they sort.
         self.head = {
             **heads.new(self.directory.domain, self.directory.uuid, self.level, "data", chain=CHAIN),
@@ -365,7 +374,7 @@ class Point:
         """The XML of the domain at this point; a differential backup's is named after a second, like its files."""
         names = [f"vmconfig.{self.ident}.xml"]
         if self.level == "diff":
-            begun = [int(file.ident) for file in self.files if file.ident.isdigit()]
+            begun = [int(file.ident) for file in self.files if re.fullmatch("[0-9]{1,11}", file.ident)]
             times = [int(name.split(".")[1]) for name in self.directory.names
                      if re.fullmatch(r"vmconfig\.[0-9]{1,11}\.xml", name)]
             if begun and times:
@@ -551,10 +560,7 @@ class Input:
         kind, _, length = self.frame()
         if kind != "meta" or length > MAX_META:
             raise self.error("not a stream of virtnbdbackup, or damaged")
-        try:
-            meta = json.loads(self.read(length))
-        except (ValueError, RecursionError):
-            meta = None
+        meta = _json(self.read(length))
         if not isinstance(meta, dict):
             raise self.error("malformed header")
         self.expect(END)
@@ -577,12 +583,15 @@ class Input:
 
         waiting = bytearray()
         decompressor = LZ4FrameDecompressor()
+        size = PACKED_FIRST
         while length or not decompressor.eof:
             if decompressor.eof:
                 decompressor = LZ4FrameDecompressor()
+                size = PACKED_FIRST
             packed = b""
             if decompressor.needs_input:
-                packed = self.read(max(1, len(self.peek(PACKED))))
+                packed = self.read(max(1, len(self.peek(size))))
+                size = min(2 * size, PACKED)
             try:
                 found = decompressor.decompress(packed, max_length=PIECE)
             except (RuntimeError, ValueError) as error:
@@ -619,8 +628,16 @@ class Input:
         path = f"{self.path}.chksum"
         if os.path.exists(path):
             text = read_file(path, MAX_META)[1].strip()
-            if text.isdigit() and int(text) != self._adler:  # one release wrote something else than a number
+            if text.isdigit() and text != b"%d" % self._adler:  # one release wrote something else than a number
                 raise Error(self.path, f"is damaged: its checksum is {self._adler}, {path} says {text.decode()}")
+
+
+def _json(text):
+    """The value that a text (str or bytes) is in JSON, None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def open_file(path):
