@@ -52,6 +52,7 @@ def frames(content):
         need(header == encoded(elements, payload is not None), "another form")
         for element in elements:
             need(is_value(element, 16), "a value that the format does not know")
+        need(sum(map(values_in, elements)) <= 12288, "too many values")
         yield start, elements, sum_, payload
 
 
@@ -73,8 +74,14 @@ def encoded(elements, has_payload):
 def is_value(value, room):
     if isinstance(value, (list, dict)):
         inner = value.values() if isinstance(value, dict) else value
-        return room > 0 and len(value) <= 12288 and all(is_value(one, room - 1) for one in inner)
+        return room > 0 and all(is_value(one, room - 1) for one in inner)
     return value is None or isinstance(value, (bool, str)) or (isinstance(value, int) and 0 <= value < 1 << 64)
+
+
+def values_in(value):
+    """How many values are in an array or a map, and in those in it."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return len(inner) + sum(map(values_in, inner))
 
 
 def is_name(value):

@@ -2,11 +2,13 @@
 """A set takes what belongs to it, durably or not at all, and finds it again."""
 
 import fcntl
+import gc
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import makers
 import pytest
@@ -66,7 +68,8 @@ def test_a_chain_is_stored_and_found(tmp_path):
     assert [segment.name for segment in found] == paths
     for segment, path in zip(found, paths):
         (whole,) = samples.read(read(path))
-        assert (segment.head, segment.disks, segment.length) == (*whole[:2], whole[-1])
+        assert (segment.head, segment.disks) == chain.outline(*whole[:2])
+        assert segment.length == whole[-1]
 
 
 def test_nothing_stays_without_commit(tmp_path):
@@ -149,6 +152,15 @@ def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path):
         assert os.path.exists(out.partial), "that of a living writer stays"
 
 
+def test_a_fifo_under_the_name_of_a_partial_file(tmp_path):
+    """Opening it would wait for whoever writes to it. A link leads nowhere."""
+    os.mkfifo(tmp_path / ".p.full.vnb.1.partial")
+    (tmp_path / "outside").touch()
+    (tmp_path / ".p.full.vnb.2.partial").symlink_to(tmp_path / "outside")
+    backupset.remove_abandoned(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == [".p.full.vnb.2.partial", "outside"]
+
+
 def test_writer_whose_file_was_taken_as_abandoned(tmp_path, monkeypatch):
     """Between its open and its lock another writer may come: it must notice before it writes a whole backup."""
     real = fcntl.flock
@@ -199,6 +211,22 @@ def test_operands_that_are_no_files(tmp_path):
     ]:
         with pytest.raises(Error, match=reason):
             backupset.segments([str(operand)])
+
+
+def test_many_segments_take_little_memory(tmp_path):
+    """What is in a head beside the links may take seventy times its bytes in memory: none of it is kept."""
+    large = {"more": [[]] * 12_000}
+    with open(tmp_path / "a.vnb", "wb") as file:
+        for number in range(200):
+            file.write(samples.segment(samples.head(f"p{number}", **large), [samples.disk(size=0, image=large)]))
+    tracemalloc.start()
+    try:
+        found = backupset.segments([str(tmp_path)])
+        gc.collect()
+        now, _peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found) == 200 and now < 1 << 20
 
 
 def test_concatenated_segments_are_found(tmp_path):

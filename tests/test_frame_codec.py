@@ -134,6 +134,7 @@ def test_any_msgpack_with_a_sound_sum(value):
         b"\x91" * 5000 + b"\x01",
         b"\x81\xa1a" * 5000 + b"\x01",
         b"\xdc\x30\x01" + b"\x01" * 12289,  # too long an array
+        b"\x92" + 2 * (b"\xdc\x18\x00" + b"\x90" * 6144),  # two too many values
         b"\xdd\xff\xff\xff\xff",            # four milliards of elements
         b"\xdf\xff\xff\xff\xff",
         b"\xdb\xff\xff\xff\xff",            # 4 GiB of text
@@ -152,6 +153,7 @@ def test_values_that_the_format_does_not_know(value):
         ["x"], [], [5, 5], ["", 5], ["a\nb", 5], ["x" * 256, 5], ["x", *range(30)],
         ["x", 1 << 64], ["x", -1], ["x", 1.0], ["x", b""], ["x", {1: 2}], ["x", "\ud800"], ["x", object()],
         ["x", list(range(12289))], ["x", {str(n): n for n in range(1025)}], ["x", "a" * f.MAX_HEADER],
+        ["x", [[]] * 6145, {"a": [[]] * 6144}],
         ["vnb", 1, "a" * f.MAX_HEAD], ["extent", 0, [0] * 12291], ["extent", 0, ["\ud800"]], ["extent", 0, [1 << 64]],
     ],
     ids=lambda fields: repr(fields)[:30],

@@ -99,6 +99,7 @@ def merge_into(writer, content, start=0, stop=None, with_index=True, **options):
     with samples.memory(content) as fd:
         path = backupset.segments_in_file(f"/proc/self/fd/{fd}")
         merge = Merge(path[start:stop], "the chain", **options)
+        merge.read_head()
         out = writer.segment(merge.head, merge.disks)
         builder = index.Builder(out) if with_index else None
         merge.write(out, builder)
@@ -181,6 +182,7 @@ def content_of(segment):
 def frames_of(path, **options):
     with samples.written() as (writer, content):
         merge = Merge(path, "the chain", **options)
+        merge.read_head()
         out = writer.segment(merge.head, merge.disks)
         merge.write(out)
         out.end()

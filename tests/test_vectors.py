@@ -115,7 +115,7 @@ def test_limits_of_the_page():
         "length of a data frame": f"{f.MAX_DATA >> 20} MiB",
         "payload of file, index, unknown": f"{f.MAX_PAYLOAD >> 20} MiB",
         "extents in a frame": f"{f.MAX_EXTENTS}",
-        "elements of any array in a frame": f"{3 * f.MAX_EXTENTS}",
+        "values in all arrays and maps of a frame, nested or not": f"{f.MAX_VALUES}",
         "keys of a map": f"{f.MAX_MAP}",
         "nesting": f"{f.MAX_NESTING}",
         "disks in a segment": f"{f.MAX_DISKS}",

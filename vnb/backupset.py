@@ -21,7 +21,9 @@ _INDEX_FRAME = _INDEX_HEADER + index.ROW_SIZE * index.FRAME_ROWS  # as long as t
 
 class SavedSegment:
     """
-    A segment in a file. head (dict), disks (list of dict); name (str): the file's path.
+    A segment in a file. head (dict), disks (list of dict): as vnb.chain.outline() leaves them, open() has all of them.
+
+    name (str): the file's path.
 
     start, length (int): where it is in the file, in bytes. fd (int): opened when first needed, see close().
     """
@@ -33,8 +35,7 @@ class SavedSegment:
         self._last_index = last_index
         self._fd = None
         segment = self._read(fd)
-        self.head = segment.head
-        self.disks = segment.disks
+        self.head, self.disks = chain.outline(segment.head, segment.disks)
 
     @property
     def fd(self):
@@ -52,7 +53,7 @@ class SavedSegment:
     def open(self):
         """This segment as vnb.stream.Reader gives it, from its first byte. Raises Error if it was replaced."""
         segment = self._read(self.fd)
-        if segment.head != self.head or segment.disks != self.disks:
+        if chain.outline(segment.head, segment.disks) != (self.head, self.disks):
             raise Error(self.name, "the file has changed since it was opened")
         return segment
 
@@ -420,7 +421,8 @@ def remove_abandoned(directory):
             continue
         path = os.path.join(directory, name)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            # Not to wait for whoever may open the other end of a FIFO.
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
             continue  # its writer was faster
         try:

@@ -113,6 +113,7 @@ def _after(path, segments, name, start):
 
 def _merge(path, name, wanted, out):
     merged = Merge(path, name, wanted)
+    merged.read_head()
     written = out.segment(merged.head, merged.disks)
     merged.write(written)
     written.end()

@@ -23,6 +23,7 @@ MAX_EXTENTS = 4096  # in one frame: 80 KiB at most, decoded in a few millisecond
 MAX_DISKS = 1024  # libvirt's own limit is lower; a stream of a million disks is an attack
 MAX_ELEMENTS = 31  # of a frame
 MAX_MAP = 1024  # keys of a map
+MAX_VALUES = 3 * MAX_EXTENTS  # in all arrays and maps of a frame: a byte of a stream can be a value of 64 in memory
 MAX_NESTING = 16  # arrays and maps in a field: every encoder, and every reader of JSON, gives up at some depth
 MAX_NAME = 255  # characters of a frame's type, and of any name
 MAX_INTEGER = (1 << 64) - 1
@@ -136,7 +137,7 @@ def decode(view):
         return ["tail", length, back], sum_, TAIL.size, None
     unpacker = msgpack.Unpacker(
         max_buffer_size=MAX_HEAD,
-        max_array_len=3 * MAX_EXTENTS,
+        max_array_len=MAX_VALUES,
         max_map_len=MAX_MAP,
         max_bin_len=0,
         max_ext_len=0,
@@ -264,30 +265,36 @@ def _check_fields(fields, has_payload):
         if len(fields[2]) > 3 * MAX_EXTENTS:
             raise FrameError(f'more than {MAX_EXTENTS} extents in frame "extent"')
         return
-    for value in fields:
-        _check_value(kind, value, MAX_NESTING)
+    _check_values(kind, fields)
 
 
-def _check_value(kind, value, room):
-    """Raise FrameError for a value that not everybody reads alike, or that can't be said in JSON."""
-    if isinstance(value, str) or value is None or value is True or value is False:
-        return
-    if isinstance(value, int):
-        if not 0 <= value <= MAX_INTEGER:
-            raise FrameError(f'an integer in frame "{kind}" is out of range')
-    elif isinstance(value, (list, tuple, dict)):
-        if room == 0:
-            raise FrameError(f'frame "{kind}" is nested more than {MAX_NESTING} deep')
-        if isinstance(value, dict):
-            if len(value) > MAX_MAP or not all(isinstance(key, str) for key in value):
-                raise FrameError(f'a map in frame "{kind}" is too large, or a key is no string')
-            value = value.values()
-        elif len(value) > 3 * MAX_EXTENTS:
-            raise FrameError(f'an array in frame "{kind}" is too long')
-        for element in value:
-            _check_value(kind, element, room - 1)
-    else:
-        raise FrameError(f'frame "{kind}" has a value of a type that the format does not know')
+def _check_values(kind, fields):
+    """Raise FrameError for values that not everybody reads alike, that can't be said in JSON, or that are too many."""
+    level = fields
+    values = depth = 0
+    while level:
+        inner = []
+        for value in level:
+            if isinstance(value, str) or value is None or value is True or value is False:
+                continue
+            if isinstance(value, int):
+                if not 0 <= value <= MAX_INTEGER:
+                    raise FrameError(f'an integer in frame "{kind}" is out of range')
+            elif isinstance(value, (list, tuple, dict)):
+                if depth == MAX_NESTING:
+                    raise FrameError(f'frame "{kind}" is nested more than {MAX_NESTING} deep')
+                values += len(value)
+                if values > MAX_VALUES:
+                    raise FrameError(f'more than {MAX_VALUES} values in the arrays and maps of frame "{kind}"')
+                if isinstance(value, dict):
+                    if len(value) > MAX_MAP or not all(isinstance(key, str) for key in value):
+                        raise FrameError(f'a map in frame "{kind}" is too large, or a key is no string')
+                    value = value.values()
+                inner += value
+            else:
+                raise FrameError(f'frame "{kind}" has a value of a type that the format does not know')
+        level = inner
+        depth += 1
 
 
 def sum_over(header, payload):

@@ -3,6 +3,7 @@
 One segment out of several that follow each other: each block is read once, and the last writer wins.
 
     merge = Merge(path, "the chain")                the segments, oldest first
+    merge.read_head()
     out = writer.segment(merge.head, merge.disks)
     merge.write(out)
     out.end()
@@ -44,7 +45,8 @@ class Merge:
     first one's parent, and the level of the last. A disk is full if it is so in any of them, and one that the
     last does not have is left out. only (container of str or None): names of disks, the others are left out too.
     repack (bool): compress the rest of a cut frame as the frame was; otherwise it stays plain.
-    Raises Error for what can't be merged. Nothing is read but heads.
+    Raises Error for what can't be merged. Nothing is read: of head and disks only what vnb.chain.outline() leaves is
+    here, until read_head() was called.
     """
 
     def __init__(self, path, name, only=None, repack=False):
@@ -70,6 +72,14 @@ class Merge:
         self._buffer = bytearray()  # of the frame that is passed on: always the same, it stays in the processor's cache
         self._plain = Cache(PLAIN_CACHE)
         self._codecs = {}  # of each segment the codec of the frame that was unpacked last
+
+    def read_head(self):
+        """Have all of head and disks, as the last segment has them. Raises Error."""
+        last = self.path[-1].open()
+        self.path[-1].close()
+        whole = {disk["name"]: disk for disk in last.disks}
+        self.head = {**last.head, **self.head}
+        self.disks = [{**whole[disk["name"]], **disk} for disk in self.disks]
 
     def _sources_of(self, name):
         found = []

@@ -247,6 +247,7 @@ def check_name(plan, run):
 def store(run, directory):
     """Store one segment in the place of several. It is durable when this returns, and they are still there."""
     merged = Merge(run, directory, repack=True)
+    merged.read_head()
     # An increment has the name of the one that it replaces, and takes its place in one step: Store's own check refuses
     # that. What it would have found, Plan and check_name() did.
     with backupset.Store(directory, merged.head, merged.disks, check=False) as store:

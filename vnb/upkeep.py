@@ -61,7 +61,7 @@ def size(args, say):
         ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--ledger"])
         ours = [
             segment for segment in ledger.of_domain(domain.uuid, domain.name)
-            if segment.head["chain"] == args["--chain"]
+            if segment.head.get("chain") == args["--chain"]
         ]
         tip = chain.tip(ours, domain.checkpoints())
         if tip is None:
@@ -184,7 +184,7 @@ def redefine(args, say):
         ledger = Ledger(args["--ledger"])
         segments = [
             segment for segment in ledger.of_domain(domain.uuid, domain.name)
-            if segment.head["checkpoint"] and segment.head.get("checkpoint_xml")
+            if segment.head["checkpoint"] and _checkpoint_xml(segment)
         ]
         if not segments:
             raise Error(ledger.directory, "holds no checkpoint")
@@ -195,9 +195,10 @@ def redefine(args, say):
             name = segment.head["checkpoint"]
             if name not in have:
                 # libvirt wants a parent that it knows; which one does not matter to a backup.
-                xml = domxml.with_parent(segment.head["checkpoint_xml"], parent)
                 try:
-                    _check_bitmaps(domain, segment)
+                    saved = _checkpoint_xml(segment)
+                    xml = domxml.with_parent(saved, parent)
+                    _check_bitmaps(domain, saved)
                     domain.redefine_checkpoint(xml, validate=True)
                 except Error as error:
                     broken.append(name)
@@ -209,12 +210,19 @@ def redefine(args, say):
             raise Error(domain.name, "no checkpoint is usable: the next backup must be a full one (--level auto)")
 
 
-def _check_bitmaps(domain, segment):
+def _checkpoint_xml(segment):
+    """The XML (str or None) of a saved segment's checkpoint: there may be many, and it is not kept in memory."""
+    xml = segment.open().head.get("checkpoint_xml")
+    segment.close()
+    return xml
+
+
+def _check_bitmaps(domain, checkpoint_xml):
     """Where the domain is off libvirt does not look into the images: we do."""
     if domain.is_active or not domain.is_local:
         return
     disks = {disk.name: disk for disk in domxml.disks(domain.xml(inactive=True))}
-    for name, bitmap in domxml.bitmaps(segment.head["checkpoint_xml"]).items():
+    for name, bitmap in domxml.bitmaps(checkpoint_xml).items():
         disk = disks.get(name)
         if disk is None or not disk.path:
             raise Error(name, f"{name}: the domain has no such disk any more")

@@ -236,8 +236,7 @@ class _Head:
 
     def __init__(self, path, segment):
         self.name = path
-        self.head = {key: value for key, value in segment.head.items() if not key.endswith("_xml")}
-        self.disks = segment.disks
+        self.head, self.disks = chain.outline(segment.head, segment.disks)
 
 
 class _File:
