@@ -377,3 +377,38 @@ def test_damaged_state(tmp_path, segments):
         (copy / ".vnb-apply.state").write_text(text)
         line = refused(segments[1], "--update", copy)
         assert line.startswith(f"{copy}/.vnb-apply.state: not the state of a copy")
+
+
+@pytest.mark.parametrize("path, value", [
+    (("point",), 5), (("point",), False), (("uuid",), None), (("created",), 5), (("history",), [5]),
+    (("history",), None), (("options",), "--format"), (("taking",), None), (("taking",), ["../outside"]),
+    (("taking",), [".vnb-apply.state"]), (("disks",), []), (("disks", "../x"), {"size": 5, "files": {}}),
+    (("disks", "vda"), {}), (("disks", "vda", "size"), "5"),
+    (("disks", "vda", "files"), None), (("disks", "vda", "files"), {"../outside": [1, 2, 3]}),
+    (("disks", "vda", "files"), {"": [1, 2, 3]}),
+])
+def test_state_that_makes_no_sense(tmp_path, segments, path, value):
+    """Files that it names are written and removed: none may be outside the copy."""
+    copy = tmp_path / "copy"
+    update(segments[0], copy)
+    state = place = json.loads((copy / ".vnb-apply.state").read_text())
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    (copy / ".vnb-apply.state").write_text(json.dumps(state))
+    line = refused(segments[1], "--update", copy)
+    assert line == f"{copy}/.vnb-apply.state: not the state of a copy that this vnb knows"
+
+
+def test_state_that_is_no_file(tmp_path, segments):
+    copy = tmp_path / "copy"
+    update(segments[0], copy)
+    (copy / ".vnb-apply.state").rename(tmp_path / "state")
+    (copy / ".vnb-apply.state").symlink_to(tmp_path / "state")
+    assert refused(segments[1], "--update", copy) == f"{copy}/.vnb-apply.state: Too many levels of symbolic links"
+    (copy / ".vnb-apply.state").unlink()
+    os.mkfifo(copy / ".vnb-apply.state")
+    assert "not the state of a copy" in refused(segments[1], "--update", copy)
+    (copy / ".vnb-apply.state").unlink()
+    (copy / ".vnb-apply.state").write_text('{"version":' + "[" * 100_000)
+    assert "not the state of a copy" in refused(segments[1], "--update", copy)

@@ -94,6 +94,10 @@ def test_a_directory_of_another_user_is_left_alone(saved, clean):
         os.chown(path, 12345, 12345)
     assert run("vnb-map", "--run", "true", saved).returncode == 0
     (theirs / "lock").unlink()
+    os.mkfifo(theirs / "lock", 0o644)  # nobody will ever write to it
+    os.chown(theirs / "lock", 12345, 12345)
+    assert run("vnb-map", "--run", "true", saved).returncode == 0
+    (theirs / "lock").unlink()
     theirs.rmdir()
 
 

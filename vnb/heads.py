@@ -6,6 +6,8 @@ import os
 import secrets
 import uuid
 
+from vnb.errors import Error
+
 DEFAULT_CHAIN = "main"
 
 
@@ -18,7 +20,8 @@ def new(domain, uuid, level, stage, parent=None, chain=DEFAULT_CHAIN, after=None
     """
     A head (dict) with an id and a point of its own.
 
-    after (str or None): the parent's `created`: the new one is later, whatever the clock says.
+    after (str or None): the parent's `created`: the new one is later, whatever the clock says. Raises Error where that
+    is no time, or the last one of all.
     """
     created = now()
     if after is not None and created <= after:
@@ -51,5 +54,8 @@ def uuid_of(name):
 
 
 def _next(created):
-    moment = datetime.datetime.strptime(created, "%Y-%m-%dT%H:%M:%S.%fZ") + datetime.timedelta(microseconds=1)
+    try:
+        moment = datetime.datetime.strptime(created, "%Y-%m-%dT%H:%M:%S.%fZ") + datetime.timedelta(microseconds=1)
+    except (ValueError, OverflowError):
+        raise Error("ledger", f'"created" of the parent is no time that another can follow: {created}') from None
     return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -126,7 +126,7 @@ class Job:
         ours = sorted(
             (
                 segment.head for segment in ledger.segments()
-                if segment.head["chain"] == self.head["chain"] and segment.head["checkpoint"] in have
+                if segment.head.get("chain") == self.head["chain"] and segment.head["checkpoint"] in have
             ),
             key=lambda head: head["created"],
         )

@@ -54,7 +54,8 @@ def _remove_directories(above):
             continue
         path = os.path.join(above, name)
         try:
-            lock = os.open(os.path.join(path, LOCK), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            # Another user's may be a FIFO, on which opening would wait for ever.
+            lock = os.open(os.path.join(path, LOCK), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
             continue  # another's, or gone, or something else
         try:

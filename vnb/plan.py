@@ -135,7 +135,7 @@ class Plan:
         if level in ("full", "copy"):
             return level, None, None
         known = self.ledger.of_domain(self.source.uuid, self.source.name)
-        ours = [segment for segment in known if segment.head["chain"] == self.options["chain"]]
+        ours = [segment for segment in known if segment.head.get("chain") == self.options["chain"]]
         if since not in (None, "last", "full"):
             if since not in self.have:
                 raise Error(self.source.name, f"there is no checkpoint {since}")

@@ -270,14 +270,14 @@ class Standby:
 
     def _load(self):
         path = self._directory.final(STATE)
-        try:
-            with open(path, encoding="utf-8") as file:
-                state = json.load(file)
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             return {"point": None, "history": [], "disks": {}, "taking": []}
-        except ValueError as error:
+        try:
+            with open(_open(path), encoding="utf-8") as file:
+                state = json.load(file)
+        except (ValueError, RecursionError) as error:
             raise Error(path, f"not the state of a copy ({error})") from None
-        if not isinstance(state, dict) or state.get("version") != VERSION:
+        if not isinstance(state, dict) or state.get("version") != VERSION or not _is_sound(state):
             raise Error(path, "not the state of a copy that this vnb knows")
         if state["options"] != self._words:
             said = " ".join(state["options"])
@@ -336,6 +336,27 @@ class Replay(Restore):
         return NewImage(self._directory, name, self._recipe, replaces=taken)
 
 
+def _is_sound(state):
+    """Whether a state (dict) is such as _save() writes it, with names of files that are in the directory."""
+    disks = state.get("disks")
+    if not isinstance(disks, dict) or not all(map(stream.is_safe_name, disks)):
+        return False
+    texts = []
+    if state.get("point") is not None:
+        texts = [state.get(key) for key in ("point", "uuid", "domain", "created")]
+    lists = [state.get(key) for key in ("options", "history", "taking")]
+    if not all(isinstance(list_, list) for list_ in lists):
+        return False
+    names = [*state["taking"]]
+    for disk in disks.values():
+        if not isinstance(disk, dict) or type(disk.get("size")) is not int or not isinstance(disk.get("files"), dict):
+            return False
+        names += disk["files"]
+    return all(isinstance(text, str) for text in [*texts, *state["options"], *state["history"], *names]) and not any(
+        "/" in name or "\0" in name or name[:1] in ("", ".") for name in names
+    )
+
+
 def _stamp(path):
     """What of a file changes when it is written to, or None."""
     try:
@@ -349,7 +370,8 @@ def _stamp(path):
 
 def _open(path):
     try:
-        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # Not to wait for whoever may open the other end of a FIFO.
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise os_error(path, error) from None
 

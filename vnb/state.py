@@ -87,14 +87,17 @@ class JobDirectory:
             os.close(fd)
 
     def load(self):
-        """The job's record (dict), or None. Raises Error where it is damaged."""
+        """The job's record (dict with head and owner, dicts too), or None. Raises Error where it is damaged."""
         try:
             with open(self._record, encoding="utf-8") as file:
-                return json.load(file)
+                record = json.load(file)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise Error(self._record, f"cannot be read: {error}") from None
+        if not isinstance(record, dict) or not all(isinstance(record.get(key), dict) for key in ("head", "owner")):
+            raise Error(self._record, "is no record of a job")
+        return record
 
     def save(self, record):
         """Write the record durably: after a crash it is the old one or the new one."""
