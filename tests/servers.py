@@ -88,12 +88,17 @@ def qemu_io(image, *commands):
 
 
 class Done:
-    """What became of a command. status (int): minus the signal; out (bytes); err (str)."""
+    """
+    What became of a command. status (int): minus the signal; out (bytes); err (str).
 
-    def __init__(self, status, out, err):
+    peak (int or None): the most memory it had, in bytes, where that was measured.
+    """
+
+    def __init__(self, status, out, err, peak=None):
         self.status = status
         self.out = out
         self.err = err
+        self.peak = peak
 
     def __repr__(self):
         return f"status {self.status}, {len(self.out)} bytes, {self.err!r}"
@@ -135,8 +140,12 @@ def pipe(*commands, stdin=b""):
     return stdin
 
 
-def forked(name, module, *argv, stdin=b""):
-    """As command(), in a fork of this process: hundreds of runs would spend their time on starting Python."""
+def forked(name, module, *argv, stdin=b"", prepare=None):
+    """
+    As command(), in a fork of this process: hundreds of runs would spend their time on starting Python.
+
+    prepare (callable or None): called there first. Its peak has this process's own memory in it.
+    """
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
         files[0].write(stdin)
@@ -145,12 +154,15 @@ def forked(name, module, *argv, stdin=b""):
         if child == 0:
             status = 70
             try:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)  # what hangs is to die, not to fail with a word
                 signal.alarm(DEADLINE)
                 for fd, file in enumerate(files):
                     os.dup2(file.fileno(), fd)
                 run.sys.stdin = open(0, closefd=False)  # noqa: SIM115
                 run.sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
                 run.sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+                if prepare is not None:
+                    prepare()
                 status = run.outcome(name, module, list(map(str, argv)))
                 run.sys.stderr.flush()
             except BaseException:
@@ -160,7 +172,8 @@ def forked(name, module, *argv, stdin=b""):
                 run.sys.stderr.flush()
             finally:
                 os._exit(status)
-        _, wait_status = os.waitpid(child, 0)
+        _, wait_status, usage = os.wait4(child, 0)
         for file in files[1:]:
             file.seek(0)
-        return Done(os.waitstatus_to_exitcode(wait_status), files[1].read(), files[2].read().decode())
+        status = os.waitstatus_to_exitcode(wait_status)
+        return Done(status, files[1].read(), files[2].read().decode(), usage.ru_maxrss << 10)

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Every command on hostile input: status 0, 1 or 2, lines of its own on standard error, memory that is bounded, and
+nothing outside its target. fuzzing.py has how it is fed, corpus/ what it begins with.
+"""
+
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import mutation
+import pytest
+import samples
+import servers
+import test_import
+from fuzzing import TARGET, Target, program
+
+from vnb import (
+    apply,
+    cat,
+    config,
+    domxml,
+    dump,
+    extents,
+    heads,
+    image,
+    importer,
+    pack,
+    prune,
+    read,
+    verify,
+)
+from vnb.errors import Error
+from vnb.ledger import Ledger
+from vnb.state import JobDirectory
+
+INPUTS = 40  # of one round
+FAULT = pytest.mark.fault(
+    f"hostile input to a command: streams, sets, XML, JSON, files of virtnbdbackup; {INPUTS} of them",
+    holds="status 0, 1 or 2, lines of its own, bounded memory, nothing outside its target", share=0.05,
+)
+REAL = {path.stem: path.read_bytes() for path in sorted(Path(__file__).with_name("corpus").glob("*.vnb"))}
+CHAIN = REAL["full"] + REAL["inc"]
+SAVED = [CHAIN, REAL["full"], REAL["copy"], samples.every_kind(required=False)]
+OTHERS = [frame for content in (samples.every_kind(), *REAL.values()) for frame in mutation.frames_of(content)]
+
+
+def of_stream(name, module, *argv, corpus=SAVED):
+    """A Target that reads a stream."""
+    return Target(name, module, argv, corpus, change_stream, lambda content, _: content)
+
+
+def of_set(name, module, *argv, target="set"):
+    """A Target that reads a set, whose files have names that mean nothing. target: where the set is."""
+
+    def place(content, directory):
+        (directory / target).mkdir(exist_ok=True)
+        (directory / target / "a.vnb").write_bytes(content)
+        return b""
+
+    return Target(name, module, argv, [CHAIN, REAL["copy"]], change_stream, place)
+
+
+def change_stream(chance, content):
+    return mutation.mutated_stream(chance, content, OTHERS)
+
+
+def lines():
+    """vnb-dump --from-json."""
+    corpus = [servers.command("vnb-dump", "--json", stdin=content).ok() for content in (CHAIN, REAL["copy"])]
+
+    def change(chance, content):
+        lines = content.decode(errors="surrogateescape").splitlines()
+        at = chance.randrange(len(lines))
+        lines[at] = mutation.mutated_json(chance, lines[at])
+        return "\n".join(lines).encode(errors="surrogateescape")
+
+    return Target("vnb-dump", dump, ["--from-json"], corpus, change, lambda content, _: content)
+
+
+def imported(directory):
+    """vnb-import of a directory as virtnbdbackup leaves it."""
+    corpus = []
+    for compressed in (False, True):
+        path = directory / f"corpus-{compressed}"
+        test_import.backup(path, compressed=compressed)
+        corpus.append({file.name: file.read_bytes() for file in path.iterdir()})
+
+    def place(files, directory):
+        path = directory / "backup"
+        path.mkdir()
+        for name, content in files.items():
+            (path / name).write_bytes(content)
+        return b""
+
+    return Target("vnb-import", importer, ["backup"], corpus, mutation.mutated_backup, place)
+
+
+def copy(directory):
+    """vnb-apply --update of a copy whose state is not what was left there."""
+    made = directory / "copy"
+    argv = ["--update", "--format", "raw"]
+    servers.command("vnb-apply", *argv, made, stdin=REAL["full"]).ok()
+    state = (made / ".vnb-apply.state").read_text()
+
+    def change(chance, input_):
+        state, content = input_
+        if chance.random() < 0.7:
+            return mutation.mutated_json(chance, state), content
+        return state, change_stream(chance, content)
+
+    def place(input_, directory):
+        state, content = input_
+        path = directory / TARGET / ".copy"  # it stays when vnb-apply fails
+        shutil.copytree(made, path)
+        (path / ".vnb-apply.state").write_text(state, errors="surrogateescape")
+        return content
+
+    return Target("vnb-apply", apply, [*argv, f"{TARGET}/.copy"], [(state, REAL["inc"]), (state, CHAIN)], change, place)
+
+
+def record():
+    """What is left of a job, as vnb-checkpoint finds it."""
+
+    def place(text, directory):
+        path = directory / TARGET / "jobs" / "u"
+        path.mkdir(parents=True, mode=0o700)
+        (path / "job.json").write_text(text, errors="surrogateescape")
+        return b""
+
+    def main(_args):
+        try:
+            found = JobDirectory(TARGET, "u").load()
+            if not isinstance(found["head"], dict):
+                raise TypeError("a record without a head")
+        finally:
+            shutil.rmtree(f"{TARGET}/jobs")
+
+    corpus = ['{"kind": "images", "phase": "running", "owner": {"pid": 5}, "head": {"domain": "vm"}, "servers": []}']
+    return Target("x", program("", main), [], corpus, mutation.mutated_json, place)
+
+
+def read_everywhere(_args):
+    """What vnb-map does for its clients."""
+    images = image.Images(["set"])
+    failed = None
+    for name in images.names():
+        try:
+            opened = images.open(name)
+            for offset in {0, 1, 4095, 4096, opened.size // 2, max(0, opened.size - 1)}:
+                length = min(70_001, opened.size - offset)
+                if length > 0:
+                    opened.read_into(memoryview(bytearray(length)), offset)
+                    opened.extents(offset, length, 100)
+        except Error as error:
+            failed = error
+    if failed is not None:
+        raise failed
+
+
+def begin_from(_args):
+    """What vnb-checkpoint does with a ledger."""
+    ledger = Ledger("set")
+    segments = ledger.segments()
+    for segment in ledger.of_domain(segments[0].head["uuid"], "vm"):
+        heads.new("vm", "u", "inc", "disks", parent=segment.head["point"], after=segment.head["created"])
+        if segment.head.get("checkpoint_xml"):
+            domxml.bitmaps(domxml.with_parent(segment.head["checkpoint_xml"], "p"))
+
+
+TARGETS = {
+    "pack": lambda _: of_stream("vnb-pack", pack, "-z"),
+    "pack-set": lambda _: of_stream("vnb-pack", pack, "-o", f"{TARGET}/set"),
+    "apply": lambda _: of_stream("vnb-apply", apply, "--format", "raw", TARGET),
+    "apply-qcow2": lambda _: of_stream("vnb-apply", apply, TARGET),
+    "verify": lambda _: of_stream("vnb-verify", verify),
+    "dump": lambda _: of_stream("vnb-dump", dump),
+    "dump-json": lambda _: of_stream("vnb-dump", dump, "--json", corpus=[*SAVED, REAL["extents"]]),
+    "dump-from-json": lambda _: lines(),
+    "dump-map": lambda _: of_set("vnb-dump", dump, "--map", "set"),
+    "config": lambda _: of_stream("vnb-config", config, "--disk-dir", TARGET, "-o", f"{TARGET}/domain.xml"),
+    "cat": lambda _: of_set("vnb-cat", cat, "set"),
+    "cat-merge": lambda _: of_set("vnb-cat", cat, "--merge", "set"),
+    "verify-set": lambda _: of_set("vnb-verify", verify, "set"),
+    "prune": lambda _: of_set("vnb-prune", prune, "--keep-daily", "1", f"{TARGET}/.set", target=f"{TARGET}/.set"),
+    "map": lambda _: of_set("vnb-map", program("SET", read_everywhere), "set"),
+    "ledger": lambda _: of_set("x", program("SET", begin_from), "set"),
+    "import": imported,
+    "copy": copy,
+    "record": lambda _: record(),
+}
+
+
+@FAULT
+@pytest.mark.parametrize("target", TARGETS)
+def test_command(tmp_path, rounds, target):
+    for chance in rounds:
+        TARGETS[target](tmp_path).fuzz(tmp_path, chance, INPUTS)
+
+
+@FAULT
+@pytest.mark.parametrize("name, module, stage", [("vnb-extents", extents, "disks"), ("vnb-read", read, "extents")])
+def test_command_with_a_server(tmp_path, rounds, name, module, stage):
+    with servers.nbdkit("memory", "256K") as server:
+        content = mutation.with_uri(REAL[stage], server.uri)
+        for chance in rounds:
+            of_stream(name, module, corpus=[content]).fuzz(tmp_path, chance, INPUTS)
+
+
+def fail(how):
+    """A program that does what none must."""
+    if how == "traceback":
+        raise ZeroDivisionError
+    if how == "memory":
+        bytearray(200 << 20)
+    if how == "outside":
+        Path("outside").touch()
+    if how == "left":
+        Path(TARGET, "left").touch()
+        raise Error("x", "no")
+    if how == "terminal":
+        sys.stderr.write("\x1b[2J\n")
+    if how == "silent":
+        os._exit(1)
+
+
+@pytest.mark.parametrize("how, said", [
+    ("traceback", "ZeroDivisionError"), ("memory", "it took "), ("outside", "outside its target: [('outside'"),
+    ("left", "it failed, and left"), ("terminal", "no line of its own"), ("silent", "it failed without a word"),
+])
+def test_what_is_not_right_is_seen(tmp_path, how, said):
+    with pytest.raises(AssertionError) as caught:
+        of_stream("x", program("", lambda _: fail(how))).fuzz(tmp_path, random.Random(1), 1)
+    assert said in str(caught.value)
+
+
+def test_what_reaches_more_is_kept(tmp_path):
+    """From a 0 step by step to a 3: by chance alone it would take longer."""
+    def main(_args):
+        content = sys.stdin.read()
+        if content >= "1":
+            domxml.parse("<a/>", "x")
+            if content >= "2":
+                domxml.sizes("<a/>")
+                if content >= "3":
+                    raise ZeroDivisionError
+
+    def change(chance, content):
+        return str(max(0, min(int(content) + chance.choice([-1, 1]), 3))).encode()
+
+    target = Target("x", program("", main), [], [b"0"], change, lambda content, _: content)
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        target.fuzz(tmp_path, random.Random(1), 60)
