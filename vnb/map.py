@@ -301,8 +301,10 @@ def pid_file(path):
     """Have our process id in a file, locked, for as long as this lasts."""
     with contextlib.ExitStack() as stack:
         try:
-            fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            # Whoever can write to it decides which process --stop ends: a link, or another's file, is not for us.
+            fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             stack.callback(os.close, fd)
+            check_pid_file(path, fd)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             stack.callback(os.unlink, path)
             os.ftruncate(fd, 0)
@@ -314,16 +316,29 @@ def pid_file(path):
         yield
 
 
+def check_pid_file(path, fd):
+    """Raise Error unless a file is ours, and of a kind that a process id may be in."""
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        raise Error(path, "not a regular file")
+    if found.st_uid != os.geteuid():
+        raise Error(path, "belongs to another user")
+
+
 def stop(path):
     """End the vnb-map that wrote this file, and wait until it has ended."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise os_error(path, error) from None
     try:
+        check_pid_file(path, fd)
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.kill(int(os.read(fd, 20)), signal.SIGTERM)  # its lock says that it lives
+        said = os.read(fd, 20).strip()
+        if not re.fullmatch(rb"[1-9][0-9]*", said):
+            raise Error(path, "has no process id in it") from None
+        os.kill(int(said), signal.SIGTERM)  # its lock says that it lives
         fcntl.flock(fd, fcntl.LOCK_SH)
     else:
         raise Error(path, "the vnb-map that wrote this has ended")

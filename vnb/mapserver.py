@@ -17,6 +17,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from vnb.child import PATIENCE, Child, wait_for
 from vnb.errors import Error, os_error
+from vnb.tempdir import runtime_directory
 
 PLUGIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "mapplugin.py")
 PREFIX = "vnb-map."  # of the names of private directories
@@ -28,8 +29,8 @@ HIGH = 10  # descriptors that a child inherits stay clear of 3, where it gets th
 @contextlib.contextmanager
 def private_directory():
     """The path of a directory that only we can enter, for as long as this lasts. Those of the killed are removed."""
-    above = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
     try:
+        above = runtime_directory()
         _remove_directories(above)
         while True:
             path = tempfile.mkdtemp(prefix=PREFIX, dir=above)

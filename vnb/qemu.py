@@ -11,6 +11,7 @@ from vnb.child import Child
 from vnb.errors import Error, os_error
 from vnb.libc import WriteBack
 from vnb.target import Lost, Nbd
+from vnb.tempdir import temporary_directory
 
 # QEMU takes a buffer for each request and gives it back, and glibc asks the kernel for each one of this size: half of
 # a restore was page faults. With these it keeps the memory, at most as much as was ever in flight at once.
@@ -241,7 +242,7 @@ def _private_connection():
     """(listening socket, socket connected to it): their path was in a directory of ours and is gone."""
     listener, connection = (socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(2))
     try:
-        with tempfile.TemporaryDirectory(prefix="vnb-apply.") as directory:
+        with tempfile.TemporaryDirectory(prefix="vnb-apply.", dir=temporary_directory()) as directory:
             path = os.path.join(directory, "s")
             listener.bind(path)
             listener.listen(1)

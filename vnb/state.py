@@ -123,8 +123,12 @@ class JobDirectory:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(self.path, "control"))
         listener = socket.socket(socket.AF_UNIX)
-        with self._short_path() as path:
-            listener.bind(path)
+        mask = os.umask(0o177)
+        try:
+            with self._short_path() as path:
+                listener.bind(path)
+        finally:
+            os.umask(mask)
         listener.listen(8)
         return listener
 

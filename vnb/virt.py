@@ -10,7 +10,7 @@ import time
 import libvirt
 
 from vnb import domxml, qemuimg
-from vnb.errors import Error
+from vnb.errors import Error, os_error
 
 SETTLE_SECONDS = 90  # a guest that shuts down while a job runs stays in that state for 30 s
 PRESERVE_SHUTDOWN = 1 << 1  # VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN: a guest stays until the job ends
@@ -65,12 +65,18 @@ def _open_any(uri, user, password_file):
     if user is None and password_file is None:
         return libvirt.open(uri)
 
+    failed = []  # what is raised in there libvirt prints, with a traceback
+
     def answer(credentials, _data):
         for credential in credentials:
             if credential[0] in (libvirt.VIR_CRED_AUTHNAME, libvirt.VIR_CRED_USERNAME):
                 credential[4] = user
             elif credential[0] in (libvirt.VIR_CRED_PASSPHRASE, libvirt.VIR_CRED_NOECHOPROMPT):
-                credential[4] = _password(password_file)
+                try:
+                    credential[4] = _password(password_file)
+                except Error as error:
+                    failed.append(error)
+                    return -1
             else:
                 return -1
         return 0
@@ -79,15 +85,25 @@ def _open_any(uri, user, password_file):
         libvirt.VIR_CRED_AUTHNAME, libvirt.VIR_CRED_USERNAME, libvirt.VIR_CRED_PASSPHRASE,
         libvirt.VIR_CRED_NOECHOPROMPT,
     ]
-    return libvirt.openAuth(uri, [kinds, answer, None], 0)
+    try:
+        return libvirt.openAuth(uri, [kinds, answer, None], 0)
+    except libvirt.libvirtError:
+        if failed:
+            raise failed[0] from None
+        raise
 
 
 def _password(path):
     """The first line of a file: a password has no place among the arguments, where everybody can read it."""
     if path is None:
         raise Error("--password-file", "libvirt asks for a password, and none is given")
-    with open(path, encoding="utf-8") as file:
-        return file.readline().rstrip("\n")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.readline().rstrip("\n")
+    except OSError as error:
+        raise os_error(path, error) from None
+    except UnicodeDecodeError:
+        raise Error(path, "is not UTF-8") from None
 
 
 class Host:
