@@ -158,7 +158,8 @@ class Blocked(Exception):
     pass
 
 
-def test_extents_that_wait_behind_a_read_are_bounded(monkeypatch):
+@pytest.mark.parametrize("length", [1, 4096])
+def test_extents_that_wait_behind_a_read_are_bounded(monkeypatch, length):
     """A server that does not answer must not make the stage take in all of its input."""
     def wait(_request, _connections):
         raise Blocked
@@ -168,9 +169,11 @@ def test_extents_that_wait_behind_a_read_are_bounded(monkeypatch):
     pipeline = read.Pipeline(mock.Mock(), [export], requests=4)
     pipeline.add(stream.Extents(0, [0, 4096, DATA]))
     with pytest.raises(Blocked):
-        for number in range(1, 1000):
-            pipeline.add(stream.Extents(0, [4096 * number, 4096, ZERO]))
-    assert number == 2 * 4
+        for number in range(1, 1_000_000, length):
+            runs = [value for at in range(number, number + length) for value in (4096 * at, 4096, ZERO)]
+            pipeline.add(stream.Extents(0, runs))
+    assert (3 * length + read.LIST) * (len(pipeline.queue) - 1) <= read.MAX_WAITING
+    assert len(pipeline.queue) > 4
     pipeline = read.Pipeline(mock.Mock(), [export], requests=1000)
     with pytest.raises(Blocked):
         pipeline.add(stream.Extents(0, [0, 1 << 40, DATA]))

@@ -8,7 +8,7 @@ Usage:
 Reads a stream with extents, writes it with their data.
 
 Options:
-  --requests N         reads in flight over all disks [default: 32]
+  --requests N         reads in flight over all disks [default: 64]
   --request-size SIZE  bytes of one read, and of a data frame [default: 512k]
   --connections N      connections to each export, where the server allows
                        several [default: 4]
@@ -30,7 +30,8 @@ from vnb.pool import Pool
 
 MAX_IN_FLIGHT = 16 * MiB  # bytes: what the buffers of reads in flight take, however many are asked for
 BUSY = 4  # reads in flight on a connection: with so many on each, another one is worth its handshake
-LIST_TURNS = 2  # lists of extents that may wait behind a read in flight
+MAX_WAITING = 1 << 16  # numbers in lists of extents that wait behind a read in flight: 3 MiB
+LIST = 16  # numbers that take as much memory as a list with none
 
 
 def main(args):
@@ -97,6 +98,7 @@ class Pipeline:
         self.queue = collections.deque()  # (request, disk, offset, view), or (None, disk, runs, None)
         self.in_flight = 0
         self.bytes_in_flight = 0
+        self.waiting = 0  # numbers in lists that are in the queue
 
     def add(self, frame):
         """Take an Extents frame: start reads for its data, as many as may be in flight, and pass on the rest."""
@@ -114,8 +116,9 @@ class Pipeline:
 
     def _pass_on(self, disk, runs):
         self.queue.append((None, disk, runs, None))
+        self.waiting += LIST + len(runs)
         # Extents that wait behind reads are bounded too: a disk may have millions of zeroes and little data.
-        while not self.in_flight and self.queue or len(self.queue) > LIST_TURNS * self.requests:
+        while not self.in_flight and self.queue or self.waiting > MAX_WAITING:
             self._write_first()
 
     def _read(self, disk, offset, end):
@@ -142,6 +145,7 @@ class Pipeline:
         request, disk, what, view = self.queue.popleft()
         if request is None:
             self.out.extents(disk, what)
+            self.waiting -= LIST + len(what)
             return
         wait(request, [connection for export in self.exports for connection in export.connections])
         self.in_flight -= 1
