@@ -5,7 +5,7 @@
 # make check    the fast tests and the linters: seconds
 # make test     all tests, those on a real libvirtd and QEMU too: minutes
 # make soak     faults for MINUTES=60, by a seed: SEED=1; the README's table of them is made by it
-# make bench    beside nbdcopy, qemu-img, virtnbdbackup; JSON=1 prints JSON
+# make bench    beside nbdcopy, qemu-img, virtnbdbackup; JSON=1 prints JSON, README=1 writes the README's table
 # make deb      a Debian package, in build/deb
 # make clean
 
@@ -32,10 +32,10 @@ test: check
 
 soak: setup
 	VNB_SOAK=$(or $(MINUTES),60) VNB_SEED=$(or $(SEED),$(shell date +%j)) VNB_SOAK_RESULTS=tests/faults/results.json \
-		$(PYTEST) tests/faults; status=$$?; .venv/bin/python tests/faults/table.py && exit $$status
+		$(PYTEST) tests/faults; status=$$?; PYTHONPATH=tests .venv/bin/python tests/faults/table.py && exit $$status
 
 bench: setup
-	@.venv/bin/python tests/bench/bench.py $(if $(JSON),--json)
+	@.venv/bin/python tests/bench/bench.py $(if $(JSON),--json) $(if $(README),--readme)
 
 # Of what git knows: neither .venv nor anything else that is lying about gets into it.
 deb:

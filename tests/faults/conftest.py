@@ -21,7 +21,7 @@ import json
 import os
 
 import pytest
-import table
+import readme
 from rounds import SEED, SOAK_SECONDS, Rounds, Tally
 
 RESULTS = os.environ.get("VNB_SOAK_RESULTS")  # a file for what table.py renders
@@ -83,7 +83,7 @@ def pytest_sessionfinish(session):
         "asked": round(SOAK_SECONDS / 60),
         "began": config.stash[BEGAN].strftime("%Y-%m-%dT%H:%M:%SZ"),
         "minutes": round((datetime.datetime.now(datetime.timezone.utc) - config.stash[BEGAN]).total_seconds() / 60),
-        "versions": table.versions(),
+        "versions": readme.versions(),
         "faults": [vars(tally) for tally in config.stash[TALLIES].values()],
     }
     with open(RESULTS, "w", encoding="utf-8") as file:

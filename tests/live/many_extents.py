@@ -2,7 +2,8 @@
 """
 nbdkit Python plugin: a large disk of very many extents, and next to nothing to read.
 
-Every MiB is an extent of its own, in turn a hole and zeroes; one in 256 has 64 KiB of data.
+Every MiB, or what extent= says in bytes, is an extent of its own, in turn a hole and zeroes; one in 256 has 64 KiB of
+data.
 
     nbdkit python many_extents.py size=1099511627776 --run 'nbdinfo --map "$uri"'
 """
@@ -10,7 +11,7 @@ Every MiB is an extent of its own, in turn a hole and zeroes; one in 256 has 64 
 import nbdkit
 
 API_VERSION = 2
-EXTENT = 1 << 20
+extent = 1 << 20
 DATA = 64 << 10
 DATA_EVERY = 256
 
@@ -18,10 +19,13 @@ export_size = 1 << 40
 
 
 def config(key, value):
-    global export_size
-    if key != "size":
+    global export_size, extent
+    if key == "size":
+        export_size = int(value)
+    elif key == "extent":
+        extent = int(value)
+    else:
         raise RuntimeError(f"unknown parameter {key}")
-    export_size = int(value)
 
 
 def thread_model():
@@ -51,16 +55,16 @@ def pread(_handle, buffer, offset, _flags):
 
 def extents(_handle, count, offset, _flags):
     # nbdkit takes more than it was asked for; up to 4096 extents are enough for one answer
-    end = min(offset + count, offset + 4096 * EXTENT, export_size)
-    number = offset // EXTENT
+    end = min(offset + count, offset + 4096 * extent, export_size)
+    number = offset // extent
     found = []
-    while number * EXTENT < end:
-        start = number * EXTENT
+    while number * extent < end:
+        start = number * extent
         state = nbdkit.EXTENT_ZERO | (nbdkit.EXTENT_HOLE if number % 2 else 0)
         if number % DATA_EVERY == 0:
             found.append((start, DATA, 0))
-            found.append((start + DATA, EXTENT - DATA, state))
+            found.append((start + DATA, extent - DATA, state))
         else:
-            found.append((start, EXTENT, state))
+            found.append((start, extent, state))
         number += 1
     return found

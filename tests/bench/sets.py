@@ -1,51 +1,54 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-How fast a mapped set reads, beside nbdkit's file plugin on one flat image; and what a large index costs.
-
-Usage: map.py [--rounds N] [--data MIB] [--increments N] [--rows N] [--only WORD]
+Of sets: a chain that is merged, mapped and compressed, beside nbdkit's file plugin on one flat image and lz4 alone.
 
 The set is a full of random data, in frames of 512 KiB, and increments that each change 2 % of it in pieces of 64 KiB.
-Once as it is, once compressed (half of it can be). Jobs take turns; a time is the median, its ratio is to the first
-of the group. Random reads are of 4 KiB, from one connection, one or 16 at a time.
+Random reads are of 4 KiB, from one connection.
 """
 
-import argparse
 import os
 import random
-import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ["PATH"] = f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"
+import makers
+from mapping import mapped
+from peaks import LIMIT, peaks
+from turns import ROOT, Group, python, script, timed
+from xxhash import xxh3_64_intdigest
 
-import makers  # noqa: E402 -- after the path to it
-from mapping import mapped  # noqa: E402
-from xxhash import xxh3_64_intdigest  # noqa: E402
+from vnb import backupset, stream
+from vnb.frame import MiB
+from vnb.index import Builder
 
-from vnb import backupset, codec, stream  # noqa: E402
-from vnb.frame import MiB  # noqa: E402
-from vnb.index import Builder  # noqa: E402
-
+INDEX = "open an index of ten million extents"
+MANY = 10_000_000
+MOST_SECONDS, MOST_MIB = 10, 400  # that this may take
+MEMORY = "peak memory in MiB, 1 TiB in a million extents"
+# The calls alone, on blocks as large as the frames: the file is read outside of the time.
+LZ4 = """
+import lz4.block, sys, time
+size, seconds = int(sys.argv[2]), 0
+with open(sys.argv[1], "rb") as file:
+    while block := file.read(size):
+        start = time.monotonic()
+        lz4.block.compress(block, store_size=False)
+        seconds += time.monotonic() - start
+print(seconds)
+"""
 FRAME = 512 << 10
 PIECE = 64 << 10
 READS = 20_000
 
 
-def make(directory, size, increments, spec, shrinks=False):
-    """Make a set and the flat image (path) that it must read as. shrinks (bool): half of its bytes could be packed."""
+def make(directory, size, increments):
+    """Make a set and the flat image (path) that it must read as. Half of its bytes could be packed."""
     os.makedirs(directory, mode=0o700)
     random_ = random.Random(1)
-    pack = codec.compressor(*codec.parse(spec))
 
     def content(length):
-        if spec == "none" and not shrinks:
-            return random_.randbytes(length)
         return b"".join(random_.randbytes(2048).ljust(4096, b"\0") for _ in range(length // 4096))
 
     flat = f"{directory}.flat"
@@ -61,8 +64,7 @@ def make(directory, size, increments, spec, shrinks=False):
                 places = range(0, size, step)
                 for offset in places if number == 0 else sorted(random_.sample(places, len(places) // 50)):
                     plain = content(step)
-                    name, payload = pack(plain)
-                    index.data(0, offset, step, *out.data(0, offset, step, name, xxh3_64_intdigest(plain), payload))
+                    index.data(0, offset, step, *out.data(0, offset, step, "none", xxh3_64_intdigest(plain), plain))
                     os.pwrite(image.fileno(), plain, offset)
                 index.finish()
                 out.end()
@@ -118,21 +120,7 @@ def time_map(set_, command):
 
 
 def run(command):
-    start = time.monotonic()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.monotonic() - start
-
-
-def group(title, jobs, rounds, unit):
-    seconds = {name: [] for name in jobs}
-    for number in range(rounds):
-        for name in list(jobs) if number % 2 == 0 else reversed(list(jobs)):
-            seconds[name].append(jobs[name]())
-    first = None
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        first = first or median
-        print(f"{title:24} {name:28} {median:7.2f} s  x{median / first:5.2f}  {unit(median)}", flush=True)
+    return timed(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
 
 
 def make_index(path, rows):
@@ -177,45 +165,53 @@ def open_index(path):
     return tuple(map(float, done.stdout.split()))
 
 
-def large_index(rows):
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:  # noqa: S108
-        path = os.path.join(directory, "large.vnb")
-        make_index(path, rows)
-        opened, each, peak = open_index(path)
-    print(f"index of {rows} rows: opened in {opened:.2f} s, {each * 1e6:.0f} us a look-up, {peak:.0f} MiB at most")
+def groups(lab, data):
+    """Yield the Groups, on a set of data (int) bytes and ten increments, half of whose bytes shrink."""
+    chain = lab.path("chain")
+    flat = make(chain, data, 10)
+    full = f"{chain}/*.full.vnb"
+    yield Group("compress with lz4, one thread", data, {
+        "lz4.block.compress": lambda at: python(lab, LZ4, full, 512 << 10),
+        "vnb-pack -z --threads 1": lambda at: script(lab, f"vnb-pack -z --threads 1 < {full} > /dev/null"),
+        "vnb-pack -z": lambda at: script(lab, f"vnb-pack -z < {full} > /dev/null"),
+    })
+    # Old segments are on disk, and so is what they are read for: here the set is dropped from the page cache.
+    yield Group("merge a full and ten increments", data, {
+        "vnb-cat": lambda at: cold(lab, chain, f"vnb-cat {chain} | cat > /dev/null"),
+        "vnb-cat --merge": lambda at: cold(lab, chain, f"vnb-cat --merge {chain} | cat > /dev/null"),
+    })
+    clients = {
+        "read of the mapped chain, in order": (data, sequential),
+        "4 KiB reads of it, one at a time": (0, at_random(1)),
+        "4 KiB reads of it, 16 at a time": (0, at_random(16)),
+    }
+    for title, (size, client) in clients.items():
+        yield Group(title, size, {
+            "nbdkit file": lambda at, client=client: time_file(flat, client),
+            "vnb-map": lambda at, client=client: time_map(chain, client),
+        })
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--data", type=int, default=2048)
-    parser.add_argument("--increments", type=int, default=10)
-    parser.add_argument("--rows", type=int, default=10_000_000)
-    parser.add_argument("--only", default="")
-    args = parser.parse_args()
-    if args.only in "index":
-        large_index(args.rows)
-    directory = tempfile.mkdtemp(prefix="vnb-bench.", dir="/var/tmp")  # noqa: S108
-    try:
-        size = args.data * MiB
-        plain, packed = os.path.join(directory, "plain"), os.path.join(directory, "packed")
-        flat = make(plain, size, args.increments, "none")
-        make(packed, size, args.increments, "lz4")
-        for title, command, unit in (
-            ("sequential", sequential, lambda seconds: f"{size / seconds / 1e6:6.0f} MB/s"),
-            ("random, one at a time", at_random(1), lambda seconds: f"{seconds / READS * 1e6:6.0f} us each"),
-            ("random, 16 at a time", at_random(16), lambda seconds: f"{seconds / READS * 1e6:6.0f} us each"),
-        ):
-            jobs = {
-                "nbdkit file": lambda command=command: time_file(flat, command),
-                "vnb-map": lambda command=command: time_map(plain, command),
-                "vnb-map, packed set": lambda command=command: time_map(packed, command),
-            }
-            if args.only in title:
-                group(title, jobs, args.rounds, unit)
-    finally:
-        shutil.rmtree(directory)
+def cold(lab, directory, text):
+    """Run a script, after the files of a directory were dropped from the page cache."""
+    for path in Path(directory).iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return script(lab, text)
 
 
-if __name__ == "__main__":
-    main()
+def large_index(lab):
+    """Yield a row of what it takes to open an index of ten million extents."""
+    path = lab.path("large.vnb")
+    make_index(path, MANY)
+    seconds, _, peak = open_index(path)
+    os.unlink(path)
+    for job, found, most in (("seconds", round(seconds, 2), MOST_SECONDS), ("MiB", round(peak), MOST_MIB)):
+        yield {"group": INDEX, "job": job, "found": found, "most": most}
+
+
+def memory(lab):
+    """Yield a row of the peak of each stage on a disk of 1 TiB with a million extents."""
+    for command, peak in peaks(lab).items():
+        yield {"group": MEMORY, "job": command, "found": round(peak / MiB, 1), "most": LIMIT // MiB}

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The table of the README with what bench.py measured: `make bench README=1` keeps the rows in speeds.json, too."""
+
+import datetime
+import json
+import os
+import re
+from pathlib import Path
+
+import readme
+
+PLACE = readme.Place("make bench")
+RESULTS = Path(__file__).with_name("speeds.json")
+
+
+def save(rows):
+    """Keep rows (list of dict, as bench.py has them), and write the table."""
+    results = {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "machine": machine(),
+        "versions": readme.versions(), "rows": rows,
+    }
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    PLACE.write(render(results))
+
+
+def machine():
+    """What was measured on, in words."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
+    return f"{os.cpu_count()} CPUs{f' ({model[1]})' if model else ''}, {memory} GiB"
+
+
+def render(results):
+    """The text between the markers, for what save() wrote (dict)."""
+    lines = [
+        f"`make bench`, {results['date']}, on {results['machine']}, with {readme.in_words(results['versions'])}:", "",
+        "| | | seconds | ratio | at most |", "|---|---|---|---|---|",
+    ]
+    last = None
+    for row in results["rows"]:
+        if "seconds" in row:
+            title = "" if row["group"] == last else row["group"]
+            lines.append(f"| {title} | {row['job']} | {row['seconds']:.2f} | {row['ratio']:.2f} | {aims(row)} |")
+        last = row["group"]
+    return "".join(f"{line}\n" for line in ["", *lines, ""])
+
+
+def aims(row):
+    """What a timed row should take at most, as text: a ratio, or seconds."""
+    ratio, seconds = row["at_most_ratio"], row["at_most_seconds"]
+    return ", ".join(text for text in (ratio and f"{ratio:.2f}", seconds and f"{seconds} s") if text)

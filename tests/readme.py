@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Tables in the README that programs write, each between two markers, and what took part in what they tell."""
+
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import vnb
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+END = "<!-- up to here -->\n"
+
+
+def versions():
+    """{program: its version} of what takes part."""
+    found = {"vnb": vnb.__version__}
+    for name, command in {
+        "QEMU": ["qemu-img", "--version"], "libvirt": ["libvirtd", "--version"], "nbdkit": ["nbdkit", "--version"],
+    }.items():
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found[name] = re.search(r"\d+\.\d+\.\d+", text)[0]
+    found["Python"] = platform.python_version()
+    found["Linux"] = re.match(r"[\d.]*\d", os.uname().release)[0]
+    return found
+
+
+def in_words(found):
+    """What versions() found, as text."""
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+class Place:
+    """The place of one table. writer (str): the command that writes it, as the first marker names it."""
+
+    def __init__(self, writer):
+        self.begin = f"<!-- {writer} writes this -->\n"
+
+    def _parts(self):
+        before, found, rest = README.read_text(encoding="utf-8").partition(self.begin)
+        now, found_too, after = rest.partition(END)
+        if not (found and found_too):
+            raise SystemExit(f"{README}: has no place for a table: {self.begin}")
+        return before + found, now, found_too + after
+
+    def table(self):
+        """What stands there."""
+        return self._parts()[1]
+
+    def write(self, text):
+        """Put a table there."""
+        before, _, after = self._parts()
+        README.write_text(before + text + after, encoding="utf-8")
