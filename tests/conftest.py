@@ -2,6 +2,7 @@
 """For all tests: the commands of this tree come first in PATH, none waits for ever, slow ones are marked."""
 
 import os
+import time
 from pathlib import Path
 
 import limit
@@ -34,3 +35,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker("live")
         elif folder in (here, here / "faults") and not item.path.stem.startswith(FAST):
             item.add_marker("stage")
+
+
+@pytest.fixture
+def utc(monkeypatch):
+    """Local time is UTC."""
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()

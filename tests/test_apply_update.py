@@ -222,13 +222,19 @@ def test_export_that_is_too_small_for_what_follows(tmp_path, segments):
         assert not (copy / ".vnb-apply.spool").exists()
 
 
+def spooling(segment, copy):
+    """A process that has all of a segment in its spool but the last 40 bytes."""
+    process = applied.start("--update", copy)
+    process.stdin.write(segment[:-40])
+    process.stdin.flush()
+    applied.eventually(lambda: list(copy.glob(".vnb-apply.*.partial/.vnb-apply.spool")))
+    return process
+
+
 def test_two_at_a_time(tmp_path, segments):
     copy = tmp_path / "copy"
     update(segments[0], copy)
-    process = applied.start("--update", copy)
-    process.stdin.write(segments[1][:-40])
-    process.stdin.flush()
-    applied.eventually(lambda: list(copy.glob(".vnb-apply.*.partial/.vnb-apply.spool")))
+    process = spooling(segments[1], copy)
     assert refused(segments[1], "--update", copy) == f"{copy}: another vnb-apply works on this copy"
     assert process.communicate(segments[1][-40:], timeout=applied.DEADLINE) == (b"", b"")
     check(copy, 1, tmp_path)
@@ -352,10 +358,7 @@ def test_recover_reads_nothing(tmp_path, segments, monkeypatch):
 def test_stopped_while_it_spools(tmp_path, segments, signum):
     copy = tmp_path / "copy"
     update(segments[0], copy)
-    process = applied.start("--update", copy)
-    process.stdin.write(segments[1][:-40])
-    process.stdin.flush()
-    applied.eventually(lambda: list(copy.glob(".vnb-apply.*.partial/.vnb-apply.spool")))
+    process = spooling(segments[1], copy)
     process.send_signal(signum)
     process.communicate(timeout=applied.DEADLINE)
     assert process.returncode == -signum

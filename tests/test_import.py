@@ -5,7 +5,6 @@ import json
 import os
 import random
 import subprocess
-import time
 import zlib
 
 import pytest
@@ -18,21 +17,14 @@ from test_merge import applied
 from vnb import importer
 from vnb.errors import Error
 
+pytestmark = pytest.mark.usefixtures("utc")
+
 SIZE = 1 << 20
 CPT = "virtnbdbackup"
 DOMAIN = "<domain><name>vm</name><uuid>u-1</uuid><os><nvram>/var/lib/nvram/vm_VARS.fd</nvram></os>" \
          "<devices><disk><target dev='vda'/><source file='/images/a.qcow2'/></disk></devices></domain>"
 
 NAMELESS = "<domain><devices><disk/></devices></domain>"
-
-
-@pytest.fixture(autouse=True)
-def utc(monkeypatch):
-    monkeypatch.setenv("TZ", "UTC")
-    time.tzset()
-    yield
-    monkeypatch.undo()
-    time.tzset()
 
 
 def meta(disk="vda", number=0, parent=None, **changes):

@@ -19,18 +19,11 @@ from vnb import backupset, chain, index, prune, stream
 from vnb.errors import Error
 from vnb.frame import HOLE
 
+pytestmark = pytest.mark.usefixtures("utc")
+
 SIZE = 4096
 START = datetime.datetime(2025, 11, 3, 12, tzinfo=datetime.timezone.utc)  # a Monday
 PERIODS = ("last", "daily", "weekly", "monthly", "yearly")
-
-
-@pytest.fixture(autouse=True)
-def utc(monkeypatch):
-    monkeypatch.setenv("TZ", "UTC")
-    time.tzset()
-    yield
-    monkeypatch.undo()
-    time.tzset()
 
 
 def created(hours):

@@ -42,12 +42,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from vnb import stream
 from vnb.adjust import Domain, Place, Wishes, is_name
+from vnb.endpoint import NBD_PORT
 from vnb.errors import Error, UsageError
 from vnb.files import Files, destinations, originals
 from vnb.run import note, show
 
 FORMATS = ("qcow2", "raw")
-NBD_PORT = 10809  # registered for it
 
 
 def main(args):

@@ -223,8 +223,7 @@ class Plan:
         directory = self.options["scratch_dir"] or (
             os.path.dirname(disk.path) if disk.type == "file" and disk.path else self._private_directory()
         )
-        if self.source.is_local:
-            self._warn_of_room(disk, directory)
+        self._warn_of_room(disk, directory)
         return os.path.join(os.path.abspath(directory), f"vnb-{self.head['id'][:12]}-{disk.name}.scratch")
 
     def _private_directory(self):
@@ -232,12 +231,11 @@ class Plan:
 
     def _warn_of_room(self, disk, directory):
         try:
-            room = os.statvfs(directory)
+            free = self.source.room(directory)
         except OSError:
             return  # QEMU will say so
-        free = room.f_bavail * room.f_frsize
         used = self.source.estimate(None, [disk.name])[disk.name]
-        if free < used:
+        if free is not None and free < used:
             self.warn(
                 f"{self.source.name}: {disk.name}: the scratch directory {directory} has {free} bytes left, "
                 f"the disk has {used} bytes of data"

@@ -7,8 +7,9 @@ import ssl
 import struct
 import urllib.parse
 
+from vnb.endpoint import NBD_PORT
+
 SECONDS = 10
-PORT = 10809  # of NBD, as registered
 
 # Of the handshake, which is in the NBD protocol's document, section "Newstyle negotiation".
 _GREETING = struct.Struct(">8s8sH")
@@ -33,7 +34,7 @@ def why(uri):
         needed = "ca-cert.pem, client-cert.pem and client-key.pem are needed"
         return f"{directory}: {needed}: {error.strerror or error}"
     try:
-        with socket.create_connection((parts.hostname, parts.port or PORT), SECONDS) as connection:
+        with socket.create_connection((parts.hostname, parts.port or NBD_PORT), SECONDS) as connection:
             if not _starttls(connection):
                 return "the server has no TLS"
             with context.wrap_socket(connection, server_hostname=parts.hostname) as secure:

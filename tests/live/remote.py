@@ -13,6 +13,30 @@ SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
 PRIVILEGES = Path("/run/sshd")  # sshd wants this directory to be there
 
 
+class Gate:
+    """
+    A filter in a pipeline that passes on the first bytes, and the rest when the gate is opened.
+
+    path (str): of a FIFO that it makes. filter (str): for a script.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.filter = f"(head -c 1000000; touch {path}.reached; cat {path}; cat)"
+        os.mkfifo(path)
+
+    def start(self, script, env):
+        """Start a bash script (subprocess.Popen), and come back when its pipeline waits at the gate."""
+        process = subprocess.Popen(["bash", "-c", script], env=env, stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: os.path.exists(f"{self.path}.reached"), "the pipeline")
+        return process
+
+    def open(self):
+        """Let the rest pass."""
+        with open(self.path, "w"):
+            pass
+
+
 class Hypervisor:
     """
     address (str): where it listens. prefix (list of str): before the command, as ["ip", "netns", "exec", NAME].

@@ -11,7 +11,7 @@ import time
 import pytest
 from backups import levels, restores
 from lab import ROOT, Disk, MiB, compare, wait_for
-from remote import SSHD, Hypervisor, Network
+from remote import SSHD, Gate, Hypervisor, Network
 
 URI = "qemu+ssh://root@hv/system"
 STORE = "vnb-extents | vnb-read | vnb-pack -z -o {set}"
@@ -134,15 +134,12 @@ def test_the_line_is_cut(lab, hv, vm):
     directory = lab.new_directory("set")
     backup(hv, vm, "full", directory)
     vm.write_random("vda", 20 * MiB, 4 * MiB, seed=9)
-    script = (f"vnb-checkpoint run -c {URI} --no-freeze {vm.name} --level inc --ledger {directory}"
-              f" -- 'vnb-extents | vnb-read | (touch {directory}.reads; head -c 100000; cat {directory}.gate; cat) |"
-              f" vnb-pack -o {directory}'")
-    os.mkfifo(f"{directory}.gate")
-    process = subprocess.Popen(["bash", "-c", script], env={**lab.env, **hv.env}, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: os.path.exists(f"{directory}.reads"), "the pipeline")
+    gate = Gate(f"{directory}.gate")
+    process = gate.start(
+        f"vnb-checkpoint run -c {URI} --no-freeze {vm.name} --level inc --ledger {directory} --"
+        f" 'vnb-extents | vnb-read | {gate.filter} | vnb-pack -o {directory}'", {**lab.env, **hv.env})
     hv.cut()
-    with open(f"{directory}.gate", "w"):
-        pass
+    gate.open()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1, said
     assert levels(directory) == ["full"]
@@ -164,17 +161,13 @@ def test_the_line_is_down(lab, far, network, vm):
     begin = f"vnb-checkpoint run -c {URI} --no-freeze {vm.name} --ledger {directory} --level"
     far.sh(f"{here} {begin} full -- '{STORE.format(set=directory)}'")
     vm.write_random("vda", 20 * MiB, 4 * MiB, seed=9)
-    gate = f"{directory}.gate"
-    os.mkfifo(gate)
-    script = (f"{here} {begin} inc -- 'vnb-extents | vnb-read --request-size 4096 --requests 1 |"
-              f" (head -c 100000; touch {gate}.reads; cat {gate}; cat) | vnb-pack -o {directory};"
-              f" touch {gate}.ended; exit 1'")
-    process = subprocess.Popen(["bash", "-c", script], env={**lab.env, **far.env}, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: os.path.exists(f"{gate}.reads"), "the pipeline")
+    gate = Gate(f"{directory}.gate")
+    process = gate.start(
+        f"{here} {begin} inc -- 'vnb-extents | vnb-read --request-size 4096 --requests 1 | {gate.filter} |"
+        f" vnb-pack -o {directory}; touch {directory}.ended; exit 1'", {**lab.env, **far.env})
     network.down()
-    with open(gate, "w"):
-        pass
-    wait_for(lambda: os.path.exists(f"{gate}.ended"), "the end of the pipeline", 90)
+    gate.open()
+    wait_for(lambda: os.path.exists(f"{directory}.ended"), "the end of the pipeline", 90)
     assert vm.has_job()
     network.up()
     _, said = process.communicate(timeout=120)
@@ -389,15 +382,12 @@ def test_ssh_drops_between_the_stages(lab, far, network, vm):
     lab.sh(f"vnb-checkpoint run --no-freeze {vm.name} --level full --ledger {directory} --"
            f" '{STORE.format(set=directory)}'")
     vm.write_random("vda", 20 * MiB, 4 * MiB, seed=9)
-    gate = f"{directory}.gate"
-    os.mkfifo(gate)
-    script = (f"vnb-checkpoint run --no-freeze {vm.name} --level inc --ledger {directory} -- 'vnb-extents | vnb-read |"
-              f" (head -c 100000; touch {gate}.reads; cat {gate}; cat) | {here} ssh hv vnb-pack -o {directory}'")
-    process = subprocess.Popen(["bash", "-c", script], env={**lab.env, **far.env}, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: os.path.exists(f"{gate}.reads"), "the pipeline")
+    gate = Gate(f"{directory}.gate")
+    process = gate.start(
+        f"vnb-checkpoint run --no-freeze {vm.name} --level inc --ledger {directory} --"
+        f" 'vnb-extents | vnb-read | {gate.filter} | {here} ssh hv vnb-pack -o {directory}'", {**lab.env, **far.env})
     far.cut()
-    with open(gate, "w"):
-        pass
+    gate.open()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1, said
     assert not vm.has_job()
@@ -423,16 +413,10 @@ def test_a_standby_over_a_bad_line(lab, far, network, vm):
     references.append(vm.reference())
     lab.sh(f"{backup_here} inc -- '{STORE.format(set=directory)}'")
     increment = sorted(os.listdir(directory))[-1]
-    gate = f"{directory}.gate"
-    os.mkfifo(gate)
-    process = subprocess.Popen(
-        ["bash", "-c", f"(head -c 1000000; touch {gate}.reads; cat {gate}; cat) < {directory}/{increment} | {send}"],
-        env={**lab.env, **far.env}, stderr=subprocess.PIPE, text=True,
-    )
-    wait_for(lambda: os.path.exists(f"{gate}.reads"), "the pipeline")
+    gate = Gate(f"{directory}.gate")
+    process = gate.start(f"{gate.filter} < {directory}/{increment} | {send}", {**lab.env, **far.env})
     far.cut()
-    with open(gate, "w"):
-        pass
+    gate.open()
     process.communicate(timeout=60)
     assert process.returncode != 0
     wait_for(lambda: not [name for name in os.listdir(standby) if name.endswith(".partial")], "end of vnb-apply there")
