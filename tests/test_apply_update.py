@@ -383,7 +383,7 @@ def test_damaged_state(tmp_path, segments):
 
 
 @pytest.mark.parametrize("path, value", [
-    (("point",), 5), (("point",), False), (("uuid",), None), (("created",), 5), (("history",), [5]),
+    (("point",), ...), (("point",), 5), (("point",), False), (("uuid",), None), (("created",), 5), (("history",), [5]),
     (("history",), None), (("options",), "--format"), (("taking",), None), (("taking",), ["../outside"]),
     (("taking",), [".vnb-apply.state"]), (("disks",), []), (("disks", "../x"), {"size": 5, "files": {}}),
     (("disks", "vda"), {}), (("disks", "vda", "size"), "5"),
@@ -398,6 +398,8 @@ def test_state_that_makes_no_sense(tmp_path, segments, path, value):
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
+    if value is ...:
+        del place[path[-1]]
     (copy / ".vnb-apply.state").write_text(json.dumps(state))
     line = refused(segments[1], "--update", copy)
     assert line == f"{copy}/.vnb-apply.state: not the state of a copy that this vnb knows"

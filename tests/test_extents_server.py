@@ -244,6 +244,14 @@ def test_a_stream_that_does_not_say_where(source):
     assert done.failed("vnb-extents: vda: the stream does not say where this disk is exported") == b""
 
 
+@pytest.mark.parametrize("changes, level", [({"uri": "nbd://a\0b"}, "full"), ({"dirty": "a\0b"}, "inc")])
+def test_a_text_that_no_library_in_c_can_take(changes, level):
+    with nbdkit("memory", "1M") as server:
+        content = disks_stream(("vda", MiB, {"uri": server.uri, **changes}), level=level)
+        done = command("vnb-extents", stdin=content)
+    assert done.failed("vnb-extents: vda: cannot connect: embedded null character") == b""
+
+
 def test_an_increment_that_does_not_say_which_bitmap():
     with nbdkit("memory", "1M") as server:
         done = command("vnb-extents", stdin=disks_stream(("vda", MiB, {"uri": server.uri}), level="inc"))

@@ -83,9 +83,12 @@ class Connection:
         handle.set_pread_initialize(False)  # every completion is checked before a byte is used
         # Whether a request must be aligned is for the server to say: the last one of an odd size cannot be.
         handle.set_strict_mode(handle.get_strict_mode() & ~nbd.STRICT_ALIGN)
-        if self.context is not None:
-            handle.add_meta_context(self.context)
-        handle.aio_connect_uri(uri)
+        try:
+            if self.context is not None:
+                handle.add_meta_context(self.context)
+            handle.aio_connect_uri(uri)
+        except ValueError as error:  # no text for C: both may come from a stream
+            raise Error(self.name, f"cannot connect: {error}") from None
 
     ready = True  # requests may be made of it
 

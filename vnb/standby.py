@@ -339,7 +339,7 @@ class Replay(Restore):
 def _is_sound(state):
     """Whether a state (dict) is such as _save() writes it, with names of files that are in the directory."""
     disks = state.get("disks")
-    if not isinstance(disks, dict) or not all(map(stream.is_safe_name, disks)):
+    if "point" not in state or not isinstance(disks, dict) or not all(map(stream.is_safe_name, disks)):
         return False
     texts = []
     if state.get("point") is not None:

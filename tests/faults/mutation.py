@@ -303,9 +303,9 @@ def mutated_backup(chance, files):
         text = mutated_json(chance, meta.decode(errors="replace")).encode(errors="surrogateescape")
         files[name] = b"meta %016x %016x\r\n" % (0, len(text)) + text + separator + rest
     elif name.endswith(".cpt"):
-        files[name] = mutated_json(chance, content.decode()).encode(errors="surrogateescape")
+        files[name] = mutated_json(chance, content.decode(errors="surrogateescape")).encode(errors="surrogateescape")
     elif name.endswith(".xml"):
-        files[name] = mutated_xml(chance, content.decode()).encode(errors="surrogateescape")
+        files[name] = mutated_xml(chance, content.decode(errors="surrogateescape")).encode(errors="surrogateescape")
     else:
         files[name] = mutated_bytes(chance, content)
     return files
