@@ -16,6 +16,7 @@ from test_merge import applied
 
 from vnb import importer
 from vnb.errors import Error
+from vnb.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("utc")
 
@@ -378,7 +379,7 @@ def test_any_byte_may_be_wrong(tmp_path, compressed):
 def convert(directory):
     with samples.written() as (writer, content):
         for point in importer.Directory(str(directory)).points:
-            point.write(writer)
+            point.write(writer, Progress("none"))
         return applied(content())
 
 

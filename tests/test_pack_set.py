@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from servers import DEADLINE, command, forked
 
 from vnb import backupset, pack, stream
+from vnb.progress import Progress
 
 PLAN = [
     {"vda": "300k:A 64k:? 1M:- 64k:0 100:B 50k:?", "vdb": "64k:B 64k:0"},
@@ -361,5 +362,5 @@ def test_a_payload_is_given_back_once(saved):
         packer = pack.Packer(compress, unpack, 2, pool)
         with samples.memory(stdin) as fd, samples.written() as (writer, _):
             for segment in stream.Reader(fd, "sample", stage="data", pool=pool):
-                packer.pack(segment, segment.head, writer)
+                packer.pack(segment, segment.head, writer, Progress("none"))
         assert pool.out == {}

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_merge import applied
 
-from vnb import backupset, chain, index, prune, stream
+from vnb import backupset, chain, index, log, prune, stream
 from vnb.errors import Error
 from vnb.frame import HOLE
 
@@ -82,7 +82,8 @@ def names(directory):
 
 def run(directory, dry_run=False, **counts):
     args = {f"--keep-{period}": str(counts[period]) if period in counts else None for period in PERIODS}
-    prune.main({**args, "--dry-run": dry_run, "SET": str(directory)})
+    log.begin("vnb-prune")
+    prune.main({**args, "--dry-run": dry_run, "--progress": None, "SET": str(directory)})
 
 
 def command(*words, **options):

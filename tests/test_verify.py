@@ -17,6 +17,7 @@ from samples import disk, head, segment
 from vnb import frame as f
 from vnb import index, stream, verify
 from vnb.errors import Error
+from vnb.progress import Progress
 
 STREAM = samples.every_kind()
 VERIFY = [sys.executable, os.path.join(samples.ROOT, "bin", "vnb-verify")]
@@ -53,7 +54,7 @@ def filtered(content, threads=0):
 
     with samples.memory(content) as fd:
         try:
-            for _ in verify.Checker(fd, "stdin", threads, fault, out).segments():
+            for _ in verify.Checker(fd, "stdin", threads, fault, Progress("none"), out).segments(lambda _: None):
                 pass
         except Error as error:
             return bytes(out.content), error
@@ -254,7 +255,7 @@ def faults(*operands, threads=0):
     report = verify._Report(False)
     lines = []
     report.fault = lambda error: lines.append(str(error))
-    verify._operands(list(map(str, operands)), threads, report)
+    verify._operands(list(map(str, operands)), threads, report, Progress("none"))
     return lines
 
 

@@ -4,7 +4,7 @@
 Usage:
   vnb-apply [--update [--recover]] [--format FORMAT] [-o OPTIONS]
             [--preallocate | --compress] [--disk DISK]...
-            [--force-sequence] [--debug] [DIR]
+            [--force-sequence] [options] [DIR]
   vnb-apply --help | --version
 
 Reads one or more segments with data, a full and what follows it, and makes
@@ -22,13 +22,12 @@ Options:
                     on from the point it is at, each segment wholly or not
   --recover         finish what an --update left unfinished, and read nothing
   --force-sequence  apply segments although they do not follow each other
-  --debug           show tracebacks
-  --help            print this
-  --version         print the version
+  --progress MODE   auto, none or json: how far it is, see vnb(7)
 """
 
 from vnb import place, stream
 from vnb.errors import UsageError
+from vnb.progress import Progress
 from vnb.restore import Restore, undisturbed
 from vnb.standby import Standby
 from vnb.writer import Buffers
@@ -55,12 +54,16 @@ def main(args):
     if args["--update"]:
         update(args, recipe, chosen, buffers)
         return
-    with Restore(args["DIR"], recipe, chosen, buffers, args["--force-sequence"]) as restore:
-        for segment in stream.stdin(stage="data", consumer=True, pool=buffers):
-            restore.apply(segment)
-        restore.finish()
-        with undisturbed():
-            restore.publish()
+    with Progress(args["--progress"]) as progress:
+        with Restore(args["DIR"], recipe, chosen, buffers, args["--force-sequence"]) as restore:
+            for segment in stream.stdin(stage="data", consumer=True, pool=buffers):
+                progress.begin(segment.head)
+                with progress.segment(segment):
+                    restore.apply(segment)
+            restore.finish()
+            with undisturbed():
+                restore.publish()
+        progress.summarize()
 
 
 def update(args, recipe, chosen, buffers):
@@ -68,13 +71,17 @@ def update(args, recipe, chosen, buffers):
     words = [f"--format {recipe.format}", *(f"--disk {value}" for value in sorted(args["--disk"]))]
     words += [f"-o {args['-o']}"] if args["-o"] else []
     words += ["--preallocate"] if recipe.preallocate else []
-    fd = None if args["--recover"] else stream.stdin().input.fd
-    with Standby(args["DIR"], recipe, chosen, words, buffers) as standby:
+    reader = None if args["--recover"] else stream.stdin(stage="data", consumer=True, pool=buffers)
+    with Progress(args["--progress"]) as progress, Standby(args["DIR"], recipe, chosen, words, buffers) as standby:
         standby.recover()
-        if fd is not None:
-            for segment in stream.Reader(fd, "stdin", "data", consumer=True, pool=buffers, passed=standby.passed):
-                standby.take(segment)
+        if reader is not None:
+            reader.passed = standby.passed
+            for segment in reader:
+                progress.begin(segment.head)
+                with progress.segment(segment):
+                    standby.take(segment)
             standby.check_reached()
+            progress.summarize()
 
 
 def parse_recipe(args):

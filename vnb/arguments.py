@@ -1,11 +1,25 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Values of command line options, checked before anything is opened."""
+"""Options of the command line: those that all commands have, and their values, checked before anything is opened."""
 
 import re
 
 from vnb.errors import UsageError
 
+COMMON = """
+Common options:
+  -v, --verbose        say more, and with it the name of the run
+  -q, --quiet          say only what is wrong
+  --log-format FORMAT  text, json or journald
+  --debug              show tracebacks
+  --help               print this
+  --version            print the version
+"""
 _UNITS = {None: 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def usage(text):
+    """The whole usage text of a command whose own part is text; [options] in it also means the common ones."""
+    return f"{text.strip()}\n{COMMON}"
 
 
 def integer(args, option, low, high):

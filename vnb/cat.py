@@ -2,11 +2,11 @@
 """vnb-cat - turn a saved chain back into a stream
 
 Usage:
-  vnb-cat [--until POINT] [--disk NAME]... [--merge [--from POINT]] [--debug]
+  vnb-cat [--until POINT] [--disk NAME]... [--merge [--from POINT]] [options]
       SET_OR_FILE...
-  vnb-cat --head [--until POINT] [--disk NAME]... [--debug] SET_OR_FILE...
-  vnb-cat --point [--until POINT] [--debug] SET_OR_FILE...
-  vnb-cat --tip [--debug] SET_OR_FILE...
+  vnb-cat --head [--until POINT] [--disk NAME]... [options] SET_OR_FILE...
+  vnb-cat --point [--until POINT] [options] SET_OR_FILE...
+  vnb-cat --tip [options] SET_OR_FILE...
   vnb-cat --help | --version
 
 Writes the segments that lead to a point, a full and its increments, in order.
@@ -22,19 +22,18 @@ Options:
                  extents: all that vnb-config needs
   --point        print the name of the point, and nothing else
   --tip          print the checkpoint that the next increment starts from
-  --debug        show tracebacks
-  --help         print this
-  --version      print the version
+  --progress MODE
+                 auto, none or json: how far it is, see vnb(7)
 """
 
 import os
 
 from xxhash import xxh3_128_hexdigest
 
-from vnb import backupset, chain, codec, heads, output, stream
+from vnb import backupset, chain, codec, heads, log, output, stream
 from vnb.errors import Error, UsageError
 from vnb.merge import Merge
-from vnb.run import note
+from vnb.progress import Progress
 
 
 def main(args):
@@ -52,7 +51,7 @@ def main(args):
         return
     path = chain.path(segments, name, until)
     for error in damaged:
-        note("vnb-cat", f"{error}; it is not needed for {until}")
+        log.warn(f"{error}; it is not needed for {until}")
     for segment in path:
         if segment.head["stage"] != "data":
             raise Error(segment.name, f'holds no data, but {segment.head["stage"]}')
@@ -66,18 +65,22 @@ def main(args):
         raise Error("--disk", f'no disk {", ".join(unknown)} at point {point}')
     left = chain.off_path(segments, path)
     if left and until is None:
-        note("vnb-cat", f"{name}: not on the way to {point}: " + ", ".join(segment.head["point"] for segment in left))
+        log.note(f"{name}: not on the way to {point}: " + ", ".join(segment.head["point"] for segment in left))
     # A disk that the last point does not have is not part of it: nobody needs its older data.
     wanted = set(args["--disk"]) or held
     out = output.stdout()
     if args["--head"]:
         _copy_head(path[-1], out, wanted)
         return
-    if args["--merge"]:
-        _merge(_after(path, segments, name, args["--from"]), name, wanted, out)
-        return
-    for saved, after in zip(path, [*path[1:], None]):
-        _copy(saved, out, wanted, after)
+    log.take_run(path[-1].head)
+    with Progress(args["--progress"]) as progress:
+        progress.begin(path[-1].head)
+        if args["--merge"]:
+            _merge(_after(path, segments, name, args["--from"]), name, wanted, out, progress)
+            return
+        length = sum(saved.length for saved in path)
+        for saved, after in zip(path, [*path[1:], None]):
+            _copy(saved, out, wanted, after, progress, saved.length / length)
 
 
 def _segments(operands):
@@ -111,17 +114,17 @@ def _after(path, segments, name, start):
     return path[points.index(start) + 1 :]
 
 
-def _merge(path, name, wanted, out):
+def _merge(path, name, wanted, out, progress):
     merged = Merge(path, name, wanted)
     merged.read_head()
-    written = out.segment(merged.head, merged.disks)
-    merged.write(written)
-    written.end()
+    with progress.segment(out.segment(merged.head, merged.disks)) as written:
+        merged.write(written)
+        written.end()
 
 
-def _copy(saved, out, wanted, after):
+def _copy(saved, out, wanted, after, progress, share):
     """
-    Write what a saved segment has of the disks that are wanted (set of names).
+    Write what a saved segment has of the disks that are wanted (set of names): a share (float) of all there is to do.
 
     after (SavedSegment or None): follows in this stream, and the head says so: a stream that ends where one of its
     segments does would else be taken for an older point.
@@ -133,16 +136,16 @@ def _copy(saved, out, wanted, after):
         # Not the same segment any more, but the same one each time that these disks are asked for.
         head = {**head, "id": xxh3_128_hexdigest("/".join([head["id"], *(segment.disks[n]["name"] for n in kept)]))}
     numbers = {old: new for new, old in enumerate(kept)}
-    written = out.segment(head, [segment.disks[number] for number in kept])
-    for frame in segment:
-        if frame.__class__ in (stream.Data, stream.Extents):
-            if frame.disk not in numbers:
-                continue
-            if frame.__class__ is stream.Data:
-                codec.check(frame, f'{saved.name}: {segment.disks[frame.disk]["name"]}')
-            frame.disk = numbers[frame.disk]
-        written.frame(frame)
-    written.end()
+    with progress.segment(out.segment(head, [segment.disks[number] for number in kept]), share) as written:
+        for frame in segment:
+            if frame.__class__ in (stream.Data, stream.Extents):
+                if frame.disk not in numbers:
+                    continue
+                if frame.__class__ is stream.Data:
+                    codec.check(frame, f'{saved.name}: {segment.disks[frame.disk]["name"]}')
+                frame.disk = numbers[frame.disk]
+            written.frame(frame)
+        written.end()
     saved.close()
 
 

@@ -66,20 +66,16 @@ Options:
   --force                recover and prune: also what another ledger or a
                          process of another host owns
   --json                 list and size: print JSON, one object a line
-  --debug                show tracebacks
-  --help                 print this
-  --version              print the version
 """
 
 import os
 import re
 import subprocess
 
-from vnb import arguments, output, stream
+from vnb import arguments, log, output, stream
 from vnb.endpoint import parse_listen
 from vnb.errors import Error, UsageError, os_error
 from vnb.frame import MiB
-from vnb.run import note
 from vnb.state import JobDirectory, default_directory
 
 LEVELS = ("full", "copy", "inc", "diff", "auto")
@@ -91,6 +87,8 @@ BELOW_THRESHOLD = 3
 def main(args):
     args["--state-dir"] = os.path.abspath(args["--state-dir"] or default_directory())
     args["--ledger"] = args["--ledger"] and os.path.abspath(args["--ledger"])
+    if args["begin"] or args["run"]:
+        log.name_run()
     if args["begin"]:
         return _begin(_options(args))
     if args["run"]:
@@ -100,7 +98,7 @@ def main(args):
     from vnb import upkeep
 
     task = next(task for task in ("list", "size", "recover", "redefine", "prune") if args[task])
-    return getattr(upkeep, task)(args, _say)
+    return getattr(upkeep, task)(args, log.note)
 
 
 def _options(args):
@@ -184,15 +182,11 @@ def _images(args):
     return found or None
 
 
-def _say(text):
-    note("vnb-checkpoint", text)
-
-
 def _begin(options):
     from vnb.keeper import Starter
 
     out = output.stdout()
-    keeper = Starter(options, _say)
+    keeper = Starter(options, log.note, log.warn)
     if "below" in keeper.begun:
         return _below(keeper, BELOW_THRESHOLD)
     try:
@@ -207,7 +201,7 @@ def _begin(options):
 def _run(options, command):
     from vnb.keeper import Starter
 
-    keeper = Starter(options, _say)
+    keeper = Starter(options, log.note, log.warn)
     if "below" in keeper.begun:
         return _below(keeper, 0)
     try:
@@ -223,7 +217,7 @@ def _run(options, command):
 
 
 def _below(keeper, status):
-    _say(keeper.begun["below"])
+    log.note(keeper.begun["below"])
     keeper.leave()
     return status
 
@@ -245,7 +239,7 @@ def _write(out, begun, options):
             try:
                 mode, parts = read(file["path"])
             except Error as error:
-                _say(f"{error}: {file['role']} is not in the backup")
+                log.warn(f"{error}: {file['role']} is not in the backup")
                 continue
         size, offset = sum(map(len, parts)), 0
         for part in parts:
@@ -302,7 +296,7 @@ def _feed(command, keeper, options):
     """Run the command with the stream on its standard input; its exit status, or minus the signal."""
     # One word is a pipeline for the shell, as typed; pipefail lets a stage in its middle fail it.
     argv = ["bash", "-o", "pipefail", "-c", command[0]] if len(command) == 1 else command
-    environment = {**os.environ, "VNB_RUN": keeper.begun["head"]["run"]}
+    environment = {**os.environ, **log.environment()}
     try:
         child = subprocess.Popen(argv, stdin=subprocess.PIPE, env=environment)
     except OSError as error:
@@ -339,6 +333,6 @@ def _finish(args, what):
 
         with open_domain(args) as domain:
             uuid = domain.uuid
-    found = ask(JobDirectory(args["--state-dir"], uuid), what, args["--ledger"], _say)
+    found = ask(JobDirectory(args["--state-dir"], uuid), what, args["--ledger"], log.note)
     if not found and what == "commit":
         raise Error(args["DOMAIN"], "has no backup job of ours to commit")

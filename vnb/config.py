@@ -30,9 +30,6 @@ Options:
   --user NAME         the user that libvirt asks for
   --password-file FILE
                       its first line is the password that libvirt asks for
-  --debug             show tracebacks
-  --help              print this
-  --version           print the version
 """
 
 import os
@@ -40,12 +37,12 @@ import shlex
 import stat
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from vnb import stream
+from vnb import log, stream
 from vnb.adjust import Domain, Place, Wishes, is_name
 from vnb.endpoint import NBD_PORT
 from vnb.errors import Error, UsageError
 from vnb.files import Files, destinations, originals
-from vnb.run import note, show
+from vnb.run import show
 
 FORMATS = ("qcow2", "raw")
 
@@ -77,15 +74,11 @@ def main(args):
             if not args["-o"]:
                 show(xml)
             if args["--keep-identity"]:
-                _say(f"{domain.name}: where libvirt knows checkpoints of it, which {_IN_THE_WAY}: "
+                log.note(f"{domain.name}: where libvirt knows checkpoints of it, which {_IN_THE_WAY}: "
                      f"{_forget_checkpoints(domain.name, None)}")
     finally:
         if restored is not None:
             restored.files.close()
-
-
-def _say(text):
-    note("vnb-config", text)
 
 
 def _check(args):
@@ -154,7 +147,7 @@ class Restored:
         self._domain = self._failure = None
         try:
             # Who only asks is told what stops it; what else there is to say, whoever does it says.
-            self._domain = Domain(segment.head, (lambda _: None) if args["--check"] else _say)
+            self._domain = Domain(segment.head, (lambda _: None) if args["--check"] else log.note)
         except Error as error:
             self._failure = error  # of no account where another segment follows
         else:
@@ -213,17 +206,17 @@ def _define(args, domain, xml, restored):
             raise
         for name, place in restored.places.items():
             if place and place.type != "network" and host.is_local and not os.path.exists(place.path):
-                _say(f"{name}: {place.path} is not there")
+                log.note(f"{name}: {place.path} is not there")
         paths = {place.path for place in restored.places.values() if place and place.type == "file"}
         for directory in sorted(set(map(os.path.dirname, paths))):
-            host.refresh_pool(directory, _say)
+            host.refresh_pool(directory, log.note)
     with virt.Domain(args["--connect"], domain.name, *access) as defined:
         if args["--autostart"] and restored.head.get("autostart") is True:
             defined.call("setAutostart", 1)
-        _say(f"{domain.name}: defined")
+        log.note(f"{domain.name}: defined")
         left = defined.checkpoints()
         if left:
-            _say(f"{domain.name}: libvirt knows {len(left)} checkpoints of it, which {_IN_THE_WAY}: "
+            log.note(f"{domain.name}: libvirt knows {len(left)} checkpoints of it, which {_IN_THE_WAY}: "
                  f"{_forget_checkpoints(domain.name, args['--connect'])}")
 
 

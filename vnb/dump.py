@@ -2,11 +2,11 @@
 """vnb-dump - print a stream for people or as JSON, and turn JSON into a stream
 
 Usage:
-  vnb-dump [--brief] [--debug] [SET_OR_FILE...]
-  vnb-dump --list [--debug] SET_OR_FILE...
-  vnb-dump --map [--svg] [--columns N] [--debug] SET_OR_FILE...
-  vnb-dump --json [--no-payload] [--debug] [SET_OR_FILE...]
-  vnb-dump --from-json [--debug]
+  vnb-dump [--brief] [options] [SET_OR_FILE...]
+  vnb-dump --list [options] SET_OR_FILE...
+  vnb-dump --map [--svg] [--columns N] [options] SET_OR_FILE...
+  vnb-dump --json [--no-payload] [options] [SET_OR_FILE...]
+  vnb-dump --from-json [options]
   vnb-dump --help | --version
 
 Reads standard input, or segments in files and backup sets. What is damaged
@@ -23,20 +23,17 @@ Options:
   --json        one JSON object a frame, a line each
   --no-payload  with --json: the size of payloads in their place
   --from-json   read lines of JSON, write the stream that they came from
-  --debug       show tracebacks
-  --help        print this
-  --version     print the version
 """
 
 import json
 import os
 import sys
 
-from vnb import arguments, backupset, chain, codec, output, stream, strip
+from vnb import arguments, backupset, chain, codec, log, output, stream, strip
 from vnb.errors import Error, StreamError, one_line
 from vnb.frame import DATA, STATE_NAMES
 from vnb.jsonlines import JsonReader, line_of
-from vnb.run import note, show
+from vnb.run import show
 
 SHOWN_HEAD = ("point", "level", "stage", "parent", "created", "checkpoint", "chain", "id", "run")
 SHOWN_TEXT = 200  # characters of what nobody knows
@@ -103,7 +100,7 @@ class _Dump:
 
     def fault(self, error):
         sys.stdout.flush()
-        note("vnb-dump", error)
+        log.error(error)
         self.status = 1
 
     def check(self, raw):

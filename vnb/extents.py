@@ -2,8 +2,8 @@
 """vnb-extents - ask NBD servers which extents are data, zero, hole and dirty
 
 Usage:
-  vnb-extents [--debug]
-  vnb-extents [--name NAME] [--dirty BITMAP] [--parent POINT] [--debug] URI
+  vnb-extents [options]
+  vnb-extents [--name NAME] [--dirty BITMAP] [--parent POINT] [options] URI
   vnb-extents --help | --version
 
 Reads a stream from vnb-checkpoint and adds the extents of its disks; or makes
@@ -13,20 +13,18 @@ Options:
   --name NAME     what to call the disk of URI [default: disk]
   --dirty BITMAP  only what is dirty in this bitmap of the export
   --parent POINT  the point that the bitmap counts from
-  --debug         show tracebacks
-  --help          print this
-  --version       print the version
 """
 
 from operator import eq
 
-from vnb import export, heads, output, stream
+from vnb import export, heads, log, output, stream
 from vnb.errors import Error, UsageError
 from vnb.frame import DATA, MAX_EXTENTS
 
 
 def main(args):
     if args["URI"]:
+        log.name_run()
         disk, head = _from_uri(args)
         _write(output.stdout(), head, [disk], ())
         return

@@ -2,7 +2,7 @@
 """vnb-import - read a directory that virtnbdbackup wrote
 
 Usage:
-  vnb-import [--until POINT] [--debug] DIRECTORY
+  vnb-import [--until POINT] [options] DIRECTORY
   vnb-import --help | --version
 
 Writes a stream of all points in the directory, each after the one that it
@@ -12,9 +12,8 @@ differential backup.
 Options:
   --until POINT  only this point and what it needs: a checkpoint's name, as
                  virtnbdbackup.2, a point's name, or a time as 2026-01-31
-  --debug        show tracebacks
-  --help         print this
-  --version      print the version
+  --progress MODE
+                 auto, none or json: how far it is, see vnb(7)
 """
 
 import contextlib
@@ -28,10 +27,10 @@ import zlib
 
 from xxhash import xxh3_64_intdigest
 
-from vnb import chain, domxml, heads, output, stream
+from vnb import chain, domxml, heads, log, output, stream
 from vnb import frame as f
 from vnb.errors import Error, os_error
-from vnb.run import note
+from vnb.progress import Progress
 
 # A stream of virtnbdbackup, as versions 1.9.15 and 2.x write it. Numbers are 16 hexadecimal digits, \r\n ends things:
 #
@@ -61,9 +60,10 @@ _ZEROES = bytes(PIECE)
 
 
 def main(args):
+    log.name_run()
     backup = Directory(args["DIRECTORY"])
     for line in backup.notes:
-        note("vnb-import", f"{backup.path}: {line}")
+        log.warn(f"{backup.path}: {line}")
     points = backup.points
     chain.check(points, backup.path)
     if args["--until"]:
@@ -75,10 +75,12 @@ def main(args):
                 chain.path(points, backup.path, point.head["point"])
         wanted = points
     if any(file.incremental for point in wanted for file in point.files) and not backup.is_old:
-        note("vnb-import", f"{backup.path}: {DOUBT}")
+        log.warn(f"{backup.path}: {DOUBT}")
     out = output.stdout()
-    for point, after in zip(wanted, [*wanted[1:], None]):
-        point.write(out, after)
+    with Progress(args["--progress"]) as progress:
+        for point, after in zip(wanted, [*wanted[1:], None]):
+            progress.begin(point.head)
+            point.write(out, progress, after)
 
 
 class Directory:
@@ -384,17 +386,21 @@ class Point:
                 return self.directory.text(name)
         return None
 
-    def write(self, out, after=None):
-        """Write the segment of this point with a vnb.stream.Writer. after (Point or None): follows in this stream."""
+    def write(self, out, progress, after=None):
+        """
+        Write the segment of this point with a vnb.stream.Writer.
+
+        progress (vnb.progress.Progress): is told of it. after (Point or None): follows in this stream.
+        """
         head = self.head if after is None else {**self.head, "next": after.head["point"]}
-        written = out.segment(head, self.disks)
-        for fields, payload in self._extra_files():
-            for offset in range(0, max(1, len(payload)), f.MAX_PAYLOAD):
-                written.file({**fields, "size": len(payload), "offset": offset}, payload[offset:][: f.MAX_PAYLOAD])
-        for number, file in enumerate(self.files):
-            with Input(file.path) as source:
-                Copy(file, source, written, number).run()
-        written.end()
+        with progress.segment(out.segment(head, self.disks)) as written:
+            for fields, payload in self._extra_files():
+                for offset in range(0, max(1, len(payload)), f.MAX_PAYLOAD):
+                    written.file({**fields, "size": len(payload), "offset": offset}, payload[offset:][: f.MAX_PAYLOAD])
+            for number, file in enumerate(self.files):
+                with Input(file.path) as source:
+                    Copy(file, source, written, number).run()
+            written.end()
 
     def _extra_files(self):
         """Yield (fields, bytes) of the files that were saved beside the disks."""

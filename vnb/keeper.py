@@ -101,15 +101,16 @@ class Starter:
     """
     The starter's side: start a keeper, and have it end its job one way or the other.
 
-    options (dict): see vnb.job.begin, and deadline, idle (seconds), reserve (bytes). say: a function for lines to
-    the user. begun (dict): head, disks, files; or below (str), where there is less to do than the threshold.
+    options (dict): see vnb.job.begin, and deadline, idle (seconds), reserve (bytes). say, warn: functions for lines
+    to the user. begun (dict): head, disks, files; or below (str), where there is less to do than the threshold.
     warnings (int): lines that were warnings.
 
     Keeper and starter watch each other: whoever finds the other one dead ends the job.
     """
 
-    def __init__(self, options, say):
+    def __init__(self, options, say, warn):
         self.say = say
+        self.warn = warn
         self.warnings = 0
         self._options = options
         self._uuid = None
@@ -176,8 +177,11 @@ class Starter:
                         jobs.Job(directory, record, self.say).abort()
 
     def _hear(self, message):
-        self.warnings += bool(message.get("warning"))
-        self.say(message["note"])
+        if message.get("warning"):
+            self.warnings += 1
+            self.warn(message["note"])
+        else:
+            self.say(message["note"])
 
 
 def ask(directory, what, ledger, say):

@@ -2,10 +2,10 @@
 """vnb-map - serve a saved chain as block devices
 
 Usage:
-  vnb-map [options] [--disk NAME]... [--debug]
+  vnb-map [options] [--disk NAME]...
       (--socket PATH | --listen ADDR | --fuse DIR | --device DEV | --run CMD)
       SET_OR_FILE...
-  vnb-map --stop FILE [--debug]
+  vnb-map --stop FILE [options]
   vnb-map --help | --version
 
 Serves each disk as an NBD export of its name, and of other points as
@@ -34,9 +34,6 @@ Options:
                  or G may be behind the number [default: 8M]
   --daemon FILE  go to the background when ready; FILE gets the process id
   --stop FILE    end the vnb-map that wrote FILE
-  --debug        show tracebacks, and what nbdkit has to say
-  --help         print this
-  --version      print the version
 """
 
 import contextlib

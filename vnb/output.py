@@ -19,6 +19,12 @@ def stdout():
     return stream.Writer(1)
 
 
+def is_last():
+    """Whether no other command reads standard output: it is neither a pipe nor a socket."""
+    mode = os.fstat(1).st_mode
+    return not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode))
+
+
 def _to_file():
     from vnb import direct  # most write to pipes, and need no thread
 

@@ -2,7 +2,7 @@
 """vnb-pack - compress, index and store a stream
 
 Usage:
-  vnb-pack [-z | --compress CODEC] [--threads N] [-o DIR] [--debug]
+  vnb-pack [-z | --compress CODEC] [--threads N] [-o DIR] [options]
   vnb-pack --help | --version
 
 Reads a stream with data. Writes it, indexed, to standard output, or each of
@@ -15,15 +15,14 @@ Options:
   --threads N       threads that compress and check; 0 is none but the one
                     that reads and writes [default: 2]
   -o DIR            store in this backup set: complete, synced, or not at all
-  --debug           show tracebacks
-  --help            print this
-  --version         print the version
+  --progress MODE   auto, none or json: how far it is, see vnb(7)
 """
 
 from vnb import arguments, codec, heads, output, stream
 from vnb.backupset import Store
 from vnb.index import Builder
 from vnb.pool import Ordered, Pool
+from vnb.progress import Progress
 
 
 def main(args):
@@ -33,14 +32,18 @@ def main(args):
     pool = Pool()
     packer = Packer(compress, args["--compress"] == "none", threads, pool)
     out = None if args["-o"] else output.stdout()
-    for segment in stream.stdin(stage="data", pool=pool):
-        if out is not None:
-            packer.pack(segment, segment.head, out)
-            continue
-        head = heads.alone(segment.head)
-        with Store(args["-o"], head, segment.disks) as store:
-            packer.pack(segment, head, store.writer)
-            store.commit()
+    with Progress(args["--progress"]) as progress:
+        for segment in stream.stdin(stage="data", pool=pool):
+            progress.begin(segment.head)
+            if out is not None:
+                packer.pack(segment, segment.head, out, progress)
+                continue
+            head = heads.alone(segment.head)
+            with Store(args["-o"], head, segment.disks) as store:
+                packer.pack(segment, head, store.writer, progress)
+                store.commit()
+        if out is None or output.is_last():
+            progress.summarize()  # nothing comes after this that could know better
 
 
 class Packer:
@@ -58,9 +61,12 @@ class Packer:
         self.threads = threads
         self.pool = pool
 
-    def pack(self, segment, head, writer):
-        """Write one segment with this head, with an index as it goes."""
-        out = writer.segment(head, segment.disks)
+    def pack(self, segment, head, writer, progress):
+        """Write one segment with this head, with an index as it goes. progress (vnb.progress.Progress): is told."""
+        with progress.segment(writer.segment(head, segment.disks)) as out:
+            self._pack(segment, out)
+
+    def _pack(self, segment, out):
         index = Builder(out)
         names = [disk["name"] for disk in segment.disks]
         with Ordered(lambda data: self._work(data, names), self.threads) as work:

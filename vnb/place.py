@@ -22,10 +22,9 @@ import re
 import stat
 import struct
 
-from vnb import qemu, target
+from vnb import log, qemu, target
 from vnb.errors import Error, UsageError, os_error
 from vnb.export import explained
-from vnb.run import note
 
 _QCOW2_MAGIC = b"QFI\xfb"
 _URI = re.compile(r"nbds?(\+unix|\+vsock)?:", re.ASCII)
@@ -238,7 +237,7 @@ class Export(Existing):
             export.close()
             raise
         if not export.can_flush:
-            note("vnb-apply", f"{self.text}: the NBD server has no flush: it alone knows when what it took is durable")
+            log.warn(f"{self.text}: the NBD server has no flush: it alone knows when what it took is durable")
         return export
 
 

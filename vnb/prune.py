@@ -3,7 +3,7 @@
 
 Usage:
   vnb-prune [--dry-run] [--keep-last N] [--keep-daily N] [--keep-weekly N]
-      [--keep-monthly N] [--keep-yearly N] [--debug] SET
+      [--keep-monthly N] [--keep-yearly N] [options] SET
   vnb-prune --help | --version
 
 Keeps the points of a backup set that any of the options names, and always
@@ -16,9 +16,7 @@ Options:
   --keep-weekly N   the same for weeks, which begin on Monday
   --keep-monthly N  the same for months
   --keep-yearly N   the same for years
-  --debug           show tracebacks
-  --help            print this
-  --version         print the version
+  --progress MODE   auto, none or json: how far it is, see vnb(7)
 """
 
 import contextlib
@@ -27,11 +25,12 @@ import errno
 import fcntl
 import os
 
-from vnb import arguments, backupset, chain
+from vnb import arguments, backupset, chain, log
 from vnb.errors import Error, UsageError, os_error
 from vnb.index import Builder
 from vnb.merge import Merge
-from vnb.run import note, show
+from vnb.progress import Progress
+from vnb.run import show
 
 LOCK = ".prune.lock"  # beside the segments: a set on shared storage may be pruned from several hosts
 MOST = 1_000_000  # points to keep: more than any set has
@@ -61,11 +60,14 @@ def main(args):
     with only_one(directory):
         plan = Plan(segments_of(directory), directory, counts)
         for point in plan.left_alone:
-            note("vnb-prune", f"{directory}: {point}: left alone: what it needs is not here")
+            log.warn(f"{directory}: {point}: left alone: what it needs is not here")
         for run in plan.merges:
             check_name(plan, run)
-        for run in plan.merges:
-            store(run, directory)
+        length = sum(segment.length for run in plan.merges for segment in run)
+        with Progress(args["--progress"]) as progress:
+            for run in plan.merges:
+                progress.begin()
+                store(run, directory, progress, sum(segment.length for segment in run) / length)
         remove(plan, directory)
 
 
@@ -244,18 +246,22 @@ def check_name(plan, run):
         raise Error(path, "is there, and is no segment")
 
 
-def store(run, directory):
-    """Store one segment in the place of several. It is durable when this returns, and they are still there."""
+def store(run, directory, progress, share):
+    """
+    Store one segment in the place of several. It is durable when this returns, and they are still there.
+
+    share (float): of all that is merged, for progress (vnb.progress.Progress).
+    """
     merged = Merge(run, directory, repack=True)
     merged.read_head()
     # An increment has the name of the one that it replaces, and takes its place in one step: Store's own check refuses
     # that. What it would have found, Plan and check_name() did.
     with backupset.Store(directory, merged.head, merged.disks, check=False) as store:
-        out = store.writer.segment(merged.head, merged.disks)
-        index = Builder(out)
-        merged.write(out, index)
-        index.finish()
-        out.end()
+        with progress.segment(store.writer.segment(merged.head, merged.disks), share) as out:
+            index = Builder(out)
+            merged.write(out, index)
+            index.finish()
+            out.end()
         store.commit()
 
 

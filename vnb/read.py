@@ -2,7 +2,7 @@
 """vnb-read - read the data of extents from NBD exports
 
 Usage:
-  vnb-read [--requests N] [--request-size SIZE] [--connections N] [--debug]
+  vnb-read [--requests N] [--request-size SIZE] [--connections N] [options]
   vnb-read --help | --version
 
 Reads a stream with extents, writes it with their data.
@@ -12,9 +12,7 @@ Options:
   --request-size SIZE  bytes of one read, and of a data frame [default: 512k]
   --connections N      connections to each export, where the server allows
                        several [default: 4]
-  --debug              show tracebacks
-  --help               print this
-  --version            print the version
+  --progress MODE      auto, none or json: how far it is, see vnb(7)
 """
 
 import collections
@@ -27,6 +25,7 @@ from vnb.errors import Error, UsageError
 from vnb.export import Connection, Further, wait
 from vnb.frame import DATA, MAX_DATA, MiB
 from vnb.pool import Pool
+from vnb.progress import Progress
 
 MAX_IN_FLIGHT = 16 * MiB  # bytes: what the buffers of reads in flight take, however many are asked for
 BUSY = 4  # reads in flight on a connection: with so many on each, another one is worth its handshake
@@ -41,11 +40,18 @@ def main(args):
         raise UsageError("--request-size", f'"{args["--request-size"]}" is not a power of 2')
     connections = arguments.integer(args, "--connections", 1, 64)
     out = output.stdout()
-    for segment in stream.stdin(stage="extents"):
-        exports = [Export(disk, connections, request_size) for disk in segment.disks]
-        # Where the data came from is nobody's business after this stage.
-        disks = [{key: value for key, value in disk.items() if key != "source"} for disk in segment.disks]
-        written = out.segment({**segment.head, "stage": "data"}, disks)
+    with Progress(args["--progress"]) as progress:
+        for segment in stream.stdin(stage="extents"):
+            progress.begin(segment.head)
+            read(segment, out, connections, request_size, requests, progress)
+
+
+def read(segment, out, connections, request_size, requests, progress):
+    """Write a segment (vnb.stream.Segment) with extents to out (vnb.stream.Writer), with their data."""
+    exports = [Export(disk, connections, request_size) for disk in segment.disks]
+    # Where the data came from is nobody's business after this stage.
+    disks = [{key: value for key, value in disk.items() if key != "source"} for disk in segment.disks]
+    with progress.segment(out.segment({**segment.head, "stage": "data"}, disks)) as written:
         pipeline = Pipeline(written, exports, requests)
         for frame in segment:
             if frame.__class__ is stream.Extents:
@@ -55,8 +61,8 @@ def main(args):
                 written.frame(frame)
         pipeline.drain()
         written.end()
-        for connection in (connection for export_ in exports for connection in export_.connections):
-            connection.close()
+    for connection in (connection for export_ in exports for connection in export_.connections):
+        connection.close()
 
 
 class Export:

@@ -5,12 +5,12 @@ import contextlib
 import json
 import signal
 
-from vnb import place
+from vnb import log, place
 from vnb.chain import Follow
 from vnb.errors import Error
 from vnb.frame import MiB
 from vnb.imagedir import ImageDirectory
-from vnb.run import ENDING_SIGNALS, note
+from vnb.run import ENDING_SIGNALS
 from vnb.stream import Data, Extents, File
 from vnb.writer import Writer
 
@@ -105,7 +105,7 @@ class Restore:
             self.follow.force = True
             self.follow.accept(segment.head, segment.disks)  # raises what nobody knows better
             self.follow.force = False
-            note("vnb-apply", f"--force-sequence: {error.reason}: applied all the same")
+            log.warn(f"--force-sequence: {error.reason}: applied all the same")
 
     def finish(self):
         """All segments are there: make what was written durable."""
@@ -141,7 +141,7 @@ class Restore:
             self._drop(name, segment.head["point"])
         for name in self.chosen:
             if not before and name not in disks:
-                note("vnb-apply", f'{name}: not in the stream at point {segment.head["point"]}')
+                log.note(f'{name}: not in the stream at point {segment.head["point"]}')
         # All that is new is looked at before anything is written.
         new = {name: self._place(name) for name in disks if name not in self.disks}
         for name, disk in disks.items():
@@ -171,7 +171,7 @@ class Restore:
         else:
             disk.finish()
             what = f"{disk.place} is left as it was at the point before"
-        note("vnb-apply", f"{name}: not part of point {point}: {what}")
+        log.note(f"{name}: not part of point {point}: {what}")
 
 
 class Infos:

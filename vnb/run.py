@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The one runner of all commands: arguments in, outcome to stderr and exit status, as vnb(7) says."""
 
-import contextlib
 import importlib
 import os
 import signal
 import sys
 
-from vnb import __version__
+from vnb import __version__, arguments, log
 from vnb.errors import Error, Interrupted, OutputClosed, UsageError, os_error
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -26,7 +25,9 @@ def outcome(name, module, argv):
     module (module or str): imported here where it is a name, since that takes long enough to be interrupted.
     """
     debug = "--debug" in argv[: argv.index("--") if "--" in argv else None]
+    synopsis = ""
     try:
+        log.begin(name)
         for signum in ENDING_SIGNALS:
             # A signal that is ignored stays so: nohup(1) and shells without job control rely on it.
             if signal.getsignal(signum) is not signal.SIG_IGN:
@@ -35,13 +36,17 @@ def outcome(name, module, argv):
 
         if isinstance(module, str):
             module = importlib.import_module(module)
+        usage = arguments.usage(module.__doc__)
         try:
-            args = docopt(module.__doc__, argv, help=False, options_first=getattr(module, "OPTIONS_FIRST", False))
+            args = docopt(usage, argv, help=False, options_first=getattr(module, "OPTIONS_FIRST", False))
         except DocoptExit as exit_:
             reason = str(exit_).replace(str(DocoptExit.usage), "").strip()
             raise UsageError(None, reason or "wrong usage") from None
+        finally:
+            synopsis = f"\n{DocoptExit.usage.strip()}"
+        log.choose(args)
         if args.get("--help"):
-            show(module.__doc__.strip() + "\n", flush=True)
+            show(usage, flush=True)
         elif args.get("--version"):
             from vnb.versions import libraries
 
@@ -52,38 +57,25 @@ def outcome(name, module, argv):
             return status
         return 0
     except UsageError as error:
-        _say(f"{name}: {error}\n{DocoptExit.usage.strip()}")
+        log.error(error, synopsis)
         return 2
     except Error as error:
-        return _fail(name, error, debug)
+        return _fail(error, debug)
     except OutputClosed:
         _die(signal.SIGPIPE)
     except BrokenPipeError as error:
         # Only sys.stdout (text) gets here: vnb.stream makes OutputClosed of its own.
         if _is_stdout_closed():
             _die(signal.SIGPIPE)
-        return _fail(name, Error(None, error.strerror), debug)
+        return _fail(Error(None, error.strerror), debug)
     except OSError as error:
-        return _fail(name, Error(error.filename, error.strerror or str(error)), debug)
+        return _fail(Error(error.filename, error.strerror or str(error)), debug)
     except MemoryError:
-        return _fail(name, Error(None, "out of memory"), debug)
+        return _fail(Error(None, "out of memory"), debug)
     except Interrupted as interrupted:
         if interrupted.signum != signal.SIGINT:
-            _say(f"{name}: ended by {signal.Signals(interrupted.signum).name}")
+            log.error(f"ended by {signal.Signals(interrupted.signum).name}")
         _die(interrupted.signum)
-
-
-def note(name, text):
-    """One line for people on stderr, from a command that goes on."""
-    from vnb.errors import one_line
-
-    _say(f"{name}: {one_line(text)}")
-
-
-def _say(text):
-    # Nobody is left to be told when this fails, and what came before is told by the exit status.
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
 
 
 def show(text, flush=False):
@@ -98,7 +90,7 @@ def show(text, flush=False):
         raise os_error("stdout", error) from None
 
 
-def _fail(name, error, debug):
+def _fail(error, debug):
     if debug:
         import traceback
 
@@ -107,7 +99,7 @@ def _fail(name, error, debug):
         sys.stdout.flush()  # what was printed before it failed comes first
     except OSError:
         _discard_stdout()
-    _say(f"{name}: {error}")
+    log.error(error)
     return 1
 
 

@@ -21,12 +21,11 @@ import json
 import os
 import stat
 
-from vnb import codec, stream
+from vnb import codec, log, stream
 from vnb.errors import Error, os_error
 from vnb.imagedir import ImageDirectory, lock_file, sync_directory
 from vnb.place import NewImage, StandbyImage
 from vnb.restore import Restore, undisturbed
-from vnb.run import note
 
 STATE = ".vnb-apply.state"
 SPOOL = ".vnb-apply.spool"
@@ -99,7 +98,7 @@ class Standby:
         finally:
             os.close(fd)
         if head["point"] != self._state["point"]:
-            note("vnb-apply", f'{self.path}: goes on with {head["point"]}, which was not finished')
+            log.note(f'{self.path}: goes on with {head["point"]}, which was not finished')
             self._apply_spool()
         self._remove_spool()
 
@@ -319,7 +318,7 @@ class Replay(Restore):
         for name in before:
             if name not in disks and (not self.chosen or name in self.chosen):
                 files = ", ".join(self._state["disks"][name]["files"])
-                note("vnb-apply", f'{name}: not part of point {segment.head["point"]}: {files} stays as it is')
+                log.note(f'{name}: not part of point {segment.head["point"]}: {files} stays as it is')
         return taking
 
     def publish(self):

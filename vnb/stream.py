@@ -21,6 +21,7 @@ import select
 from xxhash import xxh3_64
 
 from vnb import frame as f
+from vnb import log
 from vnb.errors import Error, OutputClosed, StreamError, os_error
 from vnb.frame import DATA, HOLE, STATE_NAMES, ZERO, FrameError, Incomplete
 from vnb.index import ROW_SIZE
@@ -202,17 +203,19 @@ class Reader:
     stage (str or None): refuse a segment that is not at this stage, see STAGES.
     consumer (bool): refuse frames of a required type that this version does not know.
     pool (object with take(size) and give(view), or None): where payloads go; see Data.
+    begun (callable or None): is given each head (dict), before anything that follows it is read.
     passed (callable or None): is given each frame (Raw), head, disks, index, end and tail too, once it was checked
     and before it is yielded: for whoever passes on the very bytes.
     Raises StreamError for all that is wrong with the input, Error for the operating system's failures.
     """
 
-    def __init__(self, fd, name, stage=None, consumer=False, pool=None, passed=None):
+    def __init__(self, fd, name, stage=None, consumer=False, pool=None, passed=None, begun=None):
         self.input = Input(fd, name)
         self.stage = stage
         self.consumer = consumer
         self.pool = pool
         self.passed = passed
+        self.begun = begun
         self.segment = None  # the one that is read
         self._own = bytearray()
 
@@ -296,7 +299,8 @@ class Segment:
     """
     One segment: head (dict), disks (list of dict) at once; iterate, once, for its frames.
 
-    end (dict) and length (int, bytes of the whole segment) are there after them. Index frames are checked
+    positions (list of int): of each disk, where the last extent that was read ends. counts (Counts): of all so far.
+    end (dict) and length (int, bytes of the whole segment) are there after the last frame. Index frames are checked
     for their place and not passed on: a stage that keeps an index makes its own.
     """
 
@@ -312,7 +316,7 @@ class Segment:
         self.head = self._read_head()
         self.disks = []
         self._pending = self._read_disks()
-        self._cursors = [0] * len(self.disks)
+        self.positions = [0] * len(self.disks)
         self._covered = [0] * len(self.disks)
         self._frames = self._iterate()
 
@@ -369,6 +373,8 @@ class Segment:
     def _read_head(self):
         raw = self.reader.raw()
         head = checked_head(raw.fields, raw.payload, lambda reason: self.reader.error(reason, raw.start))
+        if self.reader.begun is not None:
+            self.reader.begun(head)
         stage = self.reader.stage
         if stage is not None and head["stage"] != stage:
             needed = {"disks": "vnb-checkpoint", "extents": "vnb-extents", "data": "vnb-read"}[stage]
@@ -413,12 +419,12 @@ class Segment:
                 f"is not in the disk of {size} bytes",
                 start,
             )
-        if offset < self._cursors[disk]:
+        if offset < self.positions[disk]:
             raise self.reader.error(
-                f'{self.disks[disk]["name"]}: extent at offset {offset} comes after offset {self._cursors[disk]}',
+                f'{self.disks[disk]["name"]}: extent at offset {offset} comes after offset {self.positions[disk]}',
                 start,
             )
-        self._cursors[disk] = offset + length
+        self.positions[disk] = offset + length
         self._covered[disk] += length
 
     def _data(self, raw):
@@ -570,10 +576,16 @@ class Writer:
 
 
 class SegmentWriter:
-    """The frames of one segment, in order; end() makes it whole."""
+    """
+    The frames of one segment, in order; end() makes it whole.
+
+    positions (dict): {disk number: where the last extent that was written ends}. counts (Counts): of all so far.
+    """
 
     def __init__(self, writer, head, disks):
         self.writer = writer
+        self.disks = disks
+        self.positions = dict.fromkeys(range(len(disks)), 0)
         self.start = writer.offset
         self.counts = Counts()
         self.last_index = None
@@ -590,6 +602,7 @@ class SegmentWriter:
         """Extents of a disk, at most MAX_EXTENTS. runs: flat list of offset, length, state."""
         for length, state in zip(runs[1::3], runs[2::3]):
             self.counts.bytes[state] += length
+        self.positions[disk] = sum(runs[-3:-1])
         self._frame(["extent", disk, runs])
 
     def data(self, disk, offset, length, codec, hash_, payload):
@@ -597,6 +610,7 @@ class SegmentWriter:
         position = self.writer.offset - self.start
         header, sum_ = f.encode_data(disk, offset, length, codec, hash_, len(payload))
         self.writer.write(header, payload)
+        self.positions[disk] = offset + length
         self.counts.add(sum_)
         self.counts.bytes[DATA] += length
         self.counts.stored += len(payload)
@@ -637,11 +651,11 @@ class SegmentWriter:
 
 
 def stdin(stage=None, consumer=False, pool=None):
-    """A Reader of standard input; see Reader. A terminal is refused: nobody types a stream."""
+    """A Reader of standard input; see Reader. A terminal is refused: nobody types a stream. Its run is ours."""
     if os.isatty(0):
         raise Error("stdin", "is a terminal, expected a stream")
     set_pipe_size(0)
-    return Reader(0, "stdin", stage, consumer, pool)
+    return Reader(0, "stdin", stage, consumer, pool, begun=log.take_run)
 
 
 def set_pipe_size(fd):

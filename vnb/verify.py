@@ -2,8 +2,8 @@
 """vnb-verify - check a stream, or a backup set, to its last byte
 
 Usage:
-  vnb-verify [--threads N] [--debug]
-  vnb-verify [--json] [--threads N] [--debug] SET_OR_FILE...
+  vnb-verify [--threads N] [options]
+  vnb-verify [--json] [--threads N] [options] SET_OR_FILE...
   vnb-verify --help | --version
 
 Reads a stream from standard input and passes on what is sound, nothing to a
@@ -14,9 +14,8 @@ is wrong, a line each.
 Options:
   --json       print one JSON object a fault and a segment, a line each
   --threads N  threads that unpack, and files at a time [default: 2]
-  --debug      show tracebacks
-  --help       print this
-  --version    print the version
+  --progress MODE
+               auto, none or json: how far it is, see vnb(7)
 """
 
 import contextlib
@@ -24,34 +23,38 @@ import json
 import os
 import threading
 
-from vnb import arguments, backupset, chain, codec, output, stream
+from vnb import arguments, backupset, chain, codec, log, output, stream
 from vnb.errors import Error
 from vnb.pool import Ordered, Pool
+from vnb.progress import Progress
 from vnb.rowcheck import RowCheck
-from vnb.run import note, show
+from vnb.run import show
 
 
 def main(args):
     threads = arguments.integer(args, "--threads", 0, 64)
-    if args["SET_OR_FILE"]:
-        return _operands(args["SET_OR_FILE"], threads, _Report(args["--json"]))
-    _filter(threads)
+    with Progress(args["--progress"]) as progress:
+        if args["SET_OR_FILE"]:
+            return _operands(args["SET_OR_FILE"], threads, _Report(args["--json"]), progress)
+        _filter(threads, progress)
     return 0
 
 
-def _filter(threads):
+def _filter(threads, progress):
     """Standard input to standard output: byte for byte, each frame once it was checked."""
     out = None if os.isatty(1) else output.stdout()
     follow = chain.Follow("stdin")
 
     def begin(segment):
+        progress.begin(segment.head)
         # The stream may start with an increment; each segment after it has to follow the one before.
         if follow.head is None:
             follow.begin(segment.head, segment.disks)
         else:
             follow.accept(segment.head, segment.disks)
 
-    checker = Checker(stream.stdin().input.fd, "stdin", threads, _raise, out)
+    checker = Checker(stream.stdin().input.fd, "stdin", threads, _raise, progress, out)
+    checker.reader.begun = log.take_run
     try:
         for _ in checker.segments(begin):
             pass
@@ -69,14 +72,16 @@ class Checker:
     Checks all that is in a stream, the plain bytes too.
 
     fault: function (Error) that is told what is wrong with a payload: it may raise, or let the rest be checked.
+    progress (vnb.progress.Progress): is told of each segment.
     out (Writer or None): gets the frames, byte for byte. The end of a segment only when all of it is sound.
     go_on (function or None): called for each frame; it may raise.
     """
 
-    def __init__(self, fd, name, threads, fault, out=None, go_on=None):
+    def __init__(self, fd, name, threads, fault, progress, out=None, go_on=None):
         self.pool = Pool()
         self.reader = stream.Reader(fd, name, pool=self.pool, passed=self._passed)
         self.fault = fault
+        self.progress = progress
         self.out = out
         self.go_on = go_on
         self.rows = None  # a RowCheck, where the index is checked
@@ -85,18 +90,22 @@ class Checker:
         self._end = b""
         self._told = None  # what fault() was told last
 
-    def segments(self, begin=None):
-        """Yield each segment when it was checked. begin: function that is given it when its head was."""
+    def segments(self, begin, share=None):
+        """
+        Yield each segment when it was checked. begin: function that is given it when its head was.
+
+        share: function (segment) that says how much of all the work it is, or None where that is not known.
+        """
         with Ordered(self._checked, self._threads) as self._work:
             try:
                 for segment in self.reader:
-                    if begin is not None:
-                        begin(segment)
+                    begin(segment)
                     self._drain()
                     if self.out is not None:
                         self.out.flush()  # the next stage may refuse it, before anything is read
-                    segment.finish()
-                    self._drain()
+                    with self.progress.segment(segment, share and share(segment)):
+                        segment.finish()
+                        self._drain()
                     yield segment
             except Error as error:
                 if error is not self._told:
@@ -166,7 +175,7 @@ class _Report:
         with self._lock:
             self.status = 1
             if not self.is_json:
-                note("vnb-verify", error)
+                log.error(error)
                 return
             where = error.where or ""
             offset = int(where[len("stream offset "):]) if where.startswith("stream offset ") else None
@@ -185,7 +194,7 @@ class _Report:
         show(json.dumps(line) + "\n", flush=True)
 
 
-def _operands(operands, threads, report):
+def _operands(operands, threads, report, progress):
     files = [operand for operand in operands if not os.path.isdir(operand)]
     heads = {}  # operand, or None for all files: what was found in it
     jobs = [(None, path) for path in files]
@@ -199,7 +208,11 @@ def _operands(operands, threads, report):
             jobs += [(operand, path) for path in paths]
         except Error as error:
             report.fault(error)
-    work = Ordered(lambda path: _File(path, threads, report).check(), threads if len(jobs) > 1 else 0)
+    progress.begin()
+    size = sum(_size(path) for _, path in jobs)
+    work = Ordered(
+        lambda path: _File(path, threads, report, progress, size).check(), threads if len(jobs) > 1 else 0
+    )
     try:
         called = 0
         for taken in range(len(jobs)):
@@ -239,13 +252,23 @@ class _Head:
         self.head, self.disks = chain.outline(segment.head, segment.disks)
 
 
-class _File:
-    """One file with segments."""
+def _size(path):
+    """Bytes of a file; 0 for a pipe, or where there is none, which is told when it is opened."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
-    def __init__(self, path, threads, report):
+
+class _File:
+    """One file with segments. size (int): bytes of all files together, for progress (vnb.progress.Progress)."""
+
+    def __init__(self, path, threads, report, progress, size):
         self.path = path
         self.threads = threads
         self.report = report
+        self.progress = progress
+        self.size = size
         self.faults = 0
 
     def check(self):
@@ -277,7 +300,7 @@ class _File:
         """Check segments from here on, up to the first one with a fault; where to go on after it, or None."""
         with contextlib.suppress(OSError):  # a pipe is read from where it is
             os.lseek(fd, start, os.SEEK_SET)
-        checker = Checker(fd, self.path, self.threads, self._fault, go_on=self.report.go_on)
+        checker = Checker(fd, self.path, self.threads, self._fault, self.progress, go_on=self.report.go_on)
         checker.reader.input.offset = start
 
         def begin(segment):
@@ -287,10 +310,13 @@ class _File:
             indexed = places.get(start, (0, 0))[1] != 0
             return RowCheck(checker.reader) if indexed else None
 
+        def share(segment):
+            return places[segment.start][0] / self.size if segment.start in places and self.size else 0
+
         checker.rows = rows()
         before = self.faults
         try:
-            for segment in checker.segments(begin):
+            for segment in checker.segments(begin, share):
                 self.report.segment(self.path, segment, self.faults == before)
                 start = segment.start + segment.length
                 before = self.faults
