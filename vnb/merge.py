@@ -78,7 +78,7 @@ class Merge:
         last = self.path[-1].open()
         self.path[-1].close()
         whole = {disk["name"]: disk for disk in last.disks}
-        self.head = {**last.head, **self.head}
+        self.head = {**heads.alone(last.head), **self.head}
         self.disks = [{**whole[disk["name"]], **disk} for disk in self.disks]
 
     def _sources_of(self, name):
