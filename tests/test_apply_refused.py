@@ -178,8 +178,8 @@ def test_image_that_appears_meanwhile(tmp_path, segments):
 
 def test_directory_is_a_file(tmp_path, segments):
     (tmp_path / "out").write_bytes(b"")
-    assert refused(segments[0], tmp_path / "out") == f"{tmp_path}/out: File exists"
-    assert refused(segments[0], tmp_path / "out/sub") == f"{tmp_path}/out: File exists"
+    assert refused(segments[0], tmp_path / "out") == f"{tmp_path}/out: Not a directory"
+    assert refused(segments[0], tmp_path / "out/sub") == f"{tmp_path}/out: Not a directory"
 
 
 def test_read_only_directory(tmp_path, segments):

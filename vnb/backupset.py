@@ -2,7 +2,6 @@
 """Backup sets: segments in files, found, opened and stored durably; formats/backup-set.md has the layout."""
 
 import contextlib
-import errno
 import fcntl
 import os
 import secrets
@@ -10,6 +9,7 @@ import secrets
 from vnb import chain, index, stream
 from vnb import frame as f
 from vnb.direct import DirectWriter
+from vnb.durable import make_directories
 from vnb.errors import Error, StreamError, os_error
 from vnb.frame import FrameError
 
@@ -389,29 +389,10 @@ class Store:
 
 def make_private_directory(path):
     """Make a directory, and those above it, with mode 0700, unless it is there. What was made is durable."""
-    missing = []
-    above = os.path.abspath(path)
-    while not os.path.lexists(above):
-        missing.append(above)
-        above = os.path.dirname(above)
     try:
-        for directory in reversed(missing):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(directory, 0o700)
-            # Else a power failure takes the whole directory away, with the synced files in it.
-            _sync_directory(os.path.dirname(directory))
-        if not os.path.isdir(path):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        make_directories(path, 0o700)
     except OSError as error:
         raise os_error(path, error) from None
-
-
-def _sync_directory(path):
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def remove_abandoned(directory):

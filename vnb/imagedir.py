@@ -18,6 +18,7 @@ import os
 import secrets
 import shutil
 
+from vnb.durable import make_directories, sync_directory
 from vnb.errors import Error, os_error
 
 _PREFIX = ".vnb-apply."
@@ -170,27 +171,8 @@ def lock_file(path, flags=0, directory=None):
 
 def _make(path):
     """Make a directory and those above it, unless they are there; the paths of those made. Raises Error."""
-    missing = []
-    while path and not os.path.isdir(path):
-        missing.append(path)
-        path = os.path.dirname(path)
-    made = []
     try:
-        for path in reversed(missing):
-            # QEMU, which runs as another user, has to get through to the images; they themselves are private.
-            os.mkdir(path, 0o711)
-            made.append(path)
+        # QEMU, which runs as another user, has to get through to the images; they themselves are private.
+        return make_directories(path, 0o711)
     except OSError as error:
-        for path in reversed(made):
-            os.rmdir(path)
         raise os_error(path, error) from None
-    return made
-
-
-def sync_directory(directory):
-    """Make the names in a directory durable. Raises OSError."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

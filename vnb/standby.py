@@ -22,8 +22,9 @@ import os
 import stat
 
 from vnb import codec, log, stream
+from vnb.durable import sync_directory
 from vnb.errors import Error, os_error
-from vnb.imagedir import ImageDirectory, lock_file, sync_directory
+from vnb.imagedir import ImageDirectory, lock_file
 from vnb.place import NewImage, StandbyImage
 from vnb.restore import Restore, undisturbed
 
