@@ -96,13 +96,17 @@ class Job:
             self._forget()
         else:
             self.record.update(phase="ended", reason=reason)
-            self.directory.save(self.record)
+            with self._over():
+                self.directory.save(self.record)
 
     def thaw(self):
         """Thaw the guest if we may have frozen it; True when there is nothing left to thaw."""
         if not self.record["frozen"]:
             return True
         with contextlib.closing(source_of(self.record)) as source:
+            if source.kind == "gone":
+                self.intend("frozen", False)
+                return True
             return thaw(source.domain, self)
 
     def _forget(self):
@@ -111,7 +115,21 @@ class Job:
             self.record.update(phase="ended", reason="only a thaw was left, which the guest agent has not answered")
             self.directory.save(self.record)
             return
-        self.directory.remove()
+        with self._over():
+            self.directory.remove()
+
+    @contextlib.contextmanager
+    def _over(self):
+        """
+        The job is over, and only the record has to say so.
+
+        Where that cannot be written, to try until it can would keep everybody waiting: whoever finds the old record
+        ends what is over once more, which does no harm.
+        """
+        try:
+            yield
+        except Error as error:
+            self.note(f"{error}: the job is over, but still on record; the next command sees to it")
 
     def _is_saved(self):
         try:

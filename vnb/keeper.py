@@ -20,7 +20,7 @@ import time
 import traceback
 
 from vnb import job as jobs
-from vnb.errors import Error, Interrupted, UsageError
+from vnb.errors import Error, Interrupted, UsageError, os_error
 from vnb.source import open_source, source_of
 from vnb.state import JobDirectory, is_dead
 
@@ -285,7 +285,10 @@ def who_runs(directory):
 def _redirect(log):
     """The keeper outlives its terminal and its pipes: it must not hold them open."""
     null = os.open(os.devnull, os.O_RDWR)
-    file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+    try:
+        file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+    except OSError as error:
+        raise os_error(log, error) from None
     os.dup2(null, 0)
     os.dup2(null, 1)
     os.dup2(file, 2)
@@ -444,9 +447,12 @@ class Keeper:
             held = source_of(self.job.record)
         except Error as error:
             self.log(str(error))
-        else:
-            held.forward = self.job.held.forward
-            self.job.held = held
+            return
+        if held.kind == "gone":
+            self.end_if_running("its domain is gone")
+            return
+        held.forward = self.job.held.forward
+        self.job.held = held
 
     def _clients(self):
         """How many connections to the export there are: the kernel lists what was accepted on its sockets."""

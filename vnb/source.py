@@ -12,7 +12,7 @@ from vnb import domxml, heads, qemuimg, ssh
 from vnb.endpoint import Tcp, Unix, parse_listen
 from vnb.errors import Error
 from vnb.state import start_of
-from vnb.virt import BrokenBitmap, Domain, Unanswered
+from vnb.virt import BrokenBitmap, Domain, NoDomain, Unanswered
 
 PORT_TRIES = 16  # of ports that are chosen: that many are not taken by chance
 
@@ -32,7 +32,10 @@ def source_of(record):
     """The source of a job from its record, by a connection made now: the daemon may have been restarted."""
     if record["kind"] == "images":
         return Images(record["images"])
-    domain = Domain(record["uri"], record["head"]["uuid"], record.get("user"), record.get("password_file"))
+    try:
+        domain = Domain(record["uri"], record["head"]["uuid"], record.get("user"), record.get("password_file"))
+    except NoDomain:
+        return Gone(ssh.Host.of_uri(record["uri"], **record["ssh"]))
     if record["kind"] == "stopped":
         return Stopped(domain)
     return Running(domain, ssh.Host.of_uri(domain.uri, **record["ssh"]))
@@ -186,10 +189,7 @@ class Running:
             if stuck and domain.is_active:
                 domain.call("resume")  # its scratch was full, now it is gone
         _end_servers(record)
-        if self.host is None:
-            for path in (*([] if record["tcp"] else [record["endpoint"]]), *record["scratch"]):
-                with contextlib.suppress(OSError):  # libvirt removes them; after a crash of its own it may not have
-                    os.unlink(path)
+        _remove_files(record, self.host)
         if domain.is_active and record["suspended"]:
             domain.call("resume")
         if record["started"]:
@@ -212,6 +212,37 @@ class Running:
             return {disk: self.domain.call("blockInfo", disk)[1] for disk in disks}
         found = domxml.sizes(self.domain.checkpoint_xml(checkpoint, with_size=True))
         return {disk: found[disk] if disk in found else self.domain.call("blockInfo", disk)[1] for disk in disks}
+
+
+class Gone:
+    """
+    A domain that was undefined meanwhile, or was a transient one: with its QEMU the job has ended.
+
+    host (vnb.ssh.Host or None): where it was.
+    """
+
+    kind = "gone"
+
+    def __init__(self, host):
+        self._host = host
+
+    def close(self):
+        """Nothing is held."""
+
+    def have(self):
+        """No checkpoint: libvirt forgot them with the domain."""
+        return {}
+
+    def end(self, record):
+        """End what the job started here, and remove its files."""
+        _end_servers(record)
+        _remove_files(record, self._host)
+
+    def delete_checkpoint(self, name):
+        """There is none."""
+
+    def remove_bitmaps(self, record):
+        """Whose images these are now is not known."""
 
 
 class _Offline:
@@ -430,6 +461,14 @@ def _end_servers(record):
     for socket in record["sockets"]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(socket)
+
+
+def _remove_files(record, host):
+    """Remove socket and scratch files: libvirt does; after a crash of its own it may not have."""
+    if host is None:
+        for path in (*([] if record["tcp"] else [record["endpoint"]]), *record["scratch"]):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
 
 def _domain_fields(domain):

@@ -16,6 +16,7 @@ import os
 import socket
 
 from vnb.backupset import make_private_directory
+from vnb.durable import sync_directory
 from vnb.errors import Error, os_error
 
 
@@ -75,7 +76,9 @@ class JobDirectory:
     @contextlib.contextmanager
     def locked(self, wait=False):
         """Hold the domain's lock; yields False where somebody else does and wait is false."""
-        fd = os.open(os.path.join(self.path, "lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        path = os.path.join(self.path, "lock")
+        with _explained(path):
+            fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -102,35 +105,35 @@ class JobDirectory:
     def save(self, record):
         """Write the record durably: after a crash it is the old one or the new one."""
         partial = self._record + ".new"
-        try:
+        with _explained(self._record):
             with open(partial, "w", encoding="utf-8", opener=_private) as file:
                 json.dump(record, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
             os.rename(partial, self._record)
-            self._sync()
-        except OSError as error:
-            raise os_error(self._record, error) from None
+            sync_directory(self.path)
 
     def remove(self):
         """Forget the record."""
-        with contextlib.suppress(FileNotFoundError):
+        with _explained(self._record), contextlib.suppress(FileNotFoundError):
             os.unlink(self._record)
-            self._sync()
+            sync_directory(self.path)
 
     def listen(self):
         """The keeper's listening socket. The caller holds the lock, so what is at its path is a dead keeper's."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(self.path, "control"))
-        listener = socket.socket(socket.AF_UNIX)
-        mask = os.umask(0o177)
-        try:
-            with self._short_path() as path:
-                listener.bind(path)
-        finally:
-            os.umask(mask)
-        listener.listen(8)
-        return listener
+        control = os.path.join(self.path, "control")
+        with _explained(control):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(control)
+            listener = socket.socket(socket.AF_UNIX)
+            mask = os.umask(0o177)
+            try:
+                with self._short_path() as path:
+                    listener.bind(path)
+            finally:
+                os.umask(mask)
+            listener.listen(8)
+            return listener
 
     def connect(self):
         """A connection to the keeper, or None where none lives."""
@@ -144,8 +147,8 @@ class JobDirectory:
         return client
 
     def hang_up(self):
-        """Remove the keeper's socket."""
-        with contextlib.suppress(FileNotFoundError):
+        """Remove the keeper's socket, if that can be done: where nobody listens, the next one takes its place."""
+        with contextlib.suppress(OSError):
             os.unlink(os.path.join(self.path, "control"))
 
     @contextlib.contextmanager
@@ -157,13 +160,15 @@ class JobDirectory:
         finally:
             os.close(fd)
 
-    def _sync(self):
-        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
 
 def _private(path, flags):
     return os.open(path, flags, 0o600)
+
+
+@contextlib.contextmanager
+def _explained(path):
+    """An OSError is an Error about this path."""
+    try:
+        yield
+    except OSError as error:
+        raise os_error(path, error) from None

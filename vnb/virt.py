@@ -186,8 +186,10 @@ class Domain:
             except libvirt.libvirtError:
                 try:
                     self._domain = self._connection.lookupByUUIDString(name)
-                except libvirt.libvirtError:
-                    raise Error(name, f"no such domain at {self.uri}") from None
+                except libvirt.libvirtError as error:
+                    if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                        raise
+                    raise NoDomain(name, f"no such domain at {self.uri}") from None
             self.name = self._domain.name()
             self.uuid = self._domain.UUIDString()
         except libvirt.libvirtError as error:
@@ -476,6 +478,10 @@ def _may_still_happen(error):
     return error.get_error_code() in (
         libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED, libvirt.VIR_ERR_OPERATION_TIMEOUT,
     )
+
+
+class NoDomain(Error):
+    """libvirt answers, and knows no such domain."""
 
 
 class BrokenBitmap(Error):

@@ -242,6 +242,19 @@ def test_the_guest_shuts_down_midway(lab, vm, directory):
     restores(lab, directory, vm.reference())
 
 
+def test_the_domain_is_gone(lab, vm, directory):
+    """As a transient one is when it shuts down: nobody is left to ask, and nothing left to end."""
+    begin(lab, vm, directory)
+    scratch = vm.leftovers()
+    assert [path for path in scratch if path.endswith(".scratch")] != []
+    keeper = record(lab, vm)["owner"]["pid"]
+    vm.destroy()
+    vm.handle.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA)
+    wait_for(lambda: keeper not in lab.processes(), "the end of the keeper")
+    assert "ending the job: its domain is gone" in keeper_log(lab, vm)
+    assert sorted(os.listdir(vm.directory)) == sorted(vm.files)
+
+
 def test_qemu_dies_midway(lab, vm, directory):
     backup(lab, vm, "full", directory)
     begin(lab, vm, directory, "inc")
