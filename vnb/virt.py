@@ -4,6 +4,7 @@
 import contextlib
 import functools
 import os
+import re
 import threading
 import time
 
@@ -11,6 +12,8 @@ import libvirt
 
 from vnb import domxml, qemuimg
 from vnb.errors import Error, os_error
+
+_UUID = re.compile(r"[0-9A-Fa-f]{8}(-?[0-9A-Fa-f]{4}){3}-?[0-9A-Fa-f]{12}")
 
 SETTLE_SECONDS = 90  # a guest that shuts down while a job runs stays in that state for 30 s
 PRESERVE_SHUTDOWN = 1 << 1  # VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN: a guest stays until the job ends
@@ -181,19 +184,24 @@ class Domain:
         except libvirt.libvirtError as error:
             raise error_of(self.uri, error) from None
         try:
-            try:
-                self._domain = self._connection.lookupByName(name)
-            except libvirt.libvirtError:
-                try:
-                    self._domain = self._connection.lookupByUUIDString(name)
-                except libvirt.libvirtError as error:
-                    if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
-                        raise
-                    raise NoDomain(name, f"no such domain at {self.uri}") from None
+            self._domain = self._look_up(name)
             self.name = self._domain.name()
             self.uuid = self._domain.UUIDString()
         except libvirt.libvirtError as error:
             raise error_of(name, error) from None
+
+    def _look_up(self, name):
+        """libvirt's domain of a name or a UUID; NoDomain only where libvirt says so: it may be away."""
+        looks = [self._connection.lookupByName]
+        if _UUID.fullmatch(name):
+            looks.append(self._connection.lookupByUUIDString)
+        for look in looks:
+            try:
+                return look(name)
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                    raise
+        raise NoDomain(name, f"no such domain at {self.uri}")
 
     def close(self):
         """Let go of the connection."""

@@ -20,7 +20,7 @@ SIZE = 8 * MiB
 
 class Machine:
     """
-    place (killing.Place); chance (random.Random): of what is written; compress (str): what vnb-pack is told.
+    place (disturbing.Place); chance (random.Random): of what is written; compress (str): what vnb-pack is told.
 
     image, set (Path); truths (dict): a raw image for each point that was saved.
     """

@@ -19,13 +19,15 @@ class Rounds:
     Yields a random.Random for each round of a test: the same for the same seed, test and number.
 
     name (str): the test; count (int): how many, or None where seconds say how long. number (int or None): the one that
-    runs. faults (int): what was tried, a round or what fault() was called for.
+    runs; is_soak (bool): seconds count. faults (int): what was tried, a round or what fault() was called for.
     """
 
     def __init__(self, name, count=None, seconds=0, seed=SEED, only=ONLY):
         self.name = name
         self.seed = seed
         self.faults = 0
+        self.is_soak = count is None
+        self.seconds = seconds
         self.number = None
         self._numbers = itertools.count() if count is None else range(count)
         if only is not None:

@@ -440,13 +440,21 @@ class Lab:
 
     def restart_libvirtd(self):
         """Kill libvirtd the hard way and start it again; machines go on. Skip the test where it is not our own."""
+        self._must_be_ours()
+        self._connection = None
+        print("restart", file=self.warden.stdin, flush=True)
+        self._await_warden()
+
+    def _must_be_ours(self):
         if self.warden is None:
             import pytest
 
             pytest.skip("libvirtd is not the laboratory's own")
-        self._connection = None
-        print("restart", file=self.warden.stdin, flush=True)
-        self._await_warden()
+
+    def libvirtd_pid(self):
+        """The process id of our own libvirtd. Skips the test where it is not ours."""
+        self._must_be_ours()
+        return int(Path(self.path("libvirtd.pid")).read_text())
 
     def path(self, *names):
         """A path in the laboratory's directory."""

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What reads and changes sets, killed at any moment, in any part: restore, update of a standby, prune, merge."""
+"""Restore, update of a standby, prune and merge: killed at any moment, in any part, or with system calls that fail."""
 
 import random
 import shutil
 
 import pytest
-from killing import Place
+from disturbing import Place
 from machine import Machine
 
-SIGNALLED = "SIGKILL, SIGTERM, SIGINT or SIGPIPE to a part of"
+DISTURBED = "a signal to a part, or ENOSPC, EIO, EROFS or EDQUOT in a system call, of"
+disturbances = pytest.mark.parametrize("disturb", [Place.killed, Place.failed], ids=lambda disturb: disturb.__name__)
 POINTS = 5
 
 
@@ -36,40 +37,42 @@ def hidden(directory):
     return {path.name for path in directory.iterdir() if path.name.startswith(".")}
 
 
-def images(directory):
-    """The images with a final name in a directory, if that is there."""
+def named(directory):
+    """The images, or segments, with a final name in a directory, if that is there."""
     return [path for path in directory.glob("*") if not path.name.startswith(".")]
 
 
 @pytest.mark.fault(
-    f"{SIGNALLED} a restore: vnb-cat, vnb-apply, and the qemu-nbd or qemu-img of that",
-    holds="an image has its name when it is whole, byte for byte; the next run removes the rest", rounds=4,
+    f"{DISTURBED} a restore: vnb-cat, vnb-apply, and the qemu-nbd or qemu-img of that",
+    holds="an image has its name when it is whole, byte for byte; the next run removes the rest", rounds=2,
 )
 @pytest.mark.parametrize("format_", ["qcow2", "raw"])
-def test_a_restore_that_is_killed(saved, work, rounds, format_):
+@disturbances
+def test_a_restore(saved, work, rounds, disturb, format_):
     script = f"vnb-cat {saved.set} | vnb-apply --format {format_} {work}"
     calls = saved.place.profile(script, ("vnb-cat", "vnb-apply"))
     shutil.rmtree(work)
     last = list(saved.truths)[-1]
     for chance in rounds:
-        with saved.place.killed(script, chance, calls) as ended:
-            assert images(work) or ended.status != 0
-            if not images(work):
+        with disturb(saved.place, script, chance, calls) as ended:
+            assert named(work) or ended.status != 0
+            if not named(work):
                 saved.place.sh(script)
                 assert hidden(work) == set()
-            image, = images(work)
+            image, = named(work)
             saved.check_image(image, last)
         shutil.rmtree(work)
     work.mkdir()
 
 
 @pytest.mark.fault(
-    f"{SIGNALLED} an update of a standby: vnb-cat, vnb-apply, qemu-nbd",
+    f"{DISTURBED} an update of a standby: vnb-cat, vnb-apply, qemu-nbd",
     holds="the copy is at a point, or says that it is not finished; the next run brings it to the last point",
-    rounds=4,
+    rounds=2,
 )
 @pytest.mark.parametrize("format_", ["qcow2", "raw"])
-def test_an_update_that_is_killed(saved, work, rounds, format_):
+@disturbances
+def test_an_update(saved, work, rounds, disturb, format_):
     points = list(saved.truths)
     update = f"vnb-apply --update --format {format_} {work}"
     script = f"vnb-cat {saved.set} | {update}"
@@ -84,7 +87,7 @@ def test_an_update_that_is_killed(saved, work, rounds, format_):
     for chance in rounds:
         number = chance.randrange(len(points) - 1)
         at(number)
-        with saved.place.killed(script, chance, calls) as ended:
+        with disturb(saved.place, script, chance, calls) as ended:
             state = (work / ".vnb-apply.state").read_text()
             if not (work / ".vnb-apply.spool").exists():
                 reached, = (point for point in points if f'"point": "{point}"' in state)
@@ -96,10 +99,11 @@ def test_an_update_that_is_killed(saved, work, rounds, format_):
 
 
 @pytest.mark.fault(
-    f"{SIGNALLED} vnb-prune, that drops and merges",
-    holds="each point that is kept restores at any time; the next run finishes the work", rounds=4,
+    f"{DISTURBED} vnb-prune, that drops and merges",
+    holds="each point that is kept restores at any time; the next run finishes the work", rounds=3,
 )
-def test_a_prune_that_is_killed(saved, work, rounds):
+@disturbances
+def test_a_prune(saved, work, rounds, disturb):
     points = list(saved.truths)
     script = f"vnb-prune --keep-last 2 {work}"
     shutil.copytree(saved.set, work)
@@ -107,11 +111,11 @@ def test_a_prune_that_is_killed(saved, work, rounds):
     for chance in rounds:
         shutil.rmtree(work)
         shutil.copytree(saved.set, work)
-        with saved.place.killed(script, chance, calls) as ended:
+        with disturb(saved.place, script, chance, calls) as ended:
             saved.place.sh(f"vnb-verify {work}")
             for point in points[-2:]:
                 saved.check_restored(work, point)
-            assert ended.status != 0 or len(list(work.iterdir())) == 2
+            assert ended.status != 0 or len(named(work)) == 2
             saved.place.sh(script)
             assert len(list(work.iterdir())) == 2
             for point in points[-2:]:
@@ -119,18 +123,19 @@ def test_a_prune_that_is_killed(saved, work, rounds):
 
 
 @pytest.mark.fault(
-    f"{SIGNALLED} a merge into another set: vnb-cat, vnb-pack",
-    holds="the other set has the point, whole, or nothing of it; the next run removes the rest", rounds=4,
+    f"{DISTURBED} a merge into another set: vnb-cat, vnb-pack",
+    holds="the other set has the point, whole, or nothing of it; the next run removes the rest", rounds=3,
 )
-def test_a_merge_that_is_killed(saved, work, rounds):
+@disturbances
+def test_a_merge(saved, work, rounds, disturb):
     last = list(saved.truths)[-1]
     script = f"vnb-cat --merge {saved.set} | vnb-pack --compress zstd -o {work}"
     calls = saved.place.profile(script, ("vnb-cat", "vnb-pack"))
     for chance in rounds:
         shutil.rmtree(work)
-        with saved.place.killed(script, chance, calls) as ended:
-            assert images(work) or ended.status != 0
-            if not images(work):
+        with disturb(saved.place, script, chance, calls) as ended:
+            assert named(work) or ended.status != 0
+            if not named(work):
                 saved.place.sh(script)
             saved.place.sh(f"vnb-verify {work}")
             assert hidden(work) == set()

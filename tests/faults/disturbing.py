@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-Runs a pipeline and kills a part of it: by a signal at a random moment, or at its nth system call of a kind.
+Runs a pipeline and kills a part of it, at a random moment or at its nth system call of a kind, or has such a call fail.
 
 The moment is soon over for what takes a tenth of a second, most of it for starting; the calls are where it matters.
 """
@@ -25,7 +25,14 @@ CALLS = (
     "write,writev,pwrite64,pwritev,pwritev2", "ftruncate,fallocate", "sendto,sendmsg", "read,pread64,preadv",
     "execve,clone,clone3,fork,vfork",
 )
+# What may fail where a file system has no room, is mounted read-only, or its disk is broken.
+CHANGES = (
+    "fsync,fdatasync", "rename,renameat,renameat2,link,linkat", "unlink,unlinkat,rmdir", "mkdir",
+    "write,writev,pwrite64,pwritev,pwritev2", "ftruncate,fallocate",
+)
+ERRORS = ("ENOSPC", "EIO", "EROFS", "EDQUOT")
 LAST = 40  # calls of a kind that a fault may hit: those before are of a program that starts
+FEW = 12  # calls on the files of a job's state
 MOMENTS = 0.2  # how many are killed at a moment
 LONGEST = 0.5  # seconds that a pipeline takes, about
 DEADLINE = 60
@@ -59,10 +66,12 @@ class Place:
     """
     Where pipelines run, a directory with a short name: sockets are in it. With it goes all that was started there.
 
-    directory (Path); env (dict): with this tree's commands first, and a mark.
+    directory (Path); env (dict): with this tree's commands first, and a mark. only (dict): stage: list of paths, see
+    failed().
     """
 
     def __enter__(self):
+        self.only = {}
         self.directory = Path(tempfile.mkdtemp(prefix="vnb-f-", dir="/var/tmp"))  # noqa: S108 -- /tmp may be memory
         self.env = {
             **os.environ, "VNB_LAB": str(self.directory), "VNB_STATE_DIR": str(self.directory / "state"),
@@ -116,14 +125,24 @@ class Place:
         signum = chance.choice(SIGNALS)
         if chance.random() < MOMENTS:
             return self._killed_at_a_moment(script, stage, signum, chance.uniform(0, LONGEST))
-        return self.injected(script, chance, stage, calls, f"signal=SIG{signum}")
-
-    def injected(self, script, chance, stage, calls, fault):
-        """Run a script with a fault, as strace(1) has them, injected into a call of a stage by chance; an Ended."""
         group = chance.choice(sorted(group for other, group in calls if other == stage))
-        count = calls[stage, group]
-        number = count - chance.randrange(min(count, LAST))
-        self._wrap(stage, f"-o /dev/null -e trace={group} -e inject={group}:{fault}:when={number}")
+        return self._injected(script, stage, group, f"signal=SIG{signum}", by_chance(chance, calls[stage, group]))
+
+    def failed(self, script, chance, calls):
+        """
+        Run a script and have a system call of one of its stages fail, or all from that one on; as killed().
+
+        Of a stage in self.only just calls on these paths may fail.
+        """
+        stage, group = chance.choice(sorted(key for key in calls if key[1] in CHANGES))
+        number = chance.randint(1, FEW) if stage in self.only else by_chance(chance, calls[stage, group])
+        number = f'{number}{chance.choice(["", "+"])}'
+        return self._injected(script, stage, group, f"error={chance.choice(ERRORS)}", number)
+
+    def _injected(self, script, stage, group, fault, number):
+        """Run a script with a fault, as strace(1) has them, injected into a call of a stage."""
+        only = "".join(f"-P {path} " for path in self.only.get(stage, ()))
+        self._wrap(stage, f"-o /dev/null {only}-e trace={group} -e inject={group}:{fault}:when={number}")
         try:
             return self._ended(self._start(script, wrapped=True), f"{stage}: {fault} at {group} number {number}")
         finally:
@@ -140,7 +159,7 @@ class Place:
     def _killed_at_a_moment(self, script, stage, signum, moment):
         process = self._start(script)
         time.sleep(moment)
-        for pid in self.processes(stage)[:1]:
+        for pid in sorted(self.processes(stage))[:1]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, getattr(signal, f"SIG{signum}"))
         return self._ended(process, f"{stage}: SIG{signum} after {moment:.3f} seconds")
@@ -153,16 +172,18 @@ class Place:
         )
 
     def _ended(self, process, fault):
-        _, said = process.communicate(timeout=DEADLINE)
+        try:
+            _, said = process.communicate(timeout=DEADLINE)
+        except subprocess.TimeoutExpired as error:
+            error.add_note(f"{fault}: what runs: {self.processes()}")
+            raise
         wait_for(lambda: not self.processes(), f"the end of all processes, {fault}")
-        # Python says by itself that it was interrupted while it starts.
-        is_starting = "KeyboardInterrupt" in said and "_find_and_load" in said
-        assert "Traceback" not in said or is_starting, f"{fault}: {said}"
+        check_said(said, fault)
         return Ended(process.returncode, said, fault)
 
     def processes(self, program=""):
-        """The ids of the processes that were started here: all, or those of a program."""
-        found = []
+        """The ids and arguments of the processes that were started here: all, or those of a program."""
+        found = {}
         for pid in marked(str(self.directory)):
             try:
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
@@ -170,5 +191,16 @@ class Place:
                 continue
             # A script of ours is the second word, after its interpreter. Nothing at all: it ends.
             if any(words) and any(os.path.basename(word) == program.encode() for word in words[:2]) or not program:
-                found.append(pid)
+                found[pid] = b" ".join(words).decode(errors="replace")
         return found
+
+
+def check_said(said, fault):
+    """What a pipeline has said has no traceback, unless of a Python that was interrupted while it started."""
+    is_starting = "KeyboardInterrupt" in said and "_find_and_load" in said
+    assert "Traceback" not in said or is_starting, f"{fault}: {said}"
+
+
+def by_chance(chance, count):
+    """The number of a call, of so many: one of the last ones."""
+    return count - chance.randrange(min(count, LAST))
