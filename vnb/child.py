@@ -12,8 +12,11 @@ from vnb.errors import Error
 PATIENCE = 10  # seconds that a program gets to end before it is killed
 NOT_FOUND = 127  # the shell's status for a program that is not there
 
+# Who was killed before setpriv asked to be told of that is not our parent any more: then it is too late to start.
+_START = 'test "$PPID" = "$0" || exit; exec "$@"'
 # It is handed the listening socket as systemd does it: as descriptor 3, with its own number beside it.
-_LISTEN = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 </dev/null'
+_LISTEN = 'test "$PPID" = "$0" || exit; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 </dev/null'
+
 
 class Child:
     """
@@ -36,11 +39,11 @@ class Child:
         self._ending = ending
         # Read when it is dead, so it goes where it cannot block.
         self._stderr = None if debug or stderr is not None else os.memfd_create("stderr", os.MFD_CLOEXEC)
-        if listener is not None:
-            command = ["sh", "-c", _LISTEN, "sh", *command]
+        script = _START if listener is None else _LISTEN
         try:
             self.process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", ending.name[len("SIG") :], "--", *command],
+                ["setpriv", "--pdeathsig", ending.name[len("SIG") :], "--", "sh", "-c", script, str(os.getpid()),
+                 *command],
                 stdin=subprocess.PIPE if talk else subprocess.DEVNULL if listener is None else listener,
                 stdout=subprocess.PIPE if talk else subprocess.DEVNULL,
                 stderr=self._stderr if stderr is None else stderr,
