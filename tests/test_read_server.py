@@ -180,6 +180,36 @@ def test_extents_that_wait_behind_a_read_are_bounded(monkeypatch, length):
     assert pipeline.bytes_in_flight <= read.MAX_IN_FLIGHT
 
 
+def test_zeroes_that_are_data_for_the_server():
+    """Reads that bring nothing else leave as one extent, as long as they follow each other."""
+    size = 4 * MiB + 100
+    with nbdkit("data", "@0x100000 1 @0x2fffff 2", f"size={size}") as server:
+        runs = [0, 3 * MiB + 4096, DATA, 3 * MiB + 4096, 4096, HOLE, 3 * MiB + 8192, size - 3 * MiB - 8192, DATA]
+        stdin = with_extents((server.uri, size, runs), (server.uri, size, runs))
+        output = command("vnb-read", stdin=stdin).ok()
+    expected = [
+        (0, MiB, ZERO), (MiB, MiB // 2, DATA), (3 * MiB // 2, MiB, ZERO), (5 * MiB // 2, MiB // 2, DATA),
+        (3 * MiB, 4096, ZERO), (3 * MiB + 4096, 4096, HOLE), (3 * MiB + 8192, size - 3 * MiB - 8192, ZERO),
+    ]
+    for number in range(2):
+        order, plains = read_disk(output, number)
+        assert order == expected
+        assert plains == {MiB: b"\1".ljust(MiB // 2, b"\0"), 5 * MiB // 2: b"\2".rjust(MiB // 2, b"\0")}
+
+
+def test_zeroes_without_end_are_told_of_now_and_then(monkeypatch):
+    monkeypatch.setattr(read, "MAX_ZEROES", 2 * MiB)
+    monkeypatch.setattr(read, "wait", lambda *_: None)
+    connection = mock.Mock(in_flight=0, ready=True)
+    out = mock.Mock()
+    pipeline = read.Pipeline(out, [mock.Mock(connections=[connection], request_size=MiB)], requests=1)
+    pipeline.add(stream.Extents(0, [0, 5 * MiB, DATA]))
+    pipeline.drain()
+    assert [call.args for call in out.extents.call_args_list] == [
+        (0, [0, 2 * MiB, ZERO]), (0, [2 * MiB, 2 * MiB, ZERO]), (0, [4 * MiB, MiB, ZERO]),
+    ]
+
+
 def accepted(server):
     """How many connections nbdkit says, with -v, that it took."""
     return server.log.read_text().count("accepted connection")
@@ -327,7 +357,7 @@ def test_a_signal_while_the_server_does_not_answer(tmp_path, signum, said):
 
 def test_a_reader_that_closes_the_pipe():
     """As head(1) does: no line, and the signal that a shell expects."""
-    with nbdkit("memory", "64M") as server:
+    with nbdkit("pattern", "64M") as server:
         stdin = with_extents((server.uri, 64 * MiB, [0, 64 * MiB, DATA]))
         with subprocess.Popen(["vnb-read"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE) as child:

@@ -16,6 +16,7 @@ Options:
 """
 
 import collections
+import functools
 from operator import attrgetter
 
 from xxhash import xxh3_64_intdigest
@@ -23,13 +24,14 @@ from xxhash import xxh3_64_intdigest
 from vnb import arguments, output, stream
 from vnb.errors import Error, UsageError
 from vnb.export import Connection, Further, wait
-from vnb.frame import DATA, MAX_DATA, MiB
+from vnb.frame import DATA, MAX_DATA, ZERO, GiB, MiB
 from vnb.pool import Pool
 from vnb.progress import Progress
 
 MAX_IN_FLIGHT = 16 * MiB  # bytes: what the buffers of reads in flight take, however many are asked for
 BUSY = 4  # reads in flight on a connection: with so many on each, another one is worth its handshake
 MAX_WAITING = 1 << 16  # numbers in lists of extents that wait behind a read in flight: 3 MiB
+MAX_ZEROES = 1 * GiB  # one extent of zeroes that were read
 LIST = 16  # numbers that take as much memory as a list with none
 
 
@@ -105,6 +107,7 @@ class Pipeline:
         self.in_flight = 0
         self.bytes_in_flight = 0
         self.waiting = 0  # numbers in lists that are in the queue
+        self.zeroes = None  # (disk, offset, end) of zeroes that were read and not written: they may go on
 
     def add(self, frame):
         """Take an Extents frame: start reads for its data, as many as may be in flight, and pass on the rest."""
@@ -145,16 +148,44 @@ class Pipeline:
         """Write all that is in the queue."""
         while self.queue:
             self._write_first()
+        self._write_zeroes()
         self.out.writer.flush()
 
     def _write_first(self):
         request, disk, what, view = self.queue.popleft()
         if request is None:
+            self._write_zeroes()
             self.out.extents(disk, what)
             self.waiting -= LIST + len(what)
             return
         wait(request, [connection for export in self.exports for connection in export.connections])
         self.in_flight -= 1
         self.bytes_in_flight -= len(view)
-        self.out.data(disk, what, len(view), "none", xxh3_64_intdigest(view), view)
+        length, hash_ = len(view), xxh3_64_intdigest(view)
+        # Zeroes that were written out are data for the server. The hash tells first, since it is there anyway.
+        if hash_ == _hash_of_zeroes(length) and view.tobytes() == bytes(length):
+            self._add_zeroes(disk, what, length)
+        else:
+            self._write_zeroes()
+            self.out.data(disk, what, length, "none", hash_, view)
         self.pool.give(view)
+
+    def _add_zeroes(self, disk, offset, length):
+        if self.zeroes is not None and self.zeroes[0] == disk and self.zeroes[2] == offset:
+            offset, length = self.zeroes[1], offset + length - self.zeroes[1]
+        else:
+            self._write_zeroes()
+        self.zeroes = disk, offset, offset + length
+        if length >= MAX_ZEROES:
+            self._write_zeroes()  # whoever reads us should hear of it; and we, where nobody does any more
+
+    def _write_zeroes(self):
+        if self.zeroes is not None:
+            disk, offset, end = self.zeroes
+            self.zeroes = None
+            self.out.extents(disk, [offset, end - offset, ZERO])
+
+
+@functools.lru_cache(maxsize=64)  # nearly all reads are of one length
+def _hash_of_zeroes(length):
+    return xxh3_64_intdigest(bytes(length))

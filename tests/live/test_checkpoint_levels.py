@@ -232,8 +232,11 @@ def test_since_names_the_parent_of_a_stream_that_goes_elsewhere(lab, vm):
 def test_without_sparse_detection_dirty_zeroes_are_read(lab, vm, directory):
     backup(lab, vm, "full", directory)
     vm.zero("vda", MiB, 2 * MiB, unmap=True)
-    backup(lab, vm, "inc", directory, "--no-sparse-detection")
-    text = lab.sh(f"vnb-cat {directory} | vnb-dump --json --no-payload").stdout.decode()
-    end = [line for line in text.splitlines() if '"digest"' in line][-1]
-    assert json.loads(end)["fields"]["data"] == 2 * MiB
+    extents = f"{directory}.extents"
+    backup(lab, vm, "inc", directory, "--no-sparse-detection",
+           store=f"vnb-extents | tee {extents} | vnb-read | vnb-pack -o {{set}}")
+    for command, data in ((f"vnb-dump --json < {extents}", 2 * MiB), (f"vnb-cat {directory} | vnb-dump --json", 0)):
+        text = lab.sh(command).stdout.decode()
+        end = [line for line in text.splitlines() if '"digest"' in line][-1]
+        assert json.loads(end)["fields"]["data"] == data
     restores(lab, directory, vm.reference())
