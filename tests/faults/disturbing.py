@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lab import clear, marked, wait_for
+from lab import KiB, clear, marked, wait_for
 
 SIGNALS = ("KILL", "TERM", "INT", "PIPE")
 # What changes something that others see: the order of these is what a crash may come between.
@@ -138,6 +138,11 @@ class Place:
         number = chance.randint(1, FEW) if stage in self.only else by_chance(chance, calls[stage, group])
         number = f'{number}{chance.choice(["", "+"])}'
         return self._injected(script, stage, group, f"error={chance.choice(ERRORS)}", number)
+
+    def limited(self, script, chance, _calls):
+        """Run a script with few file descriptors, or little memory for each of its processes; as killed()."""
+        limit = chance.choice([f"-n {chance.randint(6, 24)}", f"-v {chance.randint(200, 500) * KiB}"])
+        return self._ended(self._start(f"ulimit {limit}\n{script}"), f"ulimit {limit}")
 
     def _injected(self, script, stage, group, fault, number):
         """Run a script with a fault, as strace(1) has them, injected into a call of a stage."""

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A backup of an image that is killed at any moment, in any part, or whose system calls fail there."""
 
+import datetime
 import random
 
 import pytest
 from disturbing import Place
 from machine import Machine
+
+from vnb import stream
 
 STAGES = (("vnb-checkpoint",), ("vnb-extents", "vnb-read", "vnb-pack", "qemu-nbd", "qemu-img"))
 HOLDS = "each saved point restores byte for byte, the next increment is right; no partial file, bitmap, server or job"
@@ -37,6 +40,46 @@ def test_a_backup_that_is_killed(rounds, calls):
 def test_a_backup_whose_system_calls_fail(rounds, calls):
     ours = {key: count for key, count in calls.items() if not key[0].startswith("qemu-")}
     disturbed(rounds, ours, Place.failed)
+
+
+@pytest.mark.fault(
+    "few file descriptors or little memory for all of a backup of an image: ulimit -n, -v", holds=HOLDS,
+)
+def test_a_backup_with_limits(rounds):
+    disturbed(rounds, None, Place.limited)
+
+
+@pytest.mark.fault(
+    "the clock goes back: the last point that was saved is of next year",
+    holds="the next increment starts from it, is the latest point, and restores byte for byte",
+)
+def test_a_clock_that_goes_back():
+    with Place() as place:
+        machine = Machine(place, random.Random(0))
+        machine.back_up()
+        path, = machine.set.iterdir()
+        year = datetime.datetime.now(datetime.timezone.utc).year + 1
+        rewrite(path, created=f"{year}-01-31T12:00:00.000000Z")
+        assert f"{year}-01-31T12:00:00" in place.sh(f"vnb-dump --list {machine.set}")
+        for _ in range(2):
+            machine.write()
+            machine.back_up()
+        assert [path.name.split(".")[-2] for path in sorted(machine.set.iterdir())] == ["full", "inc", "inc"]
+        assert place.sh(f"vnb-cat --point {machine.set}").strip() == list(machine.truths)[-1]
+        machine.check_points()
+
+
+def rewrite(path, **changes):
+    """Change fields of the head of a segment in a file."""
+    with open(path, "rb") as old, open(path.with_suffix(".new"), "wb") as new:
+        for segment in stream.Reader(old.fileno(), str(path)):
+            writer = stream.Writer(new.fileno(), str(path))
+            out = writer.segment({**segment.head, **changes}, segment.disks)
+            for frame in segment:
+                out.frame(frame)
+            out.end()
+            writer.flush()
+    path.with_suffix(".new").rename(path)
 
 
 def state_of(place):

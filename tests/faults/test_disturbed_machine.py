@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import libvirt
 import pytest
@@ -203,14 +204,16 @@ def test_many_at_once(lab, rounds):
             for directory in sets:
                 lab.sh(f"vnb-verify {directory}")
             # What libvirtd takes for the first time it keeps.
-            assert used[-1] <= max(used[1], used[2]) + 8
+            descriptors, memory = zip(*used[1:])
+            assert descriptors[-1] <= max(descriptors[:2]) + 8
+            assert memory[-1] <= max(memory[:2]) + 16 * MiB
         finally:
             for vm in machines:
                 vm.remove()
 
 
 def all_at_once(lab, machines, sets, chance):
-    """Back up all while they are written to; how many descriptors libvirtd has afterwards."""
+    """Back up all while they are written to; how many descriptors, and bytes of memory, libvirtd has afterwards."""
     running = [
         subprocess.Popen(
             ["vnb-checkpoint", "run", vm.name, "--level", "auto", "--ledger", directory, "--",
@@ -226,4 +229,6 @@ def all_at_once(lab, machines, sets, chance):
     assert lab.leftovers() == []
     for vm in machines:
         assert vm.state() == libvirt.VIR_DOMAIN_RUNNING
-    return len(os.listdir(f"/proc/{lab.libvirtd_pid()}/fd"))
+    process = Path("/proc", str(lab.libvirtd_pid()))
+    resident_pages = int((process / "statm").read_text().split()[1])
+    return len(os.listdir(process / "fd")), resident_pages * os.sysconf("SC_PAGE_SIZE")
