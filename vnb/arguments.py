@@ -5,8 +5,7 @@ import re
 
 from vnb.errors import UsageError
 
-COMMON = """
-Common options:
+COMMON = """\
   -v, --verbose        say more, and with it the name of the run
   -q, --quiet          say only what is wrong
   --log-format FORMAT  text, json or journald
@@ -19,7 +18,8 @@ _UNITS = {None: 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 def usage(text):
     """The whole usage text of a command whose own part is text; [options] in it also means the common ones."""
-    return f"{text.strip()}\n{COMMON}"
+    heading = "Common options" if "\nOptions:\n" in text else "Options"
+    return f"{text.strip()}\n\n{heading}:\n{COMMON}"
 
 
 def integer(args, option, low, high):

@@ -21,4 +21,4 @@ _vnb() {
 }
 
 complete -o default -F _vnb vnb-apply vnb-backup vnb-cat vnb-checkpoint vnb-config vnb-dump vnb-extents vnb-import \
-    vnb-map vnb-pack vnb-prune vnb-read vnb-restore vnb-verify
+    vnb-map vnb-options vnb-pack vnb-prune vnb-read vnb-restore vnb-verify

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""vnb.ini: what it adds to the options of vnb-backup and vnb-restore."""
+
+import os
+import subprocess
+
+import pytest
+from samples import ROOT
+
+INI = """
+# for all
+[backup]
+compress = zstd:3
+verify
+keep-daily=14
+strict = no
+[backup db]
+exclude = vdb
+    vdc
+verify = no
+level = inc
+[restore]
+format = raw
+"""
+
+
+def command(*argv, **environment):
+    return subprocess.run([str(word) for word in argv], capture_output=True, text=True, timeout=60, cwd=ROOT,
+                          stdin=subprocess.DEVNULL, env={**os.environ, **environment})
+
+
+@pytest.fixture
+def ini(tmp_path):
+    path = tmp_path / "vnb.ini"
+    path.write_text(INI)
+    return path
+
+
+def options(path, section, *typed):
+    usage = command(f"vnb-{section}", "--help").stdout
+    argv = ["vnb-options", path, section, *typed]
+    done = subprocess.run(argv, input=usage, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("typed, printed", [
+    (["vm1", "/b"], ["--compress=zstd:3", "--verify", "--keep-daily=14"]),
+    (["db", "/b"], ["--compress=zstd:3", "--keep-daily=14", "--exclude=vdb", "--exclude=vdc", "--level=inc"]),
+    (["--level", "full", "db", "/b", "--exclude=vda"], ["--compress=zstd:3", "--keep-daily=14"]),
+    (["-c", "db", "vm1", "/b"], ["--compress=zstd:3", "--verify", "--keep-daily=14"]),
+    (["--verify", "--", "db", "/b"], ["--compress=zstd:3", "--keep-daily=14", "--exclude=vdb", "--exclude=vdc",
+                                      "--level=inc"]),
+    (["--all", "db"], ["--compress=zstd:3", "--verify", "--keep-daily=14"]),
+    ([], ["--compress=zstd:3", "--verify", "--keep-daily=14"]),
+])
+def test_what_was_typed_counts(ini, typed, printed):
+    assert options(ini, "backup", *typed) == printed
+
+
+def test_short_options_are_long_ones(tmp_path):
+    (tmp_path / "vnb.ini").write_text("[backup]\nconnect = test:///a\nstart-paused\nverbose\n")
+    assert options(tmp_path / "vnb.ini", "backup", "-c", "test:///b", "-S", "vm1", "/b") == ["--verbose"]
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("[backup]\nfrobnicate = 1\n", '[backup]: "frobnicate" is no option that can stand here'),
+    ("[backup]\ndry-run\n", '[backup]: "dry-run" is no option that can stand here'),
+    ("[backup]\nverify = sometimes\n", '[backup]: "verify" is yes or no, not "sometimes"'),
+    ("[backup]\nlevel\n", '[backup]: "level" needs a value'),
+    ("[back]\nlevel = inc\n", "[[back]]: is for no command: [backup], [backup NAME] and [restore] are"),
+    ("[backup]\nraw\n[backup]\n", "While reading from "),
+    ("level = inc\n", "File contains no section headers"),
+])
+def test_a_file_that_makes_no_sense(tmp_path, text, reason):
+    """Found by vnb-backup before anything is run, in one line."""
+    path = tmp_path / "vnb.ini"
+    path.write_text(text)
+    done = command("vnb-backup", "--dry-run", "vm1", "/b", VNB_CONFIG=str(path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"vnb-options: {path}: {reason.replace('[[back]]', '[back]')}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_no_text(tmp_path):
+    (tmp_path / "vnb.ini").write_bytes(b"\xff[backup]\n")
+    done = command("vnb-backup", "--dry-run", "vm1", "/b", VNB_CONFIG=str(tmp_path / "vnb.ini"))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+def test_backup_and_restore_read_it(ini):
+    lines = command("vnb-backup", "--dry-run", "-z", "vm1", "/b", VNB_CONFIG=str(ini)).stdout.splitlines()
+    assert lines == [
+        "vnb-checkpoint run --level auto --ledger /b vm1 -- 'vnb-extents | vnb-read | vnb-pack -z -o /b'",
+        "vnb-verify /b", "vnb-prune --keep-daily 14 /b",
+    ]
+    done = command("vnb-restore", "--dry-run", "formats/vectors/chain.vnb", "/r", VNB_CONFIG=str(ini))
+    assert "| vnb-apply --format raw /r" in done.stdout
+    assert "raw" not in command("vnb-restore", "--dry-run", "formats/vectors/chain.vnb", "/r").stdout
+
+
+def test_where_it_is(tmp_path):
+    """In the user's own directory, unless VNB_CONFIG says where or that there is none."""
+    (tmp_path / "vnb.ini").write_text("[backup]\nraw\n")
+    environment = {key: value for key, value in os.environ.items() if key != "VNB_CONFIG"}
+    argv = ["vnb-backup", "--dry-run", "vm1", "/b"]
+    for changes, there in (
+        ({"XDG_CONFIG_HOME": str(tmp_path)}, True), ({"XDG_CONFIG_HOME": str(tmp_path), "VNB_CONFIG": ""}, False),
+    ):
+        done = subprocess.run(argv, capture_output=True, text=True, env={**environment, **changes}, timeout=60)
+        assert (" --raw " in done.stdout) == there
+
+
+@pytest.mark.parametrize("typed, exported", [
+    (["-v"], "VNB_LOG_LEVEL=verbose"), (["--quiet"], "VNB_LOG_LEVEL=quiet"),
+    (["--log-format", "json", "--progress=json"], "VNB_LOG_FORMAT=json VNB_PROGRESS=json"),
+])
+@pytest.mark.parametrize("name, operands", [
+    ("vnb-backup", ["vm1", "/b"]), ("vnb-restore", ["formats/vectors/chain.vnb", "/r"]),
+])
+def test_what_is_said_is_said_by_all(name, operands, typed, exported):
+    """What the scripts run learns it from the environment."""
+    done = command(name, "--dry-run", *typed, *operands)
+    assert done.stdout.splitlines()[0] == f"export {exported}"

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""vnb-options - what vnb.ini adds to the options of vnb-backup or vnb-restore
+
+Usage:
+  vnb-options [options] FILE SECTION [ARGUMENT]...
+  vnb-options --help | --version
+
+Reads the usage of a command from standard input, and prints the options that
+FILE has for it, a line each. SECTION is backup or restore, ARGUMENT what was
+typed: an option in that is not printed. vnb-backup and vnb-restore run it.
+"""
+
+import configparser
+import re
+import sys
+
+from vnb.errors import Error, os_error
+from vnb.run import show
+
+OPTIONS_FIRST = True  # what was typed is not for us
+MAX_FILE = 1 << 20  # characters
+YES, NO = ("yes", "true", "on", "1"), ("no", "false", "off", "0")
+
+
+def main(args):
+    options = known(sys.stdin.read(MAX_FILE))
+    typed, operands = split(args["ARGUMENT"], options)
+    section = args["SECTION"]
+    # A machine's own section comes last: of what is said twice, what is said last counts.
+    names = [section, f"{section} {operands[0]}"] if operands and "--all" not in typed else [section]
+    values = read(args["FILE"], names)
+    for option, (where, value) in values.items():
+        if f"--{option}" not in options or option in ("help", "version", "dry-run"):
+            raise Error(args["FILE"], f'"{option}" is no option that can stand here', where)
+        if f"--{option}" not in typed:
+            show("".join(f"{line}\n" for line in lines(option, value, options[f"--{option}"], args["FILE"], where)))
+
+
+def known(usage):
+    """{option with its dashes: whether it takes a value} of a usage text's list, and {short option: long option}."""
+    found = {}
+    for names in re.findall(r"(?m)^  (-\S.*?)(?:  |$)", usage.partition("\nOptions:\n")[2]):
+        short = None
+        for name, value in re.findall(r"(--?[A-Za-z][\w-]*)( [A-Z])?", names):
+            found[name] = bool(value)
+            if short is not None and name.startswith("--"):
+                found[short] = name
+            short = None if name.startswith("--") else name
+    return found
+
+
+def split(words, options):
+    """(options (set, long ones), operands (list)) of a command line."""
+    typed, operands = set(), []
+    words = iter(words)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if word == "--":
+            operands += words
+        elif word.startswith("-") and word != "-":
+            takes = options.get(name)
+            if isinstance(takes, str):
+                name, takes = takes, options[takes]
+            typed.add(name)
+            if takes and not equals:
+                next(words, None)
+        else:
+            operands.append(word)
+    return typed, operands
+
+
+def read(path, names):
+    """{option: (section, value or None)} of these sections of a file, each after the ones before. Raises Error."""
+    parser = configparser.RawConfigParser(
+        delimiters=("=",), comment_prefixes=("#", ";"), allow_no_value=True, default_section=None, strict=True,
+    )
+    try:
+        with open(path, encoding="utf-8") as file:
+            parser.read_string(file.read(MAX_FILE), path)
+    except OSError as error:
+        raise os_error(path, error) from None
+    except (configparser.Error, UnicodeDecodeError) as error:
+        raise Error(path, " ".join(str(error).split())) from None
+    for name in parser.sections():
+        if name.partition(" ")[0] not in ("backup", "restore"):
+            raise Error(path, "is for no command: [backup], [backup NAME] and [restore] are", f"[{name}]")
+    return {
+        option: (f"[{name}]", value) for name in names if parser.has_section(name)
+        for option, value in parser.items(name)
+    }
+
+
+def lines(option, value, takes, path, where):
+    """The option as words (list of str) of a command line; several for several lines of its value. Raises Error."""
+    if takes:
+        values = [line for line in (value or "").splitlines() if line]
+        if not values:
+            raise Error(path, f'"{option}" needs a value', where)
+        return [f"--{option}={line}" for line in values]
+    if value is None or value.lower() in YES:
+        return [f"--{option}"]
+    if value.lower() in NO:
+        return []
+    raise Error(path, f'"{option}" is yes or no, not "{value}"', where)
