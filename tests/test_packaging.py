@@ -55,7 +55,7 @@ def test_all_is_where_it_belongs(package):
     expected |= {f"usr/share/bash-completion/completions/{name}" for name in ["vnb.bash", *COMMANDS]}
     expected |= {
         "lib/systemd/system/vnb-backup@.service", "lib/systemd/system/vnb-backup@.timer", "usr/share/vnb/magic",
-        "usr/share/zsh/vendor-completions/_vnb", "usr/share/doc/vnb/copyright",
+        "usr/share/zsh/vendor-completions/_vnb", "usr/share/vnb/apparmor/libvirt-qemu", "usr/share/doc/vnb/copyright",
     }
     here = {name.removeprefix("usr/") if name.startswith("usr/lib/systemd") else name for name in found}
     assert expected - here == set()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """vnb-backup and vnb-restore on a machine that runs."""
 
+import json
 import os
 import signal
 import subprocess
@@ -130,3 +131,18 @@ def test_a_backup_that_is_stopped_leaves_nothing(lab, vm):
                 os.kill(pid, signal.SIGKILL)
     assert os.listdir(directory) == []
     assert vm.checkpoints() == []
+
+
+def test_one_run_in_all_that_is_said(lab, vm):
+    """By all commands, from the keeper's notes to the sum, in lines for programs; and in the head."""
+    directory = lab.new_directory("set")
+    done = lab.sh(f"{BACKUP} -v --log-format json --progress json --verify --no-freeze {vm.name} {directory}")
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    commands = {line["command"] for line in lines if line.get("message")}
+    assert commands == {"vnb-checkpoint", "vnb-extents", "vnb-read", "vnb-pack"}
+    run, = {line["run"] for line in lines}
+    head = json.loads(lab.sh(f"vnb-cat --head {directory} | vnb-dump --json").stdout.splitlines()[0])
+    assert run in json.dumps(head)
+    summary, = [line["summary"] for line in lines if "summary" in line]
+    assert summary["data"] + summary["zero"] + summary["hole"] == sum(disk.size for disk in vm.disks.values())
+    assert summary["data"] >= summary["stored"] > 0
