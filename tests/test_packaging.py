@@ -75,6 +75,13 @@ def test_what_is_in_it_runs(package):
     assert done.stdout != ""
 
 
+def test_commands_in_it_start_as_those_of_the_tree(package):
+    """By the distribution's Python, and with -S: see what bin/ says of it."""
+    for name in COMMANDS:
+        first = Path(ROOT, "bin", name).read_text().splitlines()[0]
+        assert (package / "usr/bin" / name).read_text().splitlines()[0] == first
+
+
 def test_examples_in_it_are_not_compressed(package):
     """All but the demo, which is for those who have the tree."""
     names = {path.name for path in Path(ROOT, "examples").iterdir()} - {"demo"}
