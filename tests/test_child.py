@@ -15,8 +15,9 @@ from vnb.child import Child
 Child(["sh", "-c", 'touch "$1"; exec tail -f /dev/null', "sh", sys.argv[1]], "coreutils", keep=[int(sys.argv[2])])
 os._exit(0)
 """
+# $7 is who started it; $PPID may be somebody else already when a shell first asks.
 LATE = """#!/bin/sh
-while [ -e /proc/$PPID ]; do :; done
+while [ -e "/proc/$7" ]; do :; done
 exec {real} "$@"
 """
 
