@@ -28,7 +28,7 @@ check: setup
 	$(PYTEST) -q tests --ignore tests/live -m "not stage and not live"
 
 test: check
-	$(PYTEST) tests -m "stage or live"
+	$(PYTEST) tests -m "stage or live" --durations 10
 
 soak: setup
 	VNB_SOAK=$(or $(MINUTES),60) VNB_SEED=$(or $(SEED),$(shell date +%j)) VNB_SOAK_RESULTS=tests/faults/results.json \
