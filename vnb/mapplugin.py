@@ -132,7 +132,15 @@ def default_export(_readonly, _is_tls):
 
 def open(_readonly):
     """Called for a new connection."""
-    return told_if_failed(lambda: images.open(nbdkit.export_name()))
+    return told_if_failed(lambda: images.open(export_name()))
+
+
+def export_name():
+    """What the client calls it: any bytes. Raises Error."""
+    try:
+        return nbdkit.export_name()
+    except UnicodeDecodeError:
+        raise Error("a client", "asked for an export whose name is not UTF-8") from None
 
 
 def get_size(image):

@@ -107,7 +107,7 @@ class Liar:
                 return
             if kind == READ:
                 self._send("data", struct.pack(">IHHQI", CHUNK_MAGIC, DONE, DATA_CHUNK, cookie, 8 + length)
-                           + struct.pack(">Q", offset) + bytes(length))
+                           + struct.pack(">Q", offset) + b"\1" * length)
             elif kind == BLOCK_STATUS:
                 first = min(length, 4096)
                 extents = struct.pack(">II", first, 0)

@@ -67,6 +67,18 @@ def test_any_range(rounds, served):
 
 
 @FAULT
+def test_a_name_that_is_no_text(served):
+    """The end of served looks at what the server has said."""
+    uri, path, _ = served
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        client.sendall(b"\0\0\0\3IHAVEOPT\0\0\0\1\0\0\0\3vd\xff")
+        while client.recv(4096):
+            pass
+    connected(uri).shutdown()
+
+
+@FAULT
 def test_what_is_no_request(rounds, served):
     """A client that breaks off, or says what the protocol does not know, takes nobody along."""
     _, path, _ = served
