@@ -63,12 +63,13 @@ def rounds(request):
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
     mark = item.get_closest_marker("fault")
-    if mark is None or call.when != "call" or report.skipped:
+    if mark is None or report.skipped or (call.when != "call" and not report.failed):
         return
     rounds = item.stash.get(ROUNDS, None)
     what, holds = mark.args[0], mark.kwargs["holds"]
     tally = item.config.stash[TALLIES].setdefault(what, Tally(what, holds))
-    tally.tried += max(rounds.faults, 1) if rounds else 1
+    if call.when != "teardown":  # what fails then was counted
+        tally.tried += max(rounds.faults, 1) if rounds else 1
     tally.failed += report.failed
     if report.failed and rounds is not None:
         report.sections.append(("the same again", rounds.again()))
