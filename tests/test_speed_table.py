@@ -21,6 +21,11 @@ def test_a_row(aims, text):
     assert f"| g | j | 1.23 | 2.00 | {text} |\n" in speeds.render({**RESULTS, "rows": [{**ROW, **aims}]})
 
 
+def test_a_pipeline_stands_in_one_cell():
+    text = speeds.render({**RESULTS, "rows": [{**ROW, "job": "a | b > FILE"}]})
+    assert "| g | a \\| b > FILE | 1.23 | 2.00 |  |" in text
+
+
 def test_a_group_is_named_once_and_rows_that_are_no_times_are_left_out():
     memory = {"group": "m", "job": "peak", "found": 1, "most": 2}
     lines = speeds.render({**RESULTS, "rows": [ROW, {**ROW, "job": "k"}, memory]}).splitlines()

@@ -40,7 +40,8 @@ def render(results):
     for row in results["rows"]:
         if "seconds" in row:
             title = "" if row["group"] == last else row["group"]
-            lines.append(f"| {title} | {row['job']} | {row['seconds']:.2f} | {row['ratio']:.2f} | {aims(row)} |")
+            job = row["job"].replace("|", r"\|")  # of a pipeline: in a table it would end the cell
+            lines.append(f"| {title} | {job} | {row['seconds']:.2f} | {row['ratio']:.2f} | {aims(row)} |")
         last = row["group"]
     return "".join(f"{line}\n" for line in ["", *lines, ""])
 
