@@ -15,6 +15,7 @@ from vnb import __version__
 
 COMMANDS = sorted(path.name for path in Path(ROOT, "bin").glob("vnb-*"))
 PAGES = sorted(Path(ROOT, "man").glob("*.[1-9]"))
+EXAMPLES = sorted(path for path in Path(ROOT, "examples").iterdir() if path.name != "demo")  # which has no operands
 COMMAND_PAGES = [path for path in PAGES if path.suffix == ".1"]
 OPTION = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
 
@@ -208,6 +209,15 @@ def test_examples_of_pages_have_only_options_that_there_are():
 
 def test_readme_names_every_command():
     assert set(COMMANDS) - {name for name, _rest in commands_of_readme()} == set()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_print_their_usage(path):
+    """Where operands are missing, and where the first one is none of those that the example knows."""
+    for operands in [], ["x"], *([["bakup", "b", "c", "d"]] if " restore " in path.read_text() else []):
+        done = run(path, *operands)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"Usage: examples/{path.name} ")
 
 
 def test_readme_leads_to_files_that_are_there():
