@@ -160,10 +160,12 @@ def test_other_files_in_a_set_are_passed_over(saved):
     assert points(run(saved).ok()) == POINTS
 
 
-def fork(saved, created):
+def fork(saved, created, point="fork"):
     """Put a second increment to point 1 into a set."""
-    head = makers.head(2, id="id-f", point="fork", checkpoint=None, created=created, parent=POINTS[1], level="diff")
-    (saved / "fork.vnb").write_bytes(samples.segment(head, [
+    head = makers.head(
+        2, id=f"id-{point}", point=point, checkpoint=None, created=created, parent=POINTS[1], level="diff",
+    )
+    (saved / f"{point}.vnb").write_bytes(samples.segment(head, [
         samples.disk("vda", 1460 << 10, "inc"), samples.disk("vdb", 128 << 10, "inc")]))
 
 
@@ -178,6 +180,14 @@ def test_what_lies_off_the_path_is_reported(saved):
     assert points(done.out) == [*POINTS[:2], "fork"]
     assert (done.status, done.err) == (0, f"vnb-cat: {saved}: not on the way to fork: {POINTS[2]}, {POINTS[3]}\n")
     assert points(run("--until", POINTS[3], saved).ok()) == POINTS
+
+
+def test_many_points_off_the_path_are_counted(saved):
+    for number in range(5):
+        fork(saved, f"2026-01-31T12:00:02.{number}00000Z", f"fork{number}")
+    said = f"not on the way to {POINTS[3]}: fork2, fork3, fork4 and 2 more (vnb-dump --list has them all)"
+    assert run(saved).err == f"vnb-cat: {saved}: {said}\n"
+
 
 
 # What is wrong with a set

@@ -339,6 +339,20 @@ def test_lines_of_a_set(tmp_path):
     assert run(tmp_path / "sub") == (1, b"", f"vnb-verify: {tmp_path}/sub: no segment here\n")
 
 
+def test_sound_segments_are_named_when_more_is_to_be_said(tmp_path):
+    makers.make_set(tmp_path, PLAN[:2])
+    path = tmp_path / f"{makers.point(1)}.inc.vnb"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert run(tmp_path)[2].count("\n") == 1
+    lines = run("-v", tmp_path)[2].splitlines()
+    assert [line for line in lines if line.endswith(": sound")] == [
+        f"vnb-verify: {tmp_path}/{makers.point(0)}.full.vnb: {makers.point(0)}: sound",
+    ]
+    assert len(lines) == 2
+
+
 def test_links_of_a_set(tmp_path):
     def write(name, head_, disks=()):
         (tmp_path / f"{name}.vnb").write_bytes(

@@ -35,6 +35,8 @@ from vnb.errors import Error, UsageError
 from vnb.merge import Merge
 from vnb.progress import Progress
 
+NAMED = 3  # points that a message has room for
+
 
 def main(args):
     operands, until = args["SET_OR_FILE"], args["--until"]
@@ -65,7 +67,9 @@ def main(args):
         raise Error("--disk", f'no disk {", ".join(unknown)} at point {point}')
     left = chain.off_path(segments, path)
     if left and until is None:
-        log.note(f"{name}: not on the way to {point}: " + ", ".join(segment.head["point"] for segment in left))
+        more = f" and {len(left) - NAMED} more (vnb-dump --list has them all)" if len(left) > NAMED else ""
+        names = ", ".join(segment.head["point"] for segment in left[-NAMED:])
+        log.note(f"{name}: not on the way to {point}: {names}{more}")
     # A disk that the last point does not have is not part of it: nobody needs its older data.
     wanted = set(args["--disk"]) or held
     out = output.stdout()

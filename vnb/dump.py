@@ -300,7 +300,7 @@ def _list(operands):
     for point, level, created, size, parent in rows:
         show(f"{point:{widths[0]}}  {level:{widths[1]}}  {created:{widths[2]}}  {size:>{widths[3]}}  {parent}\n")
     path = chain.path(segments, name)
-    show(f'\nlatest {path[-1].head["point"]}, from {len(path)} segments\n')
+    show(f'\nlatest {path[-1].head["point"]}, from {len(path)} segment{"s" * (len(path) > 1)}\n')
     for segment in chain.off_path(segments, path):
         show(f'not on the way {segment.head["point"]} ({segment.name})\n')
 

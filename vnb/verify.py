@@ -189,6 +189,8 @@ class _Report:
                     "name": path, "offset": segment.start, "bytes": segment.length, "point": head["point"],
                     "parent": head["parent"], "level": head["level"], "id": head["id"], "sound": sound,
                 })
+            elif sound:
+                log.detail(f'{path}: {segment.head["point"]}: sound')
 
     def _show(self, line):
         show(json.dumps(line) + "\n", flush=True)
