@@ -17,7 +17,7 @@ def checkpoint(*words, tmp_path=None):
 
 @pytest.mark.parametrize(("words", "reason"), [
     (["begin", "vm1"], "--level: is needed: one of full, copy, inc, diff, auto"),
-    (["begin", "vm1", "--level", "half"], "--level: is needed: one of full, copy, inc, diff, auto"),
+    (["begin", "vm1", "--level", "half"], '--level: "half" is not one of full, copy, inc, diff, auto'),
     (["begin", "vm1", "--level", "full", "--since", "x"], "--since: level full starts from nothing"),
     (["begin", "vm1", "--level", "inc", "--since", "last"], '--since: "last" is for level diff'),
     (["begin", "vm1", "--level", "inc", "--chain", "a/b"],

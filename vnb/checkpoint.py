@@ -105,7 +105,8 @@ def _options(args):
     """What the keeper needs, checked; see vnb.job.begin and vnb.keeper.Starter."""
     level, since = args["--level"], args["--since"]
     if level not in LEVELS:
-        raise UsageError("--level", f"is needed: one of {', '.join(LEVELS)}")
+        found = "is needed:" if level is None else f'"{level}" is not'
+        raise UsageError("--level", f"{found} one of {', '.join(LEVELS)}")
     check_chain(args)
     if since in ("last", "full") and level != "diff":
         raise UsageError("--since", f'"{since}" is for level diff')

@@ -20,6 +20,7 @@ from vnb.run import show
 OPTIONS_FIRST = True  # what was typed is not for us
 MAX_FILE = 1 << 20  # characters
 YES, NO = ("yes", "true", "on", "1"), ("no", "false", "off", "0")
+SECTIONS = "[backup], [backup NAME] and [restore] are"
 
 
 def main(args):
@@ -79,11 +80,13 @@ def read(path, names):
             parser.read_string(file.read(MAX_FILE), path)
     except OSError as error:
         raise os_error(path, error) from None
+    except configparser.MissingSectionHeaderError as error:
+        raise Error(path, f"is in no section: {SECTIONS}", f"line {error.lineno}") from None
     except (configparser.Error, UnicodeDecodeError) as error:
         raise Error(path, " ".join(str(error).split())) from None
     for name in parser.sections():
         if name.partition(" ")[0] not in ("backup", "restore"):
-            raise Error(path, "is for no command: [backup], [backup NAME] and [restore] are", f"[{name}]")
+            raise Error(path, f"is for no command: {SECTIONS}", f"[{name}]")
     return {
         option: (f"[{name}]", value) for name in names if parser.has_section(name)
         for option, value in parser.items(name)

@@ -10,7 +10,7 @@ Reads a stream with extents, writes it with their data.
 Options:
   --requests N         reads in flight over all disks [default: 64]
   --request-size SIZE  bytes of one read, and of a data frame [default: 512k]
-  --connections N      connections to each export, where the server allows
+  --connections N      to each export at most, where the server allows
                        several [default: 4]
   --progress MODE      auto, none or json: how far it is, see vnb(7)
 """
