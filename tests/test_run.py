@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import samples
 
+from vnb import arguments
+
 ROOT = Path(samples.ROOT)
 DEADLINE = 60
 
@@ -247,3 +249,11 @@ def test_no_stream_from_a_terminal():
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = on_terminal([sys.executable, ROOT / "bin" / "vnb-pack"], which="stdin", env=env)
     assert done == (1, b"", "vnb-pack: stdin: is a terminal, expected a stream\n")
+
+
+@pytest.mark.parametrize("argv, found", [
+    (["--untill", "x"], "--untill"), (["--unt", "x"], None), (["-zz"], None), (["-y"], "-y"), (["-", "--", "-y"], None),
+    (["--untill=x"], "--untill"), (["a", "b"], None), ([], None),
+])
+def test_the_option_that_a_usage_does_not_have(argv, found):
+    assert arguments.unknown("Usage:\n  toy [-z] [--until POINT]", argv) == found

@@ -22,6 +22,19 @@ def usage(text):
     return f"{text.strip()}\n\n{heading}:\n{COMMON}"
 
 
+def unknown(text, argv):
+    """The first word (str) of argv that looks like an option and is none of this usage text, or None."""
+    known = re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", text)
+    for word in argv:
+        if word == "--":  # what follows is no option
+            break
+        name = word.partition("=")[0] if word.startswith("--") else word[:2]
+        # docopt takes a long option that is cut short, and a value behind a short one.
+        if name.startswith("-") and name != "-" and not any(option.startswith(name) for option in known):
+            return name
+    return None
+
+
 def integer(args, option, low, high):
     """The value of an option as an integer within [low, high]; UsageError."""
     text = args[option]

@@ -41,7 +41,8 @@ def outcome(name, module, argv):
             args = docopt(usage, argv, help=False, options_first=getattr(module, "OPTIONS_FIRST", False))
         except DocoptExit as exit_:
             reason = str(exit_).replace(str(DocoptExit.usage), "").strip()
-            raise UsageError(None, reason or "wrong usage") from None
+            option = arguments.unknown(usage, argv)  # docopt does not tell
+            raise UsageError(None, reason or (f"unknown option {option}" if option else "wrong usage")) from None
         finally:
             synopsis = f"\n{DocoptExit.usage.strip()}"
         log.choose(args)
