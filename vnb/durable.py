@@ -27,6 +27,8 @@ def make_directories(path, mode):
     while not os.path.lexists(above):
         missing.append(above)
         above = os.path.dirname(above)
+    if missing and not os.path.isdir(above):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), above)
     made = []
     try:
         for directory in reversed(missing):

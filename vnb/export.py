@@ -188,24 +188,33 @@ class Further(Connection):
     def ready(self):
         """Whether requests may be made of it."""
         if self._state == "connecting" and self.handle.aio_is_ready():
-            self._state = "ready" if self.handle.get_size() == self.size else "failed"
+            if self.handle.get_size() == self.size:
+                self._state = "ready"
+            else:
+                self._drop()
         return self._state == "ready"
 
     @property
     def expects(self):
         """See Connection."""
-        return self.handle.aio_is_connecting() if self._state == "connecting" else super().expects
+        return self.handle.aio_is_connecting() if self._state == "connecting" else self.ready and super().expects
 
     def failed(self, error):
         """See Connection; before it was ready nothing is lost with it."""
         if self.ready:
             super().failed(error)
+        self._drop()
+
+    def _drop(self):
         self._state = "failed"
+        self.handle = None  # the last one that has it: that closes the socket
 
     def close(self):
-        """See Connection. Of one that is not ready no server is waiting for an end."""
+        """See Connection. One that is not ready is dropped, since nobody knows when it will be."""
         if self.ready:
             super().close()
+        else:
+            self._drop()
 
 
 def wait(request, connections):

@@ -175,4 +175,4 @@ def _make(path):
         # QEMU, which runs as another user, has to get through to the images; they themselves are private.
         return make_directories(path, 0o711)
     except OSError as error:
-        raise os_error(path, error) from None
+        raise os_error(error.filename or path, error) from None

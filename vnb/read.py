@@ -63,8 +63,8 @@ def read(segment, out, connections, request_size, requests, progress):
                 written.frame(frame)
         pipeline.drain()
         written.end()
-    for connection in (connection for export_ in exports for connection in export_.connections):
-        connection.close()
+    for export in exports:
+        export.close()
 
 
 class Export:
@@ -85,6 +85,12 @@ class Export:
         self.request_size = min(max(request_size, first.minimum), first.maximum, MAX_DATA)
         self._uri = source["uri"]
         self._most = count if first.multi_conn else 1
+
+    def close(self):
+        """End the connections."""
+        # A server may let go of none as long as it is speaking with one: those in its handshake first.
+        for connection in sorted(self.connections, key=attrgetter("ready")):
+            connection.close()
 
     def next_connection(self):
         """The one that has the least to do."""
