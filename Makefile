@@ -27,9 +27,9 @@ check: setup
 	$(if $(PAGES),mandoc -T lint -W warning $(PAGES))
 	$(PYTEST) -q tests --ignore tests/live -m "not stage and not live"
 
-# Side by side: both wait a lot.
+# Side by side: both wait a lot. What each of them says comes when it has ended.
 test: check
-	$(MAKE) --jobs 2 --output-sync=line stage live
+	$(MAKE) --jobs 2 --output-sync=target stage live
 
 stage: setup
 	$(PYTEST) tests -m stage --durations 10

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Another host: an sshd of our own, by the name of hv, whose sessions are in the laboratory as we are."""
 
+import contextlib
+import fcntl
 import os
 import random
 import shutil
@@ -11,6 +13,30 @@ from lab import COMMANDS, run, wait_for
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
 PRIVILEGES = Path("/run/sshd")  # sshd wants this directory to be there
+
+
+class Privileges:
+    """The directory that sshd wants: made if it is not there, and removed by who made it unless others have an sshd."""
+
+    def __init__(self):
+        self.made = False
+        while True:
+            with contextlib.suppress(FileExistsError):
+                PRIVILEGES.mkdir(mode=0o755)
+                self.made = True
+            with contextlib.suppress(FileNotFoundError):  # its maker has just removed it
+                self.fd = os.open(PRIVILEGES, os.O_RDONLY | os.O_DIRECTORY)
+                fcntl.flock(self.fd, fcntl.LOCK_SH)
+                if os.path.samestat(os.fstat(self.fd), PRIVILEGES.stat()):
+                    break
+                os.close(self.fd)
+
+    def close(self):
+        with contextlib.suppress(BlockingIOError):
+            if self.made:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                PRIVILEGES.rmdir()
+        os.close(self.fd)
 
 
 class Gate:
@@ -49,9 +75,7 @@ class Hypervisor:
         self.address = address
         self.prefix = list(prefix)
         self.directory = lab.new_directory("ssh")
-        self.made_privileges = os.geteuid() == 0 and not PRIVILEGES.exists()
-        if self.made_privileges:
-            PRIVILEGES.mkdir(mode=0o755)
+        self.privileges = Privileges() if os.geteuid() == 0 else None
         for key in ("host_key", "key"):
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.path(key))
         shutil.copy(self.path("key.pub"), self.path("authorized_keys"))
@@ -122,8 +146,8 @@ class Hypervisor:
     def close(self):
         self.sshd.terminate()
         self.sshd.wait()
-        if self.made_privileges:
-            PRIVILEGES.rmdir()
+        if self.privileges:
+            self.privileges.close()
 
 
 class Network:
