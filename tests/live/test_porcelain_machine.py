@@ -139,7 +139,7 @@ def test_one_run_in_all_that_is_said(lab, vm):
     done = lab.sh(f"{BACKUP} -v --log-format json --progress json --verify --no-freeze {vm.name} {directory}")
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     commands = {line["command"] for line in lines if line.get("message")}
-    assert commands == {"vnb-checkpoint", "vnb-extents", "vnb-read", "vnb-pack"}
+    assert commands == {"vnb-checkpoint", "vnb-extents", "vnb-read", "vnb-pack", "vnb-verify"}
     run, = {line["run"] for line in lines}
     head = json.loads(lab.sh(f"vnb-cat --head {directory} | vnb-dump --json").stdout.splitlines()[0])
     assert run in json.dumps(head)
