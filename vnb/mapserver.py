@@ -112,7 +112,7 @@ def unix_address(path):
         mask = os.umask(0o177)
         try:
             listener.bind(path)
-            listener.listen()
+            listener.listen(socket.SOMAXCONN)  # clients that come when it is full are refused at once
         except OSError as error:
             raise Error(path, error.strerror or str(error)) from None
         finally:

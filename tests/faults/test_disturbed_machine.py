@@ -203,10 +203,10 @@ def test_many_at_once(lab, rounds):
                 used.append(all_at_once(lab, machines, sets, chance))
             for directory in sets:
                 lab.sh(f"vnb-verify {directory}")
-            # What libvirtd takes for the first time it keeps.
+            # What libvirtd takes for the first time it keeps, in each of its threads.
             descriptors, memory = zip(*used[1:])
             assert descriptors[-1] <= max(descriptors[:2]) + 8
-            assert memory[-1] <= max(memory[:2]) + 16 * MiB
+            assert memory[-1] <= max(memory[:2]) + 64 * MiB
         finally:
             for vm in machines:
                 vm.remove()
