@@ -9,6 +9,9 @@ import makers
 import pytest
 from applied import eventually, restored, segments_of
 
+from vnb import qemu
+from vnb.errors import Error
+
 PLAN = [{"vda": "512k:? 64k:-", "vdb": "512k:A"}, {"vda": "64k:B", "vdb": "64k:0"}]
 
 
@@ -87,6 +90,25 @@ def test_server_killed(half):
     _, stderr = process.communicate(rest, timeout=applied.DEADLINE)
     assert (process.returncode, stderr.decode()) == (1, "vnb-apply: vda: qemu-nbd: it was killed by SIGKILL\n")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("request_", ["write", "zero"])
+def test_server_killed_while_nothing_is_awaited(tmp_path, request_):
+    """The next request finds the connection broken: it says the same as one whose answer does not come."""
+    path = tmp_path / "disk.qcow2"
+    qemu.create(str(path), "disk", "qcow2", 1 << 20, {})
+    image = qemu.Image("vda", str(path), "vda", "qcow2")
+    server, = applied.processes_with(path, "qemu-nbd")
+    os.kill(server, signal.SIGKILL)
+    image._server._child.wait(applied.DEADLINE)
+    with pytest.raises(Error) as raised:
+        if request_ == "write":
+            image.write(0, bytes(65536), lambda: None)
+        else:
+            image.zero(0, 65536)
+        image.drain()
+    assert str(raised.value) == "vda: qemu-nbd: it was killed by SIGKILL"
+    image.close()
 
 
 def test_ignored_signal_stays_ignored(half):

@@ -195,17 +195,17 @@ class Image(Nbd):
         super().write(offset, plain, done)
         self._write_back.count(len(plain))
 
+    def _start(self, *request):
+        with self._explaining():  # to begin a request is enough to hear that the connection is lost
+            super()._start(*request)
+
     def poll(self):
-        try:
+        with self._explaining():
             super().poll()
-        except Lost as error:
-            raise self._explained(error) from None
 
     def finish(self):
-        try:
+        with self._explaining():
             super().finish()
-        except Lost as error:
-            raise self._explained(error) from None
         self._server.wait()
         try:
             for file in self._files:
@@ -227,6 +227,13 @@ class Image(Nbd):
     def _close_files(self):
         while self._files:
             os.close(self._files.pop())
+
+    @contextlib.contextmanager
+    def _explaining(self):
+        try:
+            yield
+        except Lost as error:
+            raise self._explained(error) from None
 
     def _explained(self, error):
         """The Error that tells why the connection was lost: qemu-nbd ends when it is, and says more than libnbd."""
