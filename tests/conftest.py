@@ -2,6 +2,7 @@
 """For all tests: the commands of this tree come first in PATH, none waits for ever, slow ones are marked."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -22,6 +23,11 @@ os.environ["PATH"] = f"{COMMANDS}:{os.environ['PATH']}"
 os.environ["VNB_CONFIG"] = ""  # nor does a vnb.ini of whoever runs the tests count, or how they like what is said
 for name in ("VNB_LOG_LEVEL", "VNB_LOG_FORMAT", "VNB_PROGRESS", "VNB_RUN"):
     os.environ.pop(name, None)
+
+# Who runs the tests under nohup(1), or in the background of a script, ignores signals; what they start must not.
+for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(signum) is signal.SIG_IGN:
+        signal.signal(signum, handler)
 
 
 @pytest.hookimpl(hookwrapper=True)
