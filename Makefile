@@ -23,7 +23,7 @@ demo: setup
 
 check: setup
 	.venv/bin/ruff check --quiet --output-format concise .
-	shellcheck $(SCRIPTS)
+	shellcheck -x $(SCRIPTS)
 	$(if $(PAGES),mandoc -T lint -W warning $(PAGES))
 	$(PYTEST) -q tests --ignore tests/live -m "not stage and not live"
 

@@ -18,6 +18,8 @@ settings.register_profile("vnb", deadline=None, suppress_health_check=[HealthChe
 settings.load_profile("vnb")
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SOURCED = "vnb-sh-setup"  # in bin/, and no command
+COMMANDS = sorted(set(os.listdir(os.path.join(ROOT, "bin"))) - {SOURCED})
 
 
 @contextlib.contextmanager

@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from samples import ROOT
+from samples import COMMANDS, ROOT, SOURCED
 
 from vnb import __version__
 
-COMMANDS = sorted(path.name for path in Path(ROOT, "bin").glob("vnb-*"))
 PAGES = sorted(Path(ROOT, "man").glob("*.[1-9]"))
 EXAMPLES = sorted(path for path in Path(ROOT, "examples").iterdir() if path.name != "demo")  # which has no operands
-COMMAND_PAGES = [path for path in PAGES if path.suffix == ".1"]
+COMMAND_PAGES = [path for path in PAGES if path.suffix == ".1" and path.stem != SOURCED]
 OPTION = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
 
 by_page = pytest.mark.parametrize("page", COMMAND_PAGES, ids=lambda path: path.stem)
@@ -108,6 +107,12 @@ def test_each_option_of_the_usage_is_described(name):
     assert listed - used == set() or "[options]" in text
 
 
+@pytest.mark.parametrize("name", ["vnb-backup", "vnb-backup-all", "vnb-restore", SOURCED])
+def test_porcelain_is_short(name):
+    """Whoever wants another backup than vnb-backup's reads it, and writes one."""
+    assert len(Path(ROOT, "bin", name).read_text().splitlines()) <= 100
+
+
 @by_command
 def test_there_is_a_page(name):
     assert Path(ROOT, "man", f"{name}.1") in COMMAND_PAGES
@@ -171,7 +176,8 @@ NOT_OURS = {  # messages of libvirt and QEMU that users of vnb meet
 
 def commands_in(code):
     """Yield (command, its part of the line) for all commands of vnb in a piece of code."""
-    for found in re.finditer(r"(?<![\w/-])(vnb-[a-z]+)((?:(?!\bvnb-| -- )[^|&;`()'])*)", code.partition("    #")[0]):
+    command = r"(?<![\w/-])(vnb-[a-z]+(?:-[a-z]+)*)((?:(?!\bvnb-| -- )[^|&;`()'])*)"
+    for found in re.finditer(command, code.partition("    #")[0]):
         yield found[1], found[2]
 
 
@@ -187,6 +193,7 @@ def commands_of_readme():
 
 def unknown_options(commands):
     known = {name: set(options_of(usage(name))) for name in COMMANDS}
+    known["vnb-backup-all"] |= known["vnb-backup"]
     return [
         f"{name} {option}" for name, rest in commands for option in OPTION.findall(rest)
         if option not in known.get(name, ())

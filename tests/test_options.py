@@ -33,6 +33,8 @@ def command(*argv, **environment):
 def ini(tmp_path):
     path = tmp_path / "vnb.ini"
     path.write_text(INI)
+    (tmp_path / "virsh").write_text("#!/bin/sh\necho vm1\necho db\n")
+    (tmp_path / "virsh").chmod(0o755)
     return path
 
 
@@ -51,11 +53,20 @@ def options(path, section, *typed):
     (["-c", "db", "vm1", "/b"], ["--compress=zstd:3", "--verify", "--keep-daily=14"]),
     (["--verify", "--", "db", "/b"], ["--compress=zstd:3", "--keep-daily=14", "--exclude=vdb", "--exclude=vdc",
                                       "--level=inc"]),
-    (["--all", "db"], ["--compress=zstd:3", "--verify", "--keep-daily=14"]),
     ([], ["--compress=zstd:3", "--verify", "--keep-daily=14"]),
 ])
 def test_what_was_typed_counts(ini, typed, printed):
     assert options(ini, "backup", *typed) == printed
+
+
+def test_all_machines_have_no_section_of_one(ini):
+    """Its operand is a directory, whatever its name. What each machine's section says its own vnb-backup reads."""
+    done = command("vnb-backup-all", "--dry-run", "db", VNB_CONFIG=str(ini), PATH=f"{ini.parent}:{os.environ['PATH']}")
+    assert (done.returncode, done.stderr) == (0, "")
+    first, second = (line for line in done.stdout.splitlines() if line.startswith("vnb-checkpoint"))
+    assert first == "vnb-checkpoint run --level auto --ledger db/vm1 vm1 -- "\
+                    "'vnb-extents | vnb-read | vnb-pack --compress zstd:3 -o db/vm1'"
+    assert second.startswith("vnb-checkpoint run --level inc --ledger db/db --exclude vdb --exclude vdc db -- ")
 
 
 def test_short_options_are_long_ones(tmp_path):

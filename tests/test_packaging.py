@@ -8,12 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from samples import ROOT
+from samples import COMMANDS, ROOT
 
 from vnb import __version__
 
 PACKAGING = Path(ROOT, "packaging")
-COMMANDS = sorted(path.name for path in Path(ROOT, "bin").glob("vnb-*"))
 PAGES = sorted(path.name for path in Path(ROOT, "man").iterdir())
 
 

@@ -16,7 +16,7 @@ from makers import images, make_set, point
 
 PLAN = [{"vda": "64k:A 64k:-", "vdb": "64k:B"}, {"vda": "96k:. 32k:C", "vdb": "64k:."}]
 ODD = "it's $(touch gone) `touch gone`; \"touch\" *\n\\x & -o"  # for a shell, anything but a name
-SCRIPTS = ("vnb-backup", "vnb-restore")
+SCRIPTS = ("vnb-backup", "vnb-backup-all", "vnb-restore")
 
 
 def porcelain(name, *arguments, cwd=None, path=None):
@@ -62,7 +62,7 @@ def test_help_and_version(name):
     assert printed(name, "--version").startswith(f"{name} ")
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ["vnb-backup", "vnb-restore"])
 @pytest.mark.parametrize("arguments", [
     [], ["one"], ["one", "two", "three"], ["--frobnicate", "a", "b"], ["-x", "a", "b"], ["a", "b", "--name"],
     ["a", "b", "-c"], ["a", "b", "--level"],
@@ -167,10 +167,10 @@ def virsh(stubs):
 def test_backup_of_all_domains(stubs, virsh, tmp_path):
     """Each into a set of its name, with all options, and what stands in a name is a name."""
     names = ["vm1", "100%%d $(touch gone) 'x'", "vm2"]
-    done = porcelain("vnb-backup", "--all", "-z", "-c", "test:///x", "--keep-last", "2", f"{tmp_path}/%%/%Y",
+    done = porcelain("vnb-backup-all", "-z", "-c", "test:///x", "--keep-last", "2", f"{tmp_path}/%%/%Y",
                      path=virsh(*names), cwd=tmp_path)
     assert done.returncode == 0
-    assert done.stderr.splitlines() == [f"vnb-backup: {name}: done" for name in names]
+    assert done.stderr.splitlines() == [f"vnb-backup-all: {name}: done" for name in names]
     assert seen(stubs, "virsh") == ["-c", "test:///x", "list", "--all", "--name"]
     sets = [f"{tmp_path}/%/{time.strftime('%Y')}/{name}" for name in names]
     assert seen(stubs, "vnb-pack") == [word for path in sets for word in ("-z", "-o", path)]
@@ -182,7 +182,7 @@ def test_backup_of_all_domains(stubs, virsh, tmp_path):
 def test_backup_of_all_domains_for_programs(stubs, virsh):
     (stubs / "vnb-pack").write_text('#!/bin/sh\ncase $2 in *bad*) exit 1; esac\n')
     names = ["good", "a \"bad\" \\ one"]
-    done = porcelain("vnb-backup", "--all", "--json", "/b", path=virsh(*names))
+    done = porcelain("vnb-backup-all", "--json", "/b", path=virsh(*names))
     assert done.returncode == 1
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert rows == [{"domain": names[0], "status": 0}, {"domain": names[1], "status": 1}]
@@ -192,16 +192,16 @@ def test_backup_of_all_domains_for_programs(stubs, virsh):
 def test_backup_of_all_domains_says_which_failed(stubs, virsh, jobs):
     (stubs / "vnb-verify").write_text('#!/bin/sh\ncase $1 in */worn) exit 1; esac\n')
     path = virsh("good", "worn", "last")
-    done = porcelain("vnb-backup", "--all", *jobs, "--verify", "/b", path=path)
+    done = porcelain("vnb-backup-all", *jobs, "--verify", "/b", path=path)
     assert done.returncode == 3
     assert sorted(done.stderr.splitlines()) == [
-        "vnb-backup: good: done", "vnb-backup: last: done",
-        "vnb-backup: worn: saved, but what came after that failed",
+        "vnb-backup-all: good: done", "vnb-backup-all: last: done",
+        "vnb-backup-all: worn: saved, but what came after that failed",
     ]
     (stubs / "vnb-pack").write_text('#!/bin/sh\ncase $2 in */good) exit 1; esac\n')
-    done = porcelain("vnb-backup", "--all", *jobs, "--verify", "/b", path=path)
+    done = porcelain("vnb-backup-all", *jobs, "--verify", "/b", path=path)
     assert done.returncode == 1
-    assert sorted(done.stderr.splitlines())[0] == "vnb-backup: good: failed with status 1"
+    assert sorted(done.stderr.splitlines())[0] == "vnb-backup-all: good: failed with status 1"
     assert done.stderr.count("\n") == 3
 
 
@@ -211,37 +211,41 @@ def test_backup_of_all_domains_at_a_time(stubs, virsh):
     (stubs / "vnb-read").write_text(
         f"#!/bin/sh\ncd {stubs}\nif mkdir first; then echo x > fifo; else read x < fifo; fi 2> /dev/null\n"
     )
-    assert porcelain("vnb-backup", "--all", "--jobs", "2", "/b", path=virsh("one", "two")).returncode == 0
+    assert porcelain("vnb-backup-all", "--jobs", "2", "/b", path=virsh("one", "two")).returncode == 0
 
 
 def test_backup_of_all_domains_that_cannot_be_listed(stubs, virsh):
     path = virsh()
-    assert porcelain("vnb-backup", "--all", "/b", path=path).stderr == "vnb-backup: there is no domain\n"
+    assert porcelain("vnb-backup-all", "/b", path=path).stderr == "vnb-backup-all: there is no domain\n"
     (stubs / "virsh").write_text("#!/bin/sh\necho error: no connection >&2\nexit 1\n")
-    done = porcelain("vnb-backup", "--all", "/b", path=path)
+    done = porcelain("vnb-backup-all", "/b", path=path)
     assert (done.returncode, done.stderr) == (1, "error: no connection\n")
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--all", "vm1", "/b"], ["--all"], ["--jobs", "2", "vm1", "/b"], ["--json", "vm1", "/b"],
-    ["--all", "--jobs", "0", "/b"],
-    ["--all", "--jobs", "x", "/b"], ["--keep-some", "vm1", "/b"], ["vm1", "/b", "--keep-last"],
+    ["-all", "vm1", "/b"], ["-all"], ["-all", "--frobnicate", "/b"], ["-all", "-x", "/b"],
+    ["", "--jobs", "2", "vm1", "/b"], ["", "--json", "vm1", "/b"],
+    ["-all", "--jobs", "0", "/b"], ["-all", "--jobs", "x", "/b"], ["-all", "--keep-some", "/b"], ["", "/b"],
+    ["", "--keep-some", "vm1", "/b"], ["", "vm1", "/b", "--keep-last"], ["-all", "/b", "--keep-last"],
 ])
-def test_backup_wrong_usage_of_all(arguments):
-    assert porcelain("vnb-backup", *arguments).returncode == 2
+def test_backup_wrong_usage(arguments):
+    name, *arguments = arguments
+    assert porcelain(f"vnb-backup{name}", *arguments).returncode == 2
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("arguments", [["--all", "--jobs", "2", "/b"], ["--keep-last", "2", "vm1", "/b"]])
+@pytest.mark.parametrize("arguments", [
+    ["vnb-backup-all", "--jobs", "2", "/b"], ["vnb-backup", "--keep-last", "2", "vm1", "/b"],
+])
 def test_backup_that_is_stopped(stubs, virsh, tmp_path, arguments, signum):
     """The signal is for the script alone; when it is gone, so is all that it ran."""
     (stubs / "vnb-checkpoint").write_text(
         f"#!/bin/bash\nset -m\ntrap ': > {tmp_path}/$$.ended; kill %1; exit 1' INT TERM HUP\n"
         f": > {tmp_path}/$$.begun\nsleep 600 & wait\n"
     )
-    number = 2 if "--all" in arguments else 1
+    number = 2 if "vnb-backup-all" in arguments else 1
     process = subprocess.Popen(
-        [os.path.join(samples.ROOT, "bin", "vnb-backup"), *arguments], stderr=subprocess.DEVNULL,
+        [os.path.join(samples.ROOT, "bin", arguments[0]), *arguments[1:]], stderr=subprocess.DEVNULL,
         env={**os.environ, "PATH": virsh("one", "two", "three")},
     )
     try:

@@ -6,8 +6,9 @@ Usage:
   vnb-options --help | --version
 
 Reads the usage of a command from standard input, and prints the options that
-FILE has for it, a line each. SECTION is backup or restore, ARGUMENT what was
-typed: an option in that is not printed. vnb-backup and vnb-restore run it.
+FILE has for it, a line each. SECTION is backup, backup-all or restore,
+ARGUMENT what was typed: an option in that is not printed. vnb-backup,
+vnb-backup-all and vnb-restore run it.
 """
 
 import configparser
@@ -26,15 +27,20 @@ SECTIONS = "[backup], [backup NAME] and [restore] are"
 def main(args):
     options = known(sys.stdin.read(MAX_FILE))
     typed, operands = split(args["ARGUMENT"], options)
-    section = args["SECTION"]
-    # A machine's own section comes last: of what is said twice, what is said last counts.
-    names = [section, f"{section} {operands[0]}"] if operands and "--all" not in typed else [section]
+    names = sections(args["SECTION"], operands)
     values = read(args["FILE"], names)
     for option, (where, value) in values.items():
         if f"--{option}" not in options or option in ("help", "version", "dry-run"):
             raise Error(args["FILE"], f'"{option}" is no option that can stand here', where)
         if f"--{option}" not in typed:
             show("".join(f"{line}\n" for line in lines(option, value, options[f"--{option}"], args["FILE"], where)))
+
+
+def sections(command, operands):
+    """The sections (list of str) that count, each more than those before. command: backup, backup-all or restore."""
+    if command == "backup" and operands:
+        return ["backup", f"backup {operands[0]}"]
+    return [command.removesuffix("-all")]
 
 
 def known(usage):

@@ -20,5 +20,5 @@ _vnb() {
     mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")
 }
 
-complete -o default -F _vnb vnb-apply vnb-backup vnb-cat vnb-checkpoint vnb-config vnb-dump vnb-extents vnb-import \
-    vnb-map vnb-options vnb-pack vnb-prune vnb-read vnb-restore vnb-verify
+complete -o default -F _vnb vnb-apply vnb-backup vnb-backup-all vnb-cat vnb-checkpoint vnb-config vnb-dump vnb-extents \
+    vnb-import vnb-map vnb-options vnb-pack vnb-prune vnb-read vnb-restore vnb-verify

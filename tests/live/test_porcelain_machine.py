@@ -85,12 +85,12 @@ def test_all_machines_and_what_is_kept_of_them(no_machines, lab, vm):
         directory = lab.new_directory("all sets")
         for number in range(3):
             vm.write_random("vda", (10 + number) * MiB, MiB, seed=number)
-            done = lab.sh(f'{BACKUP} --all --jobs 2 --no-freeze --verify --keep-last 1 "{directory}"', check=False)
-            said = {line for line in done.stderr.splitlines() if line.startswith("vnb-backup: ")}
+            done = lab.sh(f'{BACKUP}-all --jobs 2 --no-freeze --verify --keep-last 1 "{directory}"', check=False)
+            said = {line for line in done.stderr.splitlines() if line.startswith("vnb-backup-all: ")}
             assert done.returncode == 1
             assert said == {
-                f"vnb-backup: {vm.name}: done", f"vnb-backup: {other.name}: done",
-                f"vnb-backup: {bad.name}: failed with status 1",
+                f"vnb-backup-all: {vm.name}: done", f"vnb-backup-all: {other.name}: done",
+                f"vnb-backup-all: {bad.name}: failed with status 1",
             }
         for machine in (vm, other):
             assert levels(f"{directory}/{machine.name}") == ["full"]  # what was dropped is merged into it
