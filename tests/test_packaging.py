@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from samples import COMMANDS, ROOT
+from samples import COMMANDS, ROOT, SOURCED
 
 from vnb import __version__
 
@@ -49,7 +49,7 @@ def package(tmp_path_factory):
 
 def test_all_is_where_it_belongs(package):
     found = {str(path.relative_to(package)) for path in package.rglob("*") if not path.is_dir()}
-    expected = {f"usr/bin/{name}" for name in COMMANDS}
+    expected = {f"usr/bin/{name}" for name in [*COMMANDS, SOURCED]}
     expected |= {f"usr/share/man/man{name[-1]}/{name}.gz" for name in PAGES}
     expected |= {f"usr/share/bash-completion/completions/{name}" for name in ["vnb.bash", *COMMANDS]}
     expected |= {
