@@ -13,8 +13,10 @@ from vnb import domxml, qemuimg
 from vnb.errors import Error
 from vnb.ledger import Ledger
 from vnb.plan import Plan
+from vnb.pool import Ordered
 from vnb.source import source_of, thaw
 
+AT_ONCE = 4  # questions about images: each takes 30 ms, mostly to start qemu-img
 KEPT_CHECKPOINTS = 2  # the newest ones, beside the last full's: a lost increment can be taken once more
 
 
@@ -205,12 +207,21 @@ def _files(source, plan, warn):
             if info:
                 found.append({"role": "guest-info", "path": "guest-info.json", "text": json.dumps(info)})
     run = qemuimg.run if source.is_local else source.host.run
-    for disk in plan.sources.values():
-        if disk.path is not None:
-            try:
-                text = qemuimg.info(disk.name, disk.path, disk.format, shared=True, run=run)
-            except Error as error:
-                warn(f"{error}: no information about this image in the backup")
+
+    def described(disk):
+        try:
+            return qemuimg.info(disk.name, disk.path, disk.format, shared=True, run=run)
+        except Error as error:
+            return error
+
+    disks = [disk for disk in plan.sources.values() if disk.path is not None]
+    with Ordered(described, AT_ONCE) as work:
+        for disk in disks:
+            work.call(disk)
+        for disk in disks:
+            text = work.pop()
+            if isinstance(text, Error):
+                warn(f"{text}: no information about this image in the backup")
             else:
                 found.append({"role": "image-info", "path": disk.name, "text": text})
     return found
