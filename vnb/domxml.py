@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Domain, checkpoint and backup XML: what libvirt says and what we ask of it. Pure: text in, text out."""
 
+import json
 from xml.etree import ElementTree  # noqa: S405 - parse() lets no document type in
 
 from vnb.errors import Error
@@ -194,9 +195,17 @@ def qemu_user(domain_xml):
     return parse(domain_xml, "domain XML").findtext("./seclabel[@model='dac']/label")
 
 
-def description(checkpoint_xml):
-    """The text of a checkpoint's description, "" where it has none."""
-    return parse(checkpoint_xml, "checkpoint XML").findtext("description") or ""
+def about(checkpoint_xml):
+    """What a checkpoint of ours says of itself (dict: owner, ledger, run, chain), or None."""
+    description = parse(checkpoint_xml, "checkpoint XML").findtext("description") or ""
+    word, _, text = description.partition(" ")
+    if word != "vnb":
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def pool_path(pool_xml):

@@ -61,7 +61,7 @@ class Job:
 
     def commit(self, ledger_directory=None):
         """
-        The segment is safe: end the job, keep its checkpoint, drop older ones that nothing needs.
+        The segment is safe: end the job, keep its checkpoint, drop others that nothing needs.
 
         Raises Error, and leaves the job as it is, where a ledger that others write does not hold the segment.
         """
@@ -143,13 +143,21 @@ class Job:
 
     def _drop_old(self, source, ledger):
         have = source.have()
+        held = ledger.segments()
         ours = sorted(
             (
-                segment.head for segment in ledger.segments()
+                segment.head for segment in held
                 if segment.head.get("chain") == self.head["chain"] and segment.head["checkpoint"] in have
             ),
             key=lambda head: head["created"],
         )
+        if not ledger.own and len(held) > 1:
+            # Of points that were pruned from the set since, or that never came into it. Not where ours is the first in
+            # it: the set that they are of may be away, and this be the directory that it is mounted on.
+            saved = {segment.head["checkpoint"] for segment in held}
+            for name in source.of_ledger(ledger.name, self.head["chain"]):
+                if name not in saved:
+                    source.delete_checkpoint(name)
         if self.record["broken"]:
             # QEMU died hard: older bitmaps are inconsistent. No increment can use them, and no disk can be resized.
             kept = {self.head["checkpoint"]}

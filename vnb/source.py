@@ -78,6 +78,10 @@ class Running:
         """{checkpoint: {disk: bitmap}} of what an increment may start from."""
         return {name: domxml.bitmaps(xml) for name, xml in self.domain.checkpoints().items()}
 
+    def of_ledger(self, ledger, chain):
+        """The names of the checkpoints that say they are of a ledger (its name) and chain."""
+        return _of_ledger(self.domain, ledger, chain)
+
     def head_fields(self):
         return _domain_fields(self.domain)
 
@@ -233,6 +237,10 @@ class Gone:
         """No checkpoint: libvirt forgot them with the domain."""
         return {}
 
+    def of_ledger(self, _ledger, _chain):
+        """None either."""
+        return []
+
     def end(self, record):
         """End what the job started here, and remove its files."""
         _end_servers(record)
@@ -361,6 +369,10 @@ class Stopped(_Offline):
             }
         return found
 
+    def of_ledger(self, ledger, chain):
+        """See Running."""
+        return _of_ledger(self.domain, ledger, chain)
+
     def head_fields(self):
         return _domain_fields(self.domain)
 
@@ -409,6 +421,10 @@ class Images(_Offline):
                 if qemuimg.holders(layers, bitmap):
                     found.setdefault(bitmap, {})[disk.name] = bitmap
         return found
+
+    def of_ledger(self, _ledger, _chain):
+        """A bitmap alone does not say whose it is."""
+        return []
 
     def head_fields(self):
         return {"domain_xml": None, "checkpoint_xml": None}
@@ -469,6 +485,11 @@ def _remove_files(record, host):
         for path in (*([] if record["tcp"] else [record["endpoint"]]), *record["scratch"]):
             with contextlib.suppress(OSError):
                 os.unlink(path)
+
+
+def _of_ledger(domain, ledger, chain):
+    abouts = {name: domxml.about(xml) or {} for name, xml in domain.checkpoints().items()}
+    return [name for name, about in abouts.items() if about.get("ledger") == ledger and about.get("chain") == chain]
 
 
 def _domain_fields(domain):

@@ -30,7 +30,7 @@ def list(args, say):  # noqa: A001 - the command's own word
         ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--ledger"])
         saved = {segment.head["checkpoint"]: segment for segment in ledger.segments()}
         for name in sorted(found):
-            about = about_of(found[name])
+            about = domxml.about(found[name])
             segment = saved.get(name)
             size = None
             if measurable:
@@ -50,9 +50,17 @@ def list(args, say):  # noqa: A001 - the command's own word
             else:
                 print("  ".join([
                     name, ",".join(row["disks"]), "-" if size is None else str(size),
-                    row["saved"] or ("not of vnb" if about is None else
-                                     "orphan: never saved" if row["orphan"] else f"of {row['ledger']}"),
+                    row["saved"] or _whose(row, ledger),
                 ]))
+
+
+def _whose(row, ledger):
+    """Why a checkpoint is not in a ledger, in words. row: of list()."""
+    if not row["ours"]:
+        return "not of vnb"
+    if row["orphan"]:
+        return f"orphan: not in {ledger.directory} (never saved, or pruned)"
+    return f"of {row['ledger']}"
 
 
 def size(args, say):
@@ -138,11 +146,11 @@ def _in_use(path):
 
 
 def _recover_checkpoints(domain, args, say):
-    """Checkpoints of ours that were never saved."""
+    """Checkpoints of ours that were never saved, or whose points were pruned."""
     ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--ledger"])
     saved = {segment.head["checkpoint"] for segment in ledger.segments()}
     for name, xml in domain.checkpoints().items():
-        about = about_of(xml)
+        about = domxml.about(xml)
         if about is None or name in saved:
             continue
         mine = about.get("ledger") == ledger.name and is_dead(about.get("owner") or {})
@@ -240,7 +248,7 @@ def prune(args, say):
                 raise Error(domain.name, who_runs(directory))
             count = 0
             for name, xml in domain.checkpoints().items():
-                about = about_of(xml)
+                about = domxml.about(xml)
                 if about is None or about.get("chain") != args["--chain"]:
                     continue
                 if about.get("ledger") != ledger.name and not args["--force"]:
@@ -249,15 +257,3 @@ def prune(args, say):
                 domain.delete_checkpoint(name)
                 count += 1
         say(f"{domain.name}: {count} checkpoints of chain {args['--chain']} deleted")
-
-
-def about_of(checkpoint_xml):
-    """What a checkpoint of ours says of itself (dict: owner, ledger, run, chain), or None."""
-    word, _, text = domxml.description(checkpoint_xml).partition(" ")
-    if word != "vnb":
-        return None
-    try:
-        about = json.loads(text)
-    except ValueError:
-        return None
-    return about if isinstance(about, dict) else None

@@ -43,6 +43,22 @@ def test_list_and_size_say_what_an_increment_would_have(lab, vm, directory):
     assert json.loads(done.stdout) == {"since": point, "disks": {"vda": 2 * MiB, "vdb": MiB}, "bytes": 3 * MiB}
 
 
+def test_checkpoints_of_points_that_were_pruned_go(lab, vm, directory):
+    """As with vnb-backup --keep-last, night after night: each one is a bitmap that QEMU keeps up to date."""
+    other = lab.new_directory("other")
+    backup(lab, vm, "full", other)
+    for number in range(5):
+        vm.write("vda", number * MiB, MiB)
+        backup(lab, vm, "auto", directory)
+        lab.sh(f"vnb-prune --keep-last 1 {directory}")
+    ours = {name for name, row in listed(lab, vm, directory).items() if row["ledger"].endswith(directory)}
+    assert tip(lab, directory) in ours
+    assert len(ours) <= 2
+    assert tip(lab, other) in vm.checkpoints()
+    backup(lab, vm, "inc", other)
+    restores(lab, directory, vm.reference())
+
+
 def test_recover_ends_what_a_crash_left_and_leaves_the_chain_usable(lab, vm, directory):
     backup(lab, vm, "full", directory)
     before = vm.checkpoints()
