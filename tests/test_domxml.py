@@ -17,6 +17,7 @@ DOMAIN = """
     <disk type='file'><source file='/r'/><target dev='vdd'/><readonly/></disk>
     <disk type='file'><source/><target dev='vde'/></disk>
     <disk type='file'><source file='/l'><encryption format='luks'/></source><target dev='vdf'/></disk>
+    <disk type='file'><source file='/l'/><target dev='vdg'/><encryption format='luks'/></disk>
     <tpm><backend type='emulator'/></tpm>
   </devices>
 </domain>"""
@@ -27,12 +28,29 @@ def test_disks():
     assert (found["vda"].format, found["vda"].path) == ("qcow2", "/a b.qcow2")
     assert (found["vdb"].format, found["vdb"].path, found["vdb"].type) == ("raw", "/dev/vg/lv", "block")
     assert found["vdc"].path is None
-    assert found["vdf"].encrypted
+    assert [name for name, disk in found.items() if disk.encrypted] == ["vdf", "vdg"]
     left_out = {name: disk.left_out_because for name, disk in found.items()}
     assert left_out == {
         "vda": None, "vdb": None, "vdc": None, "sda": "is a cdrom", "vdd": "is read-only", "vde": "is empty",
-        "vdf": None,
+        "vdf": None, "vdg": None,
     }
+
+
+def test_what_names_the_images():
+    """All that the XML has of a backing chain; another image of a network's is another name."""
+    xml = """<domain><devices>
+    <disk type='file'><source file='/top'/><backingStore type='file'><format type='qcow2'/><source file='/middle'/>
+      <backingStore type='block'><source dev='/dev/base'/><backingStore/></backingStore></backingStore>
+      <mirror type='file'><source file='/copy'/></mirror><target dev='vda'/></disk>
+    <disk type='network'><source protocol='rbd' name='pool/a'><host name='h'/></source><target dev='vdb'/></disk>
+    <disk type='volume'><source pool='p' volume='v'/><target dev='vdc'/></disk>
+    <disk type='file' device='cdrom'><target dev='sda'/></disk></devices></domain>"""
+    assert {disk.name: disk.layers for disk in domxml.disks(xml)} == {
+        "vda": ["/top", "/middle", "/dev/base"], "vdb": ["rbd pool/a"], "vdc": ["p v"], "sda": [],
+    }
+    then = f"<domaincheckpoint><name>c</name>{xml}</domaincheckpoint>"
+    assert domxml.images_then(then) == {"vda": "/top", "vdb": "rbd pool/a", "vdc": "p v"}
+    assert domxml.images_then("<domaincheckpoint/>") == {}
 
 
 def test_files_are_absolute_paths():
@@ -61,7 +79,7 @@ def test_backup_and_checkpoint_quote_what_they_are_given():
     assert domxml.backup_endpoint(domxml.backup(tcp, [], [])) == "::1:49153"
     xml = domxml.checkpoint("c1", 'vnb {"a": "<"}', ["vda"], ["vdb"])
     assert domxml.bitmaps(xml) == {"vda": "c1"}
-    assert domxml.description(xml) == 'vnb {"a": "<"}'
+    assert domxml.about(xml) == {"a": "<"}
 
 
 def test_a_parent_is_replaced_and_removed():

@@ -13,7 +13,8 @@ class Disk:
 
     name (str): the target, as vda. device (str): disk, cdrom, floppy, lun. type (str): file, block, network, ...
     format (str): of the image. path (str or None): of the image, if it is a local file or block device.
-    readonly, empty, encrypted (bool).
+    layers (list of str): what names its image, and those below it as far as the XML has them; a path, or what a
+    network's or volume's source says. readonly, empty, encrypted (bool).
     """
 
     def __init__(self, element):
@@ -26,7 +27,9 @@ class Disk:
         self.path = None if source is None else source.get("file") or source.get("dev")
         self.readonly = element.find("readonly") is not None
         self.empty = source is None or not (source.attrib or len(source))
-        self.encrypted = source is not None and source.find("encryption") is not None
+        self.layers = [name for name in map(_image_of, [element, *element.iterfind(".//backingStore")]) if name]
+        # Whoever defined it may have put it into either.
+        self.encrypted = any(place.find("encryption") is not None for place in (element, source) if place is not None)
 
     @property
     def left_out_because(self):
@@ -38,6 +41,18 @@ class Disk:
         if self.readonly:
             return "is read-only"
         return None
+
+
+def _image_of(element):
+    """What names the image of a disk or backingStore element (str), or None."""
+    source = element.find("source")
+    if source is None:
+        return None
+    path = source.get("file") or source.get("dev")
+    if path:
+        return path
+    words = [source.get(key) for key in ("protocol", "pool", "name", "volume")]
+    return " ".join(word for word in words if word) or None
 
 
 def parse(text, what):
@@ -62,6 +77,12 @@ def bitmaps(checkpoint_xml):
         for disk in parse(checkpoint_xml, "checkpoint XML").iterfind("./disks/disk")
         if disk.get("checkpoint") == "bitmap"
     }
+
+
+def images_then(checkpoint_xml):
+    """{disk name: what names its image} of the domain as a checkpoint's XML has it; {} where it does not have it."""
+    found = parse(checkpoint_xml, "checkpoint XML").iterfind("./domain/devices/disk")
+    return {disk.name: disk.layers[0] for disk in map(Disk, found) if disk.layers}
 
 
 def backup_endpoint(backup_xml):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a backup takes: its level and parent, its disks, their names in sockets, scratch files and XML."""
 
+import contextlib
 import json
 import os
 
@@ -48,6 +49,7 @@ class Plan:
                 self.endpoint.path, f"the path is too long for a socket ({SUN_PATH} bytes at most): see --socket"
             )
         self.sources = {disk.name: disk for disk in chosen}
+        self.images_then = self._images_then() if self.parent else {}
         self.disks = [self._disk(disk) for disk in chosen]
         self.scratch = {disk.name: self._scratch(disk) for disk in chosen} if source.kind == "running" else {}
 
@@ -212,7 +214,25 @@ class Plan:
                 return f"it shrank from {before['size']} to {size} bytes"
         if disk.name not in self.have[self.parent]:
             return f"no sound bitmap of it goes back to {self.parent}"
+        # The bitmaps of all disks have the checkpoint's name: one in an image that was another disk's then would do.
+        then = self.images_then.get(disk.name)
+        if then is not None and not self._is_among(then, self.source.layers_now(disk)):
+            return f"its image is another one than {then}, which it was at {self.parent}"
         return None
+
+    def _images_then(self):
+        """{disk name: what named its image at the parent}, as far as libvirt or the ledger knows."""
+        found = self.source.images_then(self.parent)
+        if not found and self.known is not None and self.source.kind != "images":
+            with contextlib.closing(self.known):
+                found = {disk["name"]: disk.get("image", {}).get("path") for disk in self.known.open().disks}
+        return found
+
+    def _is_among(self, image, layers):
+        if image in layers:
+            return True
+        # By another path, through a link.
+        return self.source.is_local and os.path.realpath(image) in map(os.path.realpath, layers)
 
     def _take_in_full(self, disk, why):
         disk["level"] = "full"

@@ -82,6 +82,14 @@ class Running:
         """The names of the checkpoints that say they are of a ledger (its name) and chain."""
         return _of_ledger(self.domain, ledger, chain)
 
+    def images_then(self, checkpoint):
+        """{disk name: what named its image when a checkpoint was made}, {} where that is not known."""
+        return domxml.images_then(self.domain.checkpoint_xml(checkpoint, with_domain=True))
+
+    def layers_now(self, disk):
+        """What names a disk's image, and those below it (list of str)."""
+        return disk.layers
+
     def head_fields(self):
         return _domain_fields(self.domain)
 
@@ -278,6 +286,10 @@ class _Offline:
         self._must_be_local(disk)
         return self.layers_of(disk)[0].size
 
+    def layers_now(self, disk):
+        """See Running."""
+        return [layer.path for layer in self.layers_of(disk)]
+
     def _must_be_local(self, disk):
         if disk.path is None:
             raise Error(disk.name, f"a disk of type {disk.type} can be read while its domain runs only")
@@ -373,6 +385,10 @@ class Stopped(_Offline):
         """See Running."""
         return _of_ledger(self.domain, ledger, chain)
 
+    def images_then(self, checkpoint):
+        """See Running."""
+        return domxml.images_then(self.domain.checkpoint_xml(checkpoint, with_domain=True))
+
     def head_fields(self):
         return _domain_fields(self.domain)
 
@@ -425,6 +441,10 @@ class Images(_Offline):
     def of_ledger(self, _ledger, _chain):
         """A bitmap alone does not say whose it is."""
         return []
+
+    def images_then(self, _checkpoint):
+        """Not known, and not needed: with other images it would be another machine."""
+        return {}
 
     def head_fields(self):
         return {"domain_xml": None, "checkpoint_xml": None}

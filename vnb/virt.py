@@ -417,9 +417,14 @@ class Domain:
         except libvirt.libvirtError as error:
             raise error_of(self.what, error) from None
 
-    def checkpoint_xml(self, name, with_size=False):
-        """A checkpoint's XML; with_size: and what an increment from it would have, which no job may hinder."""
-        flags = libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN
+    def checkpoint_xml(self, name, with_size=False, with_domain=False):
+        """
+        A checkpoint's XML.
+
+        with_size: and what an increment from it would have, which no job may hinder. with_domain: and the domain's
+        XML of that time.
+        """
+        flags = 0 if with_domain else libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN
         if with_size:
             flags |= libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE
         try:

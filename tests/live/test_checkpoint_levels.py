@@ -3,9 +3,10 @@
 
 import json
 
+import libvirt
 import pytest
 from backups import backup, levels, listed, restores, tip
-from lab import Disk, MiB
+from lab import Disk, MiB, wait_for
 
 
 @pytest.fixture
@@ -239,4 +240,75 @@ def test_without_sparse_detection_dirty_zeroes_are_read(lab, vm, directory):
         text = lab.sh(command).stdout.decode()
         end = [line for line in text.splitlines() if '"digest"' in line][-1]
         assert json.loads(end)["fields"]["data"] == data
+    restores(lab, directory, vm.reference())
+
+
+def swap_images(lab, vm):
+    """What happens where disks are unplugged and plugged in again in another order."""
+    vm.destroy()
+    one, other = vm.disks["vda"], vm.disks["vdb"]
+    one.path, other.path = other.path, one.path
+    lab.connection.defineXML(vm.xml())
+
+
+@pytest.mark.parametrize("running", [True, False])
+@pytest.mark.parametrize("given", ["", "--since {}"])
+def test_images_that_have_changed_places_are_taken_in_full(lab, vm, directory, running, given):
+    """Each has a bitmap of that name, and the changes that it tells of are those of the other disk."""
+    vm.write("vdb", 20 * MiB, MiB, pattern=0x55)
+    backup(lab, vm, "full", directory)
+    swap_images(lab, vm)
+    if running:
+        vm.start()
+        vm.write("vda", 30 * MiB, MiB, pattern=0x66)
+    done = backup(lab, vm, "inc", directory, given.format(tip(lab, directory)))
+    for name in ("vda", "vdb"):
+        assert f"{vm.name}: {name}: full in this increment: its image is another one than " in done.stderr
+    if not running:
+        vm.start()
+    restores(lab, directory, vm.reference())
+    done = backup(lab, vm, "inc", directory)
+    assert "full in this" not in done.stderr
+
+
+def test_images_that_have_changed_places_after_a_redefine(lab, vm, directory):
+    """libvirt does not know any more which images its checkpoint was of, but the set does."""
+    backup(lab, vm, "full", directory)
+    for checkpoint in vm.handle.listAllCheckpoints():
+        checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+    swap_images(lab, vm)
+    vm.start()
+    lab.sh(f"vnb-checkpoint redefine {vm.name} --ledger {directory}")
+    done = backup(lab, vm, "inc", directory)
+    assert done.stderr.count("full in this increment: its image is another one than ") == 2
+    restores(lab, directory, vm.reference())
+
+
+def snapshot(lab, vm):
+    """An external snapshot of vda: its path."""
+    overlay = lab.path(vm.name, "overlay.qcow2")
+    vm.handle.snapshotCreateXML(
+        f"<domainsnapshot><disks><disk name='vda' snapshot='external'><source file='{overlay}'/></disk>"
+        "<disk name='vdb' snapshot='no'/></disks></domainsnapshot>",
+        libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA,
+    )
+    vm.files.add("overlay.qcow2")
+    return overlay
+
+
+def test_over_a_snapshot_and_back(lab, vm, directory):
+    """An image below is one of the disk's; the overlay that was committed into it is gone, so it is taken in full."""
+    backup(lab, vm, "full", directory)
+    vm.write("vda", 30 * MiB, MiB)
+    snapshot(lab, vm)
+    vm.write("vda", 40 * MiB, MiB)
+    assert "full in this" not in backup(lab, vm, "inc", directory).stderr
+    restores(lab, directory, vm.reference())
+    vm.write("vda", 50 * MiB, MiB)
+    vm.handle.blockCommit("vda", None, None, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE)
+    wait_for(lambda: vm.handle.blockJobInfo("vda")["cur"] == vm.handle.blockJobInfo("vda")["end"] > 0, "end of commit")
+    vm.handle.blockJobAbort("vda", libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+    done = backup(lab, vm, "inc", directory)
+    assert f"{vm.name}: vda: full in this increment: its image is another one than " in done.stderr
+    assert "vdb: full" not in done.stderr
     restores(lab, directory, vm.reference())
