@@ -174,6 +174,26 @@ def test_disk_that_is_dropped(tmp_path):
 
 
 @FORMATS
+@pytest.mark.parametrize("changed", [False, True])
+def test_disk_that_was_dropped_and_comes_back(tmp_path, format_, changed):
+    """Left out of one backup: the next one has all of it, and what stayed of it is replaced, unless it has changed."""
+    plan = [{"vda": "64k:A", "vdb": "64k:B"}, {"vda": "64k:C"}, {"vda": "64k:D"}, {"vda": "64k:.", "vdb": "64k:E"}]
+    segments = segments_of(plan)
+    copy = tmp_path / "copy"
+    for segment in segments[:3]:
+        assert applied.apply(segment, "--update", "--format", format_, copy).returncode == 0
+    path = copy / f"vdb.{format_}"
+    if changed:
+        path.write_bytes(b"precious")
+        assert refused(segments[3], "--update", "--format", format_, copy) == f"{path}: File exists"
+        assert path.read_bytes() == b"precious"
+        return
+    update(segments[3], copy, format_=format_)
+    assert same(path, format_, b"E" * 65536, tmp_path)
+    assert same(copy / f"vda.{format_}", format_, b"D" * 65536, tmp_path)
+
+
+@FORMATS
 def test_disk_that_comes_as_a_whole(tmp_path, format_):
     """Its bitmap was lost, or it is smaller now."""
     copy = tmp_path / "copy"
@@ -384,6 +404,8 @@ def test_damaged_state(tmp_path, segments):
 
 @pytest.mark.parametrize("path, value", [
     (("point",), ...), (("point",), 5), (("point",), False), (("uuid",), None), (("created",), 5), (("history",), [5]),
+    (("left",), []), (("left",), {"../x": {"size": 5, "files": {}}}),
+    (("left",), {"x": {"size": 5, "files": {"/x": 1}}}),
     (("history",), None), (("options",), "--format"), (("taking",), None), (("taking",), ["../outside"]),
     (("taking",), [".vnb-apply.state"]), (("disks",), []), (("disks", "../x"), {"size": 5, "files": {}}),
     (("disks", "vda"), {}), (("disks", "vda", "size"), "5"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A set takes what belongs to it, durably or not at all, and finds it again."""
 
+import errno
 import fcntl
 import gc
 import os
@@ -150,6 +151,23 @@ def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path):
         assert len(os.listdir(tmp_path)) == 1
         backupset.remove_abandoned(str(tmp_path))
         assert os.path.exists(out.partial), "that of a living writer stays"
+
+
+def test_partial_files_where_locks_want_a_file_open_for_writing(tmp_path, monkeypatch):
+    """So it is on NFS, says flock(2); no machine of these tests has one. Where nothing can be locked, nothing fails."""
+    flock = fcntl.flock
+
+    def strict(fd, operation):
+        if not locks or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", strict)
+    path = tmp_path / f".a.vnb.0123abcd{backupset.PARTIAL}"
+    path.write_bytes(b"x")
+    for locks in (False, True):
+        backupset.remove_abandoned(str(tmp_path))
+        assert path.exists() != locks
 
 
 def test_a_fifo_under_the_name_of_a_partial_file(tmp_path):

@@ -402,8 +402,8 @@ def remove_abandoned(directory):
             continue
         path = os.path.join(directory, name)
         try:
-            # Not to wait for whoever may open the other end of a FIFO.
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            # For writing: NFS locks nothing else. Not to wait for whoever may open the other end of a FIFO.
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
             continue  # its writer was faster
         try:
@@ -412,8 +412,8 @@ def remove_abandoned(directory):
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(fd), os.lstat(path)):
                     os.unlink(path)
-        except BlockingIOError:
-            pass
+        except OSError:
+            continue  # it is written by somebody, or nothing here can be locked: it does no harm
         finally:
             os.close(fd)
 

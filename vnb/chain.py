@@ -219,6 +219,22 @@ def latest(segments, name, until=None):
     raise Error(name, f"no point {until} (vnb-dump lists them)")
 
 
+def restorable(segments):
+    """The points (list of str) from which parent links lead to a full."""
+    by_point = points(segments)
+    known = {None: True}
+    for point in by_point:
+        trail = []
+        while point not in known:
+            trail.append(point)
+            if point not in by_point:
+                known[point] = False
+                break
+            point = by_point[point].head["parent"]
+        known.update((passed, known[point]) for passed in trail)
+    return [point for point in by_point if known[point]]
+
+
 def off_path(segments, chosen):
     """Segments that path() left out, oldest first, without those that a chosen one is an alternative to."""
     on = {segment.head["point"] for segment in chosen}

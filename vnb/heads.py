@@ -3,6 +3,7 @@
 
 import datetime
 import os
+import re
 import secrets
 import uuid
 
@@ -41,6 +42,12 @@ def new(domain, uuid, level, stage, parent=None, chain=DEFAULT_CHAIN, after=None
         "run": os.environ.get("VNB_RUN") or secrets.token_hex(4),
         **fields,
     }
+
+
+def created_of(point):
+    """The latest time (str) at which a point with this name may have been created, or None: it is not one of vnb's."""
+    found = re.fullmatch(r"vnb\..+\.(\d{4})(\d\d)(\d\dT\d\d)(\d\d)(\d\d\.\d{3})Z\.[0-9a-f]+", point, re.ASCII)
+    return found and f"{found[1]}-{found[2]}-{found[3]}:{found[4]}:{found[5]}999Z"
 
 
 def alone(head):

@@ -68,11 +68,11 @@ class Job:
         if self.record["phase"] == "ended":
             raise Error(self.head["domain"], f'the job was ended already: {self.record["reason"]}')
         ledger = self.ledger(ledger_directory)
-        if ledger.own:
-            if not ledger.holds(self.head):
-                ledger.record(self.head, self.record["disks"])
-        elif not ledger.holds(self.head):
+        if not ledger.own and not ledger.holds(self.head):
             raise Error(ledger.directory, f'does not hold {self.head["point"]}: not committed')
+        begun_with = self.ledger()  # the checkpoint says that it is of that
+        if begun_with.own and not begun_with.holds(self.head):
+            begun_with.record(self.head, self.record["disks"])
         with contextlib.closing(source_of(self.record)) as source:
             source.end(self.record)
             self._drop_old(source, ledger)
@@ -158,6 +158,8 @@ class Job:
             for name in source.of_ledger(ledger.name, self.head["chain"]):
                 if name not in saved:
                     source.delete_checkpoint(name)
+        if self.head["checkpoint"] is None and self.record["broken"]:
+            return  # nothing here is newer than what is broken on some disk, and may be sound on others
         if self.record["broken"]:
             # QEMU died hard: older bitmaps are inconsistent. No increment can use them, and no disk can be resized.
             kept = {self.head["checkpoint"]}

@@ -52,8 +52,8 @@ class Ledger:
         return found
 
     def holds(self, head):
-        """Whether the segment of this head is saved."""
-        return any(segment.head["id"] == head["id"] for segment in self.segments())
+        """Whether the point of this head is saved: by its segment, or by one that it was merged into."""
+        return any(segment.head["point"] == head["point"] for segment in self.segments())
 
     def record(self, head, disks):
         """Keep a head durably: its segment is safe somewhere."""

@@ -37,7 +37,7 @@ class Plan:
         self.others = [disk.name for disk in everything if disk not in chosen]
         self.head = heads.new(
             source.name, source.uuid, self.level, "disks", parent=self.parent, chain=options["chain"],
-            after=self.known.head["created"] if self.known else None, **source.head_fields(),
+            after=self._created_of_parent(), **source.head_fields(),
         )
         if self.marks:
             self.head["checkpoint"] = self.head["point"]
@@ -59,7 +59,7 @@ class Plan:
         return {
             "kind": self.source.kind,
             "owner": owner(),
-            "uri": options["uri"],
+            "uri": None if self.source.kind == "images" else self.source.domain.uri,  # not the default of who ends it
             "user": options["user"],
             "password_file": options["password_file"],
             "images": options["images"],
@@ -131,6 +131,11 @@ class Plan:
         names = [disk["name"] for disk in self.disks]
         return sum(self.source.estimate(self.parent, names).values())
 
+    def _created_of_parent(self):
+        if self.known is not None:
+            return self.known.head["created"]
+        return heads.created_of(self.parent) if self.parent else None
+
     def _level(self):
         """(level, parent's point or None, parent's segment where the ledger has it or None)."""
         level, since = self.options["level"], self.options["since"]
@@ -145,14 +150,22 @@ class Plan:
             return "inc" if level == "auto" else level, since, parent
         if since == "full":
             ours = [segment for segment in ours if segment.head["level"] == "full"]
+        whole = ours
+        if not self.ledger.own:
+            # The set would refuse an increment to what it cannot restore.
+            restorable = set(chain.restorable(known))
+            whole = [segment for segment in ours if segment.head["point"] in restorable]
         usable = {name for name, disks in self.have.items() if disks}
-        parent = chain.tip(ours, usable)
+        parent = chain.tip(whole, usable)
         if parent is not None:
             if level == "auto":
                 self.note(f"{self.source.name}: level inc, since {parent.head['point']}")
             return "inc" if level == "auto" else level, parent.head["point"], parent
         why = (
             f"nothing of chain {self.options['chain']} is saved in {self.ledger.directory}" if not ours
+            else f"{self.ledger.directory} does not hold what its points need" if not whole
+            else "no disk has a sound bitmap that goes back to a saved point"
+            if any(segment.head["checkpoint"] in self.have for segment in whole)
             else "the checkpoints of the saved points are all gone"
         )
         self.broken = any(segment.head["checkpoint"] in self.have for segment in ours)

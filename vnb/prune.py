@@ -97,7 +97,7 @@ class Plan:
         chain.check(segments, name)
         self.segments = segments
         self.by_point = chain.points(segments)
-        restorable = self._restorable()
+        restorable = chain.restorable(segments)
         if not restorable:
             raise Error(name, "no point here can be restored")
         self.left_alone = sorted(set(self.by_point) - set(restorable))
@@ -121,20 +121,6 @@ class Plan:
     def fixed(self):
         """The points that stay, kept or held (list of str)."""
         return [*self.kept, *self.held]
-
-    def _restorable(self):
-        """The points from which parent links lead to a full, as the keys of a dict."""
-        known = {None: True}
-        for point in self.by_point:
-            trail = []
-            while point not in known:
-                trail.append(point)
-                if point not in self.by_point:
-                    known[point] = False
-                    break
-                point = self.by_point[point].head["parent"]
-            known.update((passed, known[point]) for passed in trail)
-        return {point: None for point in self.by_point if known[point]}
 
     def _held(self):
         """

@@ -245,10 +245,13 @@ class Standby:
                 names = restore.disks[disk["name"]].place.file_names or before["files"]
             files = {name: _stamp(self._directory.final(name)) for name in names}
             disks[disk["name"]] = {"size": disk["size"], "files": files}
+        # Of disks that are not part of this point. One that comes back, in full, takes its place again.
+        left = {**self._state.get("left", {}), **self._state["disks"]}
         self._save({
             **{key: head[key] for key in ("uuid", "domain", "point", "created")},
             "history": [*self._state["history"], head["point"]][-HISTORY:],
             "disks": disks,
+            "left": {name: disk for name, disk in left.items() if name not in disks},
             "taking": [],
         })
 
@@ -333,13 +336,17 @@ class Replay(Restore):
         if files:
             return StandbyImage(self._directory, name, self._recipe, list(files))
         taken = f"{name}.{self._recipe.format}" in self._state["taking"]
-        return NewImage(self._directory, name, self._recipe, replaces=taken)
+        left = self._state.get("left", {}).get(name, {}).get("files", {})
+        unchanged = left and all(_stamp(self._directory.final(file)) in (stamp, None) for file, stamp in left.items())
+        return NewImage(self._directory, name, self._recipe, replaces=taken or bool(unchanged))
 
 
 def _is_sound(state):
     """Whether a state (dict) is such as _save() writes it, with names of files that are in the directory."""
-    disks = state.get("disks")
-    if "point" not in state or not isinstance(disks, dict) or not all(map(stream.is_safe_name, disks)):
+    disks, left = state.get("disks"), state.get("left", {})
+    if "point" not in state or not isinstance(disks, dict) or not isinstance(left, dict):
+        return False
+    if not all(map(stream.is_safe_name, [*disks, *left])):
         return False
     texts = []
     if state.get("point") is not None:
@@ -348,7 +355,7 @@ def _is_sound(state):
     if not all(isinstance(list_, list) for list_ in lists):
         return False
     names = [*state["taking"]]
-    for disk in disks.values():
+    for disk in [*disks.values(), *left.values()]:
         if not isinstance(disk, dict) or type(disk.get("size")) is not int or not isinstance(disk.get("files"), dict):
             return False
         names += disk["files"]

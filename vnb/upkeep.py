@@ -149,14 +149,17 @@ def _recover_checkpoints(domain, args, say):
     """Checkpoints of ours that were never saved, or whose points were pruned."""
     ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--ledger"])
     saved = {segment.head["checkpoint"] for segment in ledger.segments()}
-    for name, xml in domain.checkpoints().items():
-        about = domxml.about(xml)
-        if about is None or name in saved:
-            continue
-        mine = about.get("ledger") == ledger.name and is_dead(about.get("owner") or {})
-        if mine or args["--force"]:
+    found = {name: domxml.about(xml) for name, xml in domain.checkpoints().items()}
+    found = {name: about for name, about in found.items() if about is not None and name not in saved}
+    mine = [name for name, about in found.items()
+            if about.get("ledger") == ledger.name and is_dead(about.get("owner") or {})]
+    for name, about in found.items():
+        if args["--force"] or (name in mine and (saved or len(mine) == 1)):
             say(f"{domain.name}: deleting checkpoint {name}, which {ledger.directory} does not hold")
             domain.delete_checkpoint(name)
+        elif name in mine:
+            # One is what the first backup leaves that crashed. More: the set is away, its file system not mounted.
+            say(f"{domain.name}: checkpoint {name}: left alone: {ledger.directory} holds no segment (see --force)")
         else:
             say(f"{domain.name}: checkpoint {name} is of ledger {about.get('ledger')}: left alone (--force deletes it)")
 

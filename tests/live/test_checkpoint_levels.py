@@ -2,10 +2,14 @@
 """vnb-checkpoint: every level of a running domain, and what a disk that cannot follow gets."""
 
 import json
+import os
+import shutil
+import sys
 
 import libvirt
+import libvirt_qemu
 import pytest
-from backups import backup, levels, listed, restores, tip
+from backups import STORE, backup, levels, listed, restores, tip
 from lab import Disk, MiB, wait_for
 
 
@@ -312,3 +316,56 @@ def test_over_a_snapshot_and_back(lab, vm, directory):
     assert f"{vm.name}: vda: full in this increment: its image is another one than " in done.stderr
     assert "vdb: full" not in done.stderr
     restores(lab, directory, vm.reference())
+
+
+def lose_bitmap(vm, disk, name):
+    """As when QEMU could not store it."""
+    query = '{"execute": "query-named-block-nodes"}'
+    nodes = json.loads(libvirt_qemu.qemuMonitorCommand(vm.handle, query, 0))["return"]
+    node, = (
+        node["node-name"] for node in nodes
+        if node["file"] == vm.disks[disk].path and name in [bitmap["name"] for bitmap in node.get("dirty-bitmaps", ())]
+    )
+    command = {"execute": "block-dirty-bitmap-remove", "arguments": {"node": node, "name": name}}
+    libvirt_qemu.qemuMonitorCommand(vm.handle, json.dumps(command), 0)
+
+
+def test_a_diff_with_a_broken_bitmap_leaves_the_checkpoints(lab, vm, directory):
+    """It makes none that could take their place, and those of the other disks are sound."""
+    backup(lab, vm, "full", directory)
+    point = tip(lab, directory)
+    lose_bitmap(vm, "vdb", point)
+    assert f"{vm.name}: vdb: full in this increment" in backup(lab, vm, "diff", directory).stderr
+    assert vm.checkpoints() == [point]
+    done = backup(lab, vm, "inc", directory)
+    assert "vda: full" not in done.stderr
+    restores(lab, directory, vm.reference())
+
+
+def test_auto_begins_anew_where_the_set_lost_a_segment(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    backup(lab, vm, "inc", directory)
+    full, = (name for name in os.listdir(directory) if name.endswith(".full.vnb"))
+    os.unlink(os.path.join(directory, full))
+    done = backup(lab, vm, "inc", directory, check=False)
+    why = f"{directory} does not hold what its points need"
+    assert done.stderr == f"vnb-checkpoint: {vm.name}: {why}: a full backup is needed first\n"
+    assert f"level full: {why}" in backup(lab, vm, "auto", directory).stderr
+    vm.write("vda", 20 * MiB, MiB)
+    assert "level inc" in backup(lab, vm, "auto", directory).stderr
+    restores(lab, directory, vm.reference())
+
+
+def test_a_point_is_later_than_its_parent_whose_head_is_elsewhere(lab, vm, directory):
+    """The clock went back since, and --since names it alone: its name has its time."""
+    ahead = """import datetime, sys, vnb.heads as heads
+now = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=2)
+heads.now = lambda: now.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+from vnb.run import command
+command("vnb-checkpoint", "vnb.checkpoint")"""
+    lab.sh(f"{sys.executable} -c '{ahead}' run {vm.name} --level full -- '{STORE.format(set=directory)}'")
+    shutil.rmtree(lab.path("state", "ledgers"))
+    full = tip(lab, directory)
+    lab.sh(f"vnb-checkpoint run {vm.name} --level inc --since {full} -- '{STORE.format(set=directory)}'")
+    assert tip(lab, directory) != full
+    lab.sh(f"vnb-verify {directory}")

@@ -99,7 +99,7 @@ def test_offline_after_a_hard_death_is_full(lab, vm, directory):
     vm.kill()
     done = backup(lab, vm, "inc", directory, check=False)
     assert done.returncode == 1
-    assert "the checkpoints of the saved points are all gone: a full backup is needed first" in done.stderr
+    assert "no disk has a sound bitmap that goes back to a saved point: a full backup is needed first" in done.stderr
     backup(lab, vm, "auto", directory)
     assert levels(directory) == ["full", "full"]
     restores(lab, directory, references(lab, vm))

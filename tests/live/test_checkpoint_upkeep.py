@@ -122,6 +122,58 @@ def test_a_checkpoint_whose_bitmap_is_missing_on_one_disk_is_deleted_all_the_sam
     assert vm.bitmaps("vdb") == []
 
 
+def test_recover_leaves_alone_what_an_empty_ledger_does_not_hold(lab, vm, directory):
+    """The set may be on a file system that is not mounted."""
+    backup(lab, vm, "full", directory)
+    backup(lab, vm, "inc", directory)
+    before = vm.checkpoints()
+    os.rename(directory, f"{directory}.away")
+    done = lab.sh(f"vnb-checkpoint recover {vm.name} --ledger {directory}")
+    assert done.stderr.count(f"left alone: {directory} holds no segment (see --force)") == 2
+    os.rename(f"{directory}.away", directory)
+    assert vm.checkpoints() == before
+    backup(lab, vm, "inc", directory)
+
+
+def test_recover_after_a_commit_into_a_set_that_begin_was_not_told_of(lab, vm, directory):
+    """The checkpoint says that it is of the ledger that begin knew of: that one has to hold it, too."""
+    store = f"vnb-extents | vnb-read | vnb-pack -o {directory}"
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level full | {store}")
+    lab.sh(f"vnb-checkpoint commit {vm.name} --ledger {directory}")
+    lab.sh(f"vnb-checkpoint recover {vm.name}")
+    assert vm.checkpoints() == [tip(lab, directory)]
+    vm.write("vda", 4 * MiB, MiB)
+    backup(lab, vm, "inc", directory)
+    restores(lab, directory, vm.reference())
+
+
+def test_a_point_that_was_merged_before_its_commit_is_saved(lab, vm, directory):
+    """The merged segment has an id of its own, and the same point."""
+    backup(lab, vm, "full", directory)
+    vm.write("vda", 10 * MiB, MiB)
+    store = f"vnb-extents | vnb-read | vnb-pack -o {directory}"
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level inc --ledger {directory} | {store}")
+    lab.sh(f"vnb-prune --keep-last 1 {directory}")
+    assert levels(directory) == ["full"]
+    lab.sh(f"vnb-checkpoint commit {vm.name}")
+    assert tip(lab, directory) in vm.checkpoints()
+    vm.write("vda", 20 * MiB, MiB)
+    backup(lab, vm, "inc", directory)
+    restores(lab, directory, vm.reference())
+
+
+def test_a_job_is_ended_where_it_was_begun(lab, vm, directory):
+    """The default of whoever ends it, after the keeper was killed, may be another libvirt."""
+    uri = f"qemu:///{'system' if os.geteuid() == 0 else 'session'}"
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level full --ledger {directory} > {lab.path('begun')}",
+           env={"LIBVIRT_DEFAULT_URI": uri})
+    os.kill(record(lab, vm)["owner"]["pid"], signal.SIGKILL)
+    lab.sh(f"vnb-checkpoint abort -c {uri} {vm.name}", env={"LIBVIRT_DEFAULT_URI": "test:///default"})
+    assert not vm.has_job()
+    assert record(lab, vm) is None
+    assert vm.checkpoints() == []
+
+
 def test_a_scratch_file_left_behind_is_removed(lab, vm, directory):
     left = os.path.join(vm.directory, "vnb-0123456789ab-vda.scratch")
     run("qemu-img", "create", "-q", "-f", "qcow2", left, "1M")
