@@ -128,11 +128,12 @@ def _backups(machine, data):
     jobs = {"vnb-backup": lambda at: machine.alone(machine.porcelain, at)}
     idle = {"vnb-backup": lambda at: machine.increment(machine.porcelain, at)}
     if PEER:
-        jobs = {"virtnbdbackup": lambda at: machine.alone(machine.virtnbdbackup, at), **jobs,
+        jobs = {"virtnbdbackup": lambda at: machine.alone(machine.virtnbdbackup, at),
+                whole: lambda at: machine.alone(machine.pipeline, f"vnb-read > {at}/vnb && sync {at}/vnb"), **jobs,
                 "virtnbdbackup -z": lambda at: machine.alone(machine.virtnbdbackup, at, "full", "-z"),
                 "vnb-backup, lz4": lambda at: machine.alone(machine.porcelain, at, "--compress lz4")}
         idle = {"virtnbdbackup": lambda at: machine.alone(machine.increment, machine.virtnbdbackup, at, "inc"), **idle}
-    yield Group("full backup by one command", data, jobs, {"vnb-backup": 0.17} if PEER else {})
+    yield Group("full backup beside the peer", data, jobs, {whole: 0.17} if PEER else {})
     yield Group("increment of an idle machine", 0, idle, {"vnb-backup": 0.33} if PEER else {}, {"vnb-backup": 0.5})
 
 
