@@ -160,6 +160,10 @@ def test_closed_descriptors(toy):
     for fds in ((0,), (1,), (2,), (0, 1, 2)):
         status, _, err = outcome(toy("open", program=closing(*fds)))
         assert (status, err) == (0, "")
+    # Nor is it a failure that nothing can be written to it, where there is nothing to write; also where a command that
+    # was started so has started this one.
+    reopened = f"import os; os.close(1); os.open(os.devnull, os.O_RDONLY); {RUN}"
+    assert outcome(toy("nothing", program=reopened)) == (0, "", "")
     assert outcome(toy("--help", program=closing(1))) == (1, "", "toy: stdout: Bad file descriptor\n")
     assert outcome(toy("error", program=closing(2))) == (1, "", "")
 

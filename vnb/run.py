@@ -82,7 +82,8 @@ def outcome(name, module, argv):
 def show(text, flush=False):
     """Write text to standard output. Raises Error, or BrokenPipeError where nobody reads it."""
     try:
-        sys.stdout.write(text)
+        if text:  # nothing can be written to what cannot be written to
+            sys.stdout.write(text)
         if flush:
             sys.stdout.flush()
     except BrokenPipeError:
