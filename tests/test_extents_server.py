@@ -284,8 +284,8 @@ def test_a_full_disk():
         (["--dirty", "b", "nbd://x"], "--dirty: needs --parent, and --parent needs --dirty"),
         (["--parent", "b", "nbd://x"], "--dirty: needs --parent, and --parent needs --dirty"),
         (["--name", "../x", "nbd://x"], "--name: a disk must not be named '../x'"),
-        (["a", "b"], "wrong usage"),
-        (["--dirty", "b"], "wrong usage"),
+        (["a", "b"], 'unexpected operand "b"'),
+        (["--dirty", "b"], "URI is missing"),
     ],
 )
 def test_wrong_usage(arguments, reason):

@@ -49,7 +49,7 @@ def test_errors_as_json(options, environment):
 
 def test_usage_as_json_is_one_line():
     status, _, err = run("vnb-cat", VNB_LOG_FORMAT="json")
-    assert (status, json.loads(err)["message"]) == (2, "wrong usage")
+    assert (status, json.loads(err)["message"]) == (2, "SET_OR_FILE is missing")
 
 
 @pytest.mark.parametrize("name, words", [

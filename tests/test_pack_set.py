@@ -332,8 +332,8 @@ def test_zstd_that_is_not_installed(saved, tmp_path):
         (["--compress", "gzip"], '--compress: "gzip" is not none, lz4[:LEVEL] or zstd[:LEVEL]'),
         (["--compress", "lz4:17"], "--compress: level 17 is not within 0-16"),
         (["--threads", "65"], '--threads: "65" is not a number within 0-64'),
-        (["-z", "--compress", "none"], "wrong usage"),
-        (["file"], "wrong usage"),
+        (["-z", "--compress", "none"], "--compress contradicts -z"),
+        (["file"], 'unexpected operand "file"'),
     ],
 )
 def test_wrong_usage(arguments, reason):

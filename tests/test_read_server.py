@@ -411,7 +411,7 @@ def test_a_closed_standard_input():
         (["--request-size", "5000"], '--request-size: "5000" is not a power of 2'),
         (["--request-size", "5000ib"], '--request-size: "5000ib" is not a size within 4096-4194304'),
         (["--connections", "65"], '--connections: "65" is not a number within 1-64'),
-        (["x"], "wrong usage"),
+        (["x"], 'unexpected operand "x"'),
     ],
 )
 def test_wrong_usage(arguments, reason):

@@ -105,7 +105,7 @@ def test_outcomes(toy, what, status, err):
 def test_wrong_usage(toy):
     status, out, err = outcome(toy("a", "b"))
     assert (status, out) == (2, "")
-    assert err.startswith("toy: wrong usage\nUsage:\n")
+    assert err.startswith("toy: unexpected operand \"b\"\nUsage:\n")
     status, out, err = outcome(toy("--nonsense"))
     assert (status, out) == (2, "")
     assert err.startswith("toy: ") and "\nUsage:\n" in err

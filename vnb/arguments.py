@@ -13,6 +13,7 @@ COMMON = """\
   --help               print this
   --version            print the version
 """
+OTHERS = ("COMMAND", "ARGUMENT")  # words of another command's line: what they mean, and may be, is that one's business
 _UNITS = {None: 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -33,6 +34,18 @@ def unknown(text, argv):
         if name.startswith("-") and name != "-" and not any(option.startswith(name) for option in known):
             return name
     return None
+
+
+def refuse_empty(args):
+    """
+    Raise UsageError for an option or operand that was given, but with nothing in it.
+
+    It is a variable of a script that was not set, say: taken for one that was not given, a server that is to have
+    TLS would go without, and a backup to standard output.
+    """
+    for name, value in args.items():
+        if name not in OTHERS and "" in (value if isinstance(value, list) else [value]):
+            raise UsageError(name, "is empty")
 
 
 def integer(args, option, low, high):

@@ -85,6 +85,8 @@ BELOW_THRESHOLD = 3
 
 
 def main(args):
+    if args["COMMAND"][:1] == [""]:
+        raise UsageError("COMMAND", "is empty")  # sh would run it, and it would have done nothing
     args["--state-dir"] = os.path.abspath(args["--state-dir"] or default_directory())
     args["--ledger"] = args["--ledger"] and os.path.abspath(args["--ledger"])
     if args["begin"] or args["run"]:

@@ -38,13 +38,13 @@ def outcome(name, module, argv):
             module = importlib.import_module(module)
         usage = arguments.usage(module.__doc__)
         try:
-            args = docopt(usage, argv, help=False, options_first=getattr(module, "OPTIONS_FIRST", False))
+            args = docopt(usage, argv, help=False, options_first=_options_first(module))
         except DocoptExit as exit_:
             reason = str(exit_).replace(str(DocoptExit.usage), "").strip()
-            option = arguments.unknown(usage, argv)  # docopt does not tell
-            raise UsageError(None, reason or (f"unknown option {option}" if option else "wrong usage")) from None
+            raise UsageError(None, reason or _misuse(usage, argv, module)) from None
         finally:
             synopsis = f"\n{DocoptExit.usage.strip()}"
+        arguments.refuse_empty(args)
         log.choose(args)
         if args.get("--help"):
             show(usage, flush=True)
@@ -77,6 +77,29 @@ def outcome(name, module, argv):
         if interrupted.signum != signal.SIGINT:
             log.error(f"ended by {signal.Signals(interrupted.signum).name}")
         _die(interrupted.signum)
+
+
+def _options_first(module):
+    return getattr(module, "OPTIONS_FIRST", False)
+
+
+def _misuse(usage, argv, module):
+    """Why docopt refuses this command line, which it does not tell."""
+    from docopt import DocoptExit, docopt
+
+    from vnb import misuse
+
+    option = arguments.unknown(usage, argv)
+    if option:
+        return f"unknown option {option}"
+
+    def parse(words):
+        try:
+            return docopt(usage, words, help=False, options_first=_options_first(module))
+        except DocoptExit:
+            return None
+
+    return misuse.reason(usage, argv, parse)
 
 
 def show(text, flush=False):
