@@ -79,6 +79,9 @@ def test_short_options_are_long_ones(tmp_path):
     ("[backup]\ndry-run\n", '[backup]: "dry-run" is no option that can stand here'),
     ("[backup]\nverify = sometimes\n", '[backup]: "verify" is yes or no, not "sometimes"'),
     ("[backup]\nlevel\n", '[backup]: "level" needs a value'),
+    ("[backup]\nkeep-daily = 14 ; two weeks\n", '[backup]: "; two weeks" is a comment only on a line of its own'),
+    ("[backup]\nverify # each night\n", '[backup]: "# each night" is a comment only on a line of its own'),
+    ("[backup]\nverify = # each night\n", '[backup]: "# each night" is a comment only on a line of its own'),
     ("[back]\nlevel = inc\n", "[[back]]: is for no command: [backup], [backup NAME] and [restore] are"),
     ("[backup]\nraw\n[backup]\n", "While reading from "),
     ("# all\nlevel = inc\n", "line 2: is in no section: [[backup]], [[backup NAME]] and [[restore]] are"),
@@ -91,6 +94,31 @@ def test_a_file_that_makes_no_sense(tmp_path, text, reason):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"vnb-options: {path}: {reason.replace('[[', '[').replace(']]', ']')}")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_comment_is_a_line(tmp_path):
+    path = tmp_path / "vnb.ini"
+    path.write_text("; all\n[backup]\n# two weeks\nkeep-daily = 14\nexclude = vdb#1\n  ; not needed\n  vdc;2\n")
+    assert options(path, "backup", "vm1", "/b") == ["--keep-daily=14", "--exclude=vdb#1", "--exclude=vdc;2"]
+
+
+@pytest.mark.parametrize("name", ["vnb-backup", "vnb-backup-all", "vnb-restore"])
+def test_help_with_a_file_that_makes_no_sense(tmp_path, name):
+    """It may be why somebody asks for help."""
+    (tmp_path / "vnb.ini").write_text("frobnicate\n")
+    for option in ("--help", "--version"):
+        done = command(name, option, VNB_CONFIG=str(tmp_path / "vnb.ini"))
+        assert (done.returncode, done.stderr, done.stdout[:4]) == (0, "", "vnb-")
+
+
+def test_a_value_that_makes_no_sense(tmp_path):
+    """The file is named, since nobody typed it; what is typed counts in its place."""
+    path = tmp_path / "vnb.ini"
+    path.write_text("[backup]\nkeep-daily = two weeks\n")
+    done = command("vnb-backup", "--dry-run", "vm1", "/b", VNB_CONFIG=str(path))
+    reason = f'vnb-backup: {path}: --keep-daily: "two weeks" is not a number within 0-1000000\n'
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", reason)
+    assert command("vnb-backup", "--dry-run", "--keep-daily=1", "vm1", "/b", VNB_CONFIG=str(path)).returncode == 0
 
 
 def test_no_text(tmp_path):

@@ -74,6 +74,82 @@ def test_wrong_usage(name, arguments):
     assert done.stderr.partition("\n")[2].startswith("Usage:\n")
 
 
+@pytest.mark.parametrize("line, reason", [
+    ("vnb-backup vm1", "DIR is missing"), ("vnb-backup", "DOMAIN is missing"), ("vnb-backup-all", "DIR is missing"),
+    ("vnb-restore set", "TARGET_DIR is missing"), ("vnb-backup vm1 /b c", 'unexpected operand "c"'),
+    ("vnb-backup vm1 ''", "DIR: is empty"), ("vnb-backup '' /b", "DOMAIN: is empty"),
+    ("vnb-backup-all ''", "DIR: is empty"), ("vnb-restore set ''", "TARGET_DIR: is empty"),
+    ("vnb-restore '' target", "SET: is empty"), ("vnb-backup -c '' vm1 /b", "-c: is empty"),
+    ("vnb-backup --freeze= vm1 /b", "--freeze: is empty"), ("vnb-restore --disk vda --disk '' a b", "--disk: is empty"),
+    ("vnb-backup --keep-last 0 --keep-daily 00 vm1 /b", "at least one --keep option has to be more than 0"),
+    ("vnb-backup --progress loud vm1 /b", '--progress: "loud" is not one of auto, none, json'),
+    ("vnb-backup-all --log-format=xml /b", '--log-format: "xml" is not one of text, json, journald'),
+    ("vnb-backup --level 'full copy' vm1 /b", '--level: "full copy" is not one of full, copy, inc, diff, auto'),
+    ("vnb-restore --format vmdk set target", '--format: "vmdk" is not one of qcow2, raw'),
+    ("vnb-backup-all --jobs 100 /b", '--jobs: "100" is not a number within 1-99'),
+])
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_what_is_wrong_is_said_before_anything_runs(stubs, line, reason, dry):
+    name, *arguments = shlex.split(line)
+    done = porcelain(name, *dry, *arguments, path=f"{stubs}:{os.environ['PATH']}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{name}: {reason}\nUsage:\n")
+    assert list(stubs.glob("*.seen")) == []
+
+
+@pytest.mark.parametrize("option, values, filter_", [
+    ("--keep-last", ["1", "014", "0x1", "-1", "1000000", "1000001", "1" * 19, "1 2", "\n1"], ["vnb-prune", "."]),
+    ("--connections", ["1", "64", "0", "65", "064", "08", "x", " 1"], ["vnb-read"]),
+    ("--compress", ["none", "none:1", "lz4", "lz4:0", "lz4:16", "lz4:17", "lz4:", "zstd:22", "zstd:23", "zstd:007",
+                    "zstd:", "gzip", "lz4:x", "lz4:1:2", "LZ4", "lz4 "], ["vnb-pack"]),
+    ("--progress", ["auto", "none", "json", "loud", "auto none"], ["vnb-pack"]),
+    ("--log-format", ["text", "json", "journal"], ["vnb-pack"]),
+])
+def test_backup_takes_the_values_that_its_filters_take(tmp_path, option, values, filter_):
+    """What a filter refuses is refused before the job begins, and nothing else is."""
+    for value in values:
+        ours = porcelain("vnb-backup", "--dry-run", f"{option}={value}", "vm1", "/b")
+        argv = [filter_[0], f"{option}={value}", *filter_[1:]]
+        theirs = subprocess.run(argv, capture_output=True, stdin=subprocess.DEVNULL, cwd=tmp_path, timeout=60)
+        assert (ours.returncode == 2) == (theirs.returncode == 2), value
+
+
+def test_a_wrong_option_is_told_once_for_all_domains(stubs, virsh):
+    done = porcelain("vnb-backup-all", "--keep-daily", "x", "/b", path=virsh("one", "two"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith('vnb-backup: --keep-daily: "x" is not a number within 0-1000000\nUsage:\n')
+    assert done.stderr.count("keep-daily: ") == 1
+    assert seen(stubs, "vnb-checkpoint") is None
+
+
+def test_quiet_for_all_domains_says_what_failed(stubs, virsh):
+    (stubs / "vnb-pack").write_text("#!/bin/sh\ncase $2 in */bad) exit 1; esac\n")
+    path = virsh("good", "bad")
+    assert porcelain("vnb-backup-all", "-q", "/b", path=path).stderr == "vnb-backup-all: bad: failed with status 1\n"
+
+
+@pytest.mark.parametrize("line", [
+    "vnb-backup --help", "vnb-backup --version", "vnb-backup --dry-run vm1 /b", "vnb-backup-all --help",
+    "vnb-backup --dry-run -v vm1 /b", "vnb-restore --no-config --dry-run set target", "vnb-restore --version",
+])
+def test_a_standard_output_that_takes_nothing(stubs, line):
+    path = f"{stubs}:{os.environ['PATH']}"
+    name, _, rest = line.partition(" ")
+    for where, reason in ((">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")):
+        command = f"{samples.ROOT}/bin/{name} {rest} {where}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60,
+                              env={**os.environ, "PATH": path})
+        assert (done.returncode, done.stderr) == (1, f"{name}: stdout: {reason}\n")
+
+
+def test_all_domains_are_backed_up_though_nobody_can_be_told(stubs, virsh):
+    line = f"{samples.ROOT}/bin/vnb-backup-all -q --json /b > /dev/full"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PATH": virsh("one", "two")})
+    assert (done.returncode, done.stderr) == (1, 2 * "vnb-backup-all: stdout: No space left on device\n")
+    assert seen(stubs, "vnb-pack") == ["-o", "/b/one", "-o", "/b/two"]
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_it_is_read_at_one_sitting(name):
     """A hundred lines beside the usage text."""
@@ -100,16 +176,16 @@ def test_backup_into_the_folder_of_the_day(stubs, tmp_path):
 def test_backup_passes_on_all_words_as_they_are(stubs, tmp_path):
     """Nothing that stands in a name is a command, through two shells."""
     path = f"{stubs}:{os.environ['PATH']}"
-    options = ["--level", "inc", "-c", ODD, "--user=" + ODD, "--include", ODD, "--raw", "--compress", ODD,
-               "--connections", ODD, "--freeze", "/,/home", "--verify"]
+    options = ["--level", "inc", "-c", ODD, "--user=" + ODD, "--include", ODD, "--raw", "--compress", "zstd:9",
+               "--connections", "8", "--freeze", "/,/home", "--verify"]
     done = porcelain("vnb-backup", *options, ODD, f"/{ODD}", cwd=tmp_path, path=path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert seen(stubs, "vnb-checkpoint")[:-1] == [
         "run", "--level", "inc", "--ledger", f"/{ODD}", "-c", ODD, "--user", ODD, "--include", ODD, "--raw",
         "--freeze", "/,/home", ODD, "--",
     ]
-    assert seen(stubs, "vnb-read") == ["--connections", ODD]
-    assert seen(stubs, "vnb-pack") == ["--compress", ODD, "-o", f"/{ODD}"]
+    assert seen(stubs, "vnb-read") == ["--connections", "8"]
+    assert seen(stubs, "vnb-pack") == ["--compress", "zstd:9", "-o", f"/{ODD}"]
     assert seen(stubs, "vnb-verify") == [f"/{ODD}"]
     assert not (tmp_path / "gone").exists()
 

@@ -30,6 +30,10 @@ def main(args):
     names = sections(args["SECTION"], operands)
     values = read(args["FILE"], names)
     for option, (where, value) in values.items():
+        # Cut off it could be a part of the value, and read with it the comment would be.
+        comment = re.search(r"(?:^|\s)[#;].*", f"{option} {value or ''}")
+        if comment:
+            raise Error(args["FILE"], f'"{comment[0].strip()}" is a comment only on a line of its own', where)
         if f"--{option}" not in options or option in ("help", "version", "dry-run"):
             raise Error(args["FILE"], f'"{option}" is no option that can stand here', where)
         if f"--{option}" not in typed:
