@@ -94,7 +94,7 @@ def test_until_a_point(saved, number):
 
 
 @pytest.mark.parametrize(
-    "until, count", [("2026-01-31T12:00:01Z", 2), ("2026-01-31", 4), ("2026-01-31T12:00:01.5", 2), ("2026", 4)],
+    "until, count", [("2026-01-31T12:00:01Z", 2), ("2026-01-31Z", 4), ("2026-01-31T12:00:01.5Z", 2), ("2026", 4)],
 )
 def test_until_a_time(saved, until, count):
     assert points(run("--until", until, saved).ok()) == POINTS[:count]

@@ -3,6 +3,7 @@
 
 import itertools
 import random
+import time
 
 import pytest
 import samples
@@ -55,18 +56,56 @@ def test_order_is_that_of_the_links():
 
 
 @pytest.mark.parametrize("until, last", [
-    ("2026-01-03", "p2"), ("2026-01-03T12", "p2"), ("2026-01-03T12:00:00Z", "p2"),
+    ("2026-01-03", "p2"), ("2026-01-03Z", "p2"), ("2026-01-03 12:00", "p2"), ("2026-01-03T14:00+02:00", "p2"),
+    ("2026-01-03T13:59+02:00", "p1"), ("2026-01-03T06:30-05:30", "p2"), ("2026-01-04+12:00", "p2"), ("9999", "p4"),
+    ("2026-01-03T12", "p2"), ("2026-01-03T12:00:00Z", "p2"),
     ("2026-01-03T12:00:00.000000Z", "p2"),
     ("2026-01-03T11:59:59.999999Z", "p1"), ("2026-01-03T11:59", "p1"), ("2026", "p4"), ("2027-01", "p4"),
 ])
-def test_until_a_time(until, last):
+def test_until_a_time(until, last, utc):
     assert names(chain.path(a_chain(5), "set", until))[-1] == last
+
+
+@pytest.mark.parametrize("zone, until, last", [
+    ("Europe/Berlin", "2026-01-03T13:00", "p2"), ("Europe/Berlin", "2026-01-03T12:59:59", "p1"),
+    ("Europe/Berlin", "2026-01-03T12:59:59Z", "p2"), ("Pacific/Auckland", "2026-01-03", "p1"),
+    ("Pacific/Auckland", "2026-01-04T01", "p2"), ("Pacific/Auckland", "2026-01-03Z", "p2"),
+    ("America/New_York", "2026-01-03T07", "p2"), ("America/New_York", "2026-01-03T06", "p1"),
+])
+def test_until_a_time_of_ours(until, last, zone, utc, monkeypatch):
+    """As the days of --keep-daily are: what is typed is what the clock on the wall says."""
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    assert names(chain.path(a_chain(5), "set", until))[-1] == last
+
+
+@pytest.mark.parametrize("until, last", [
+    ("2026-10-25T02:30", "p1"), ("2026-10-25T01:59", "before"), ("2026-10-25T02:29", "p0"),
+    ("2026-10-25T02:30+02:00", "p0"), ("2026-10-25T02:30+01:00", "p1"),
+])
+def test_until_a_time_that_is_there_twice(until, last, utc, monkeypatch):
+    """When clocks are put back."""
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    made = {"before": "2026-10-24T23:00", "p0": "2026-10-25T00:30", "p1": "2026-10-25T01:30"}
+    segments = [Segment(point, parent, created=f"{created}:00.000000Z")
+                for (point, created), parent in zip(made.items(), (None, *made))]
+    assert names(chain.path(segments, "set", until))[-1] == last
+
+
+@pytest.mark.parametrize("until", [
+    "2026-13-45", "2026-02-30", "2026-01-31T25", "2026-01-31T12:60", "20260131", "31.1.2026", "2026-01-31T12:00+1",
+    "2026-01-31T12:00+99:00", "0000", "2026-01-31TZ", "12",
+])
+def test_until_what_only_looks_like_a_time(until):
+    refused(a_chain(5), f'"{until}" is no time such as 2026-01-31T12:00 or 2026-01-31T12:00Z', until)
+    assert names(chain.path([Segment(until)], "set", until)) == [until]  # it may be the name of a point
 
 
 def test_until_something_that_is_not_there():
     refused(a_chain(5), "no point p9", "p9")
     refused(a_chain(5), "no point as old as 2025", "2025")
-    refused(a_chain(5), "no point 31.1.2026", "31.1.2026")
+    refused(a_chain(5), "no point yesterday", "yesterday")
 
 
 def test_nothing_at_all():

@@ -346,7 +346,7 @@ def test_backup_dry_run_can_be_pasted(stubs, tmp_path):
 def test_restore_dry_run_is_the_pipelines(tmp_path):
     make_set(tmp_path / "set", PLAN)
     where = f"{tmp_path}/target"
-    options = ["--until", "2026-01-31T12:00:00", "--disk", "vda=raw:/x", "--name", "vm2", "--define"]
+    options = ["--until", "2026-01-31T12:00:00Z", "--disk", "vda=raw:/x", "--name", "vm2", "--define"]
     machine = (
         f"vnb-cat --head --until {point(0)} --disk vda {tmp_path}/set | "
         f"vnb-config --disk-dir {where} --disk vda=raw:/x --name vm2 --define"

@@ -13,8 +13,8 @@ Writes the segments that lead to a point, a full and its increments, in order.
 
 Options:
   --until POINT  end at this point: a checkpoint's name, or a time as
-                 2026-01-31T12:00:00Z, or cut short as 2026-01-31; the
-                 default is the latest point
+                 2026-01-31T12:00, local, or with Z or +01:00 behind it, or
+                 cut short as 2026-01-31; the default is the latest point
   --disk NAME    only this disk; may be given several times
   --merge        make one full segment of them, each block once
   --from POINT   with --merge: one increment, of what comes after this point

@@ -6,6 +6,8 @@ A segment here is any object with head (dict), disks (list of dict) and name (st
 from the parent links in the heads, never from file names or file times.
 """
 
+import contextlib
+
 from vnb.errors import Error
 
 HEAD_KEYS = ("id", "stage", "level", "point", "parent", "checkpoint", "chain", "domain", "uuid", "created", "run")
@@ -200,7 +202,8 @@ def latest(segments, name, until=None):
     The name of the point meant by until: itself, or the last one created by that time, or the latest.
 
     The latest is, among the points that are nobody's parent, the one created last.
-    A time is written as heads have it, 2026-01-31T12:00:00Z, or cut short after any part.
+    A time is local, 2026-01-31T12:00:00, as a day of --keep-daily is; with Z it is of UTC, as heads have it, and with
+    +01:00 of that zone. It may be cut short after any part, and means the whole of that day, minute and so on.
     """
     by_point = points(segments)
     if until is None:
@@ -209,14 +212,13 @@ def latest(segments, name, until=None):
         return max(leaves, key=_age).head["point"]
     if until in by_point:
         return until
-    if _is_time(until):
-        # "2026-01-31" means the whole of that day: compare as much of a time as was given.
-        stem = until.rstrip("Z")
-        before = [segment for segment in by_point.values() if segment.head["created"][: len(stem)] <= stem]
-        if not before:
-            raise Error(name, f"no point as old as {until}")
-        return max(before, key=_age).head["point"]
-    raise Error(name, f"no point {until} (vnb-dump lists them)")
+    end = _end_of(until, name)
+    if end is None:
+        raise Error(name, f"no point {until} (vnb-dump lists them)")
+    before = [segment for segment in by_point.values() if segment.head["created"] <= end]
+    if not before:
+        raise Error(name, f"no point as old as {until}")
+    return max(before, key=_age).head["point"]
 
 
 def restorable(segments):
@@ -265,7 +267,39 @@ def _age(segment):
     return (segment.head["created"], segment.head["point"])
 
 
-def _is_time(text):
+def _end_of(text, name):
+    """The last moment of a time, as heads have it, or None for what is no time. Raises Error for what only looks so."""
     import re
 
-    return re.fullmatch(r"\d{4}(-\d\d(-\d\d(T\d\d(:\d\d(:\d\d(\.\d{1,6})?)?)?)?)?)?Z?", text) is not None
+    if not re.fullmatch(r"[0-9][0-9TZ:.,+ -]*", text):
+        return None
+    match = re.fullmatch(
+        r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:[T ](\d\d)(?::(\d\d)(?::(\d\d)(?:\.(\d{1,6}))?)?)?)?)?)?"
+        r" ?(Z|[+-]\d\d:[0-5]\d)?",
+        text, re.ASCII,
+    )
+    if match:
+        with contextlib.suppress(ValueError, OverflowError):
+            return _last_moment(*match.groups())
+    raise Error(name, f'"{text}" is no time such as 2026-01-31T12:00 or 2026-01-31T12:00Z')
+
+
+def _last_moment(year, month=None, day=None, hour=None, minute=None, second=None, fraction=None, zone=None):
+    """The same of the parts (str) of a time, None for what is cut off. Raises ValueError or OverflowError."""
+    from calendar import monthrange
+    from datetime import datetime, timedelta, timezone
+
+    year, month = int(year), int(month or 12)
+    moment = datetime(
+        year, month, int(day) if day else monthrange(year, month)[1],
+        int(hour or 23), int(minute or 59), int(second or 59), int(((fraction or "") + "999999")[:6]),
+    )
+    if zone == "Z" or year == 9999:  # which no point is of, and in other zones it ends later than what there is
+        ends = [moment]
+    elif zone is None:
+        # When clocks are put back, an hour is there twice: its end is that of the second one.
+        ends = [moment.replace(fold=fold).astimezone(timezone.utc) for fold in (0, 1)]
+    else:
+        offset = timedelta(hours=int(zone[1:3]), minutes=int(zone[4:]))
+        ends = [moment.replace(tzinfo=timezone(offset if zone[0] == "+" else -offset)).astimezone(timezone.utc)]
+    return f"{max(ends).replace(tzinfo=None).isoformat()}Z"

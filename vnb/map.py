@@ -19,8 +19,8 @@ Options:
   --run CMD      to this shell command, with the URI as $uri; end with it
   --disk NAME    only this disk; may be given several times
   --until POINT  as of this point: a checkpoint's name, or a time as
-                 2026-01-31T12:00:00Z, or cut short as 2026-01-31; the
-                 default is the latest point
+                 2026-01-31T12:00, local, or with Z or +01:00 behind it, or
+                 cut short as 2026-01-31; the default is the latest point
   --writable     take writes and forget them in the end; one disk
   --overlay FILE
                  take writes and keep them in this qcow2 file; one disk
