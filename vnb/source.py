@@ -56,9 +56,7 @@ class Running:
         self.forward = None  # vnb.ssh.Forward to the socket on the other host, which lasts as long as we do
         self.name = domain.name
         self.uuid = domain.uuid
-        self.started = start
-        if start:
-            domain.start_paused()
+        self.started = domain.start_paused() if start else None
 
     def close(self):
         self.domain.close()
@@ -205,8 +203,18 @@ class Running:
         if domain.is_active and record["suspended"]:
             domain.call("resume")
         if record["started"]:
-            with contextlib.suppress(Error):  # the connection that started it may have closed meanwhile
-                domain.call("destroy")
+            self._destroy(record["started"])
+
+    def _destroy(self, started):
+        """
+        Destroy the domain if this is what the job started, and nobody has a use for it.
+
+        libvirt does so itself when the connection that started it is closed, unless libvirt was restarted since. So a
+        domain that runs may have been started by somebody else for its work; and one that was resumed has work.
+        """
+        # Of a record of older versions, which say no more than that, it is not known.
+        if isinstance(started, dict) and self.domain.is_paused and self.domain.is_started(started):
+            self.domain.destroy()
 
     def delete_checkpoint(self, name):
         self.domain.delete_checkpoint(name)

@@ -20,6 +20,7 @@ PRESERVE_SHUTDOWN = 1 << 1  # VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN: 
 PRESERVE_SHUTDOWN_SINCE = 11_010_000  # the daemon's version, not the client library's, has to know it
 SYSTEM_ROOT = "/var/lib/libvirt/qemu"  # of the directories that the system's daemon makes for domains
 KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 10, 3  # a line is down when nothing has come for so many times so long
+MARK = "urn:vnb:started"  # the namespace of what we write into the live XML of a domain that we start
 JOB_END_SECONDS = 60  # ending a pull job takes milliseconds; a guest that is shutting down keeps it for 30 s
 
 # libvirt prints each error on stderr itself, unless told not to: we say it, once.
@@ -228,6 +229,11 @@ class Domain:
         return bool(self.call("isActive"))
 
     @property
+    def id(self):
+        """libvirt's number of this run of the domain, as it was when the domain was looked up; -1 where it was off."""
+        return self.call("ID")
+
+    @property
     def is_persistent(self):
         return bool(self.call("isPersistent"))
 
@@ -249,7 +255,7 @@ class Domain:
         import glob
 
         session = self.uri.partition("?")[0].endswith("/session")
-        name = f"domain-{int(self.call('ID'))}-*"
+        name = f"domain-{self.id}-*"
         if host is not None:
             root = '"${XDG_CONFIG_HOME:-$HOME/.config}"/libvirt/qemu/lib' if session else SYSTEM_ROOT
             found = host.glob(self.what, f"{root}/{name}")
@@ -376,8 +382,39 @@ class Domain:
         return self.call("state")[0] == libvirt.VIR_DOMAIN_PAUSED
 
     def start_paused(self):
-        """Start the domain, paused, for as long as this connection lasts."""
+        """
+        Start the domain, paused, for as long as this connection lasts; returns what is_started() knows it by.
+
+        libvirt counts ids from 1 again when the host has booted. So a mark goes into the live XML, where it lasts as
+        long as this QEMU and longer than libvirtd.
+        """
         self.call("createWithFlags", libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY)
+        mark = os.urandom(16).hex()
+        self.call(
+            "setMetadata", libvirt.VIR_DOMAIN_METADATA_ELEMENT, f'<started mark="{mark}"/>', "vnb", MARK,
+            libvirt.VIR_DOMAIN_AFFECT_LIVE,
+        )
+        return {"id": self.id, "mark": mark}
+
+    def is_started(self, started):
+        """Whether it runs in the very QEMU for which start_paused() returned this."""
+        try:
+            found = self._domain.metadata(
+                libvirt.VIR_DOMAIN_METADATA_ELEMENT, MARK, libvirt.VIR_DOMAIN_AFFECT_LIVE
+            )
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_METADATA or not self.is_active:
+                return False
+            raise error_of(self.what, error) from None
+        return self.id == started["id"] and started["mark"] in found
+
+    def destroy(self):
+        """Pull the plug; harmless where somebody was faster."""
+        try:
+            self.call("destroy")
+        except Error:
+            if self.is_active:
+                raise
 
     def freeze(self, mountpoints):
         """

@@ -6,7 +6,7 @@ import signal
 
 import libvirt
 import pytest
-from backups import backup, levels, restores, tip
+from backups import backup, levels, record, restores, tip
 from lab import MiB, run, wait_for
 
 
@@ -152,6 +152,45 @@ def test_start_paused_ends_with_a_keeper_that_is_killed(lab, vm, directory):
     wait_for(lambda: not vm.is_active(), "the end of the domain")
     lab.sh(f"vnb-checkpoint abort {vm.name}")
     assert vm.checkpoints() == []
+
+
+def begin_paused_and_kill_keeper(lab, vm, directory):
+    lab.sh(f"vnb-checkpoint begin {vm.name} -S --level full --ledger {directory} > {lab.path('begun')}")
+    os.kill(record(lab, vm)["owner"]["pid"], signal.SIGKILL)
+
+
+@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize("command", ["recover --ledger {set} {vm}", "abort {vm}", "run --level full {vm} -- cat"])
+def test_a_guest_that_was_started_for_its_work_is_not_destroyed(lab, vm, directory, command, paused):
+    """libvirt ends what the dead keeper started: what runs when its record is found may be somebody else's."""
+    vm.destroy()
+    begin_paused_and_kill_keeper(lab, vm, directory)
+    wait_for(lambda: not vm.is_active(), "the end of the domain")
+    vm.start(paused)
+    qemu = vm.qemu_pid()
+    lab.sh(f"vnb-checkpoint {command.format(set=directory, vm=vm.name)} > {lab.path('out')}")
+    assert record(lab, vm) is None
+    assert vm.is_active()
+    assert vm.qemu_pid() == qemu
+
+
+def test_start_paused_is_destroyed_after_libvirtd_was_restarted(lab, vm, directory):
+    """The new one does not know that it is to end with a connection."""
+    vm.destroy()
+    lab.sh(f"vnb-checkpoint begin {vm.name} -S --level full --ledger {directory} > {lab.path('begun')}")
+    lab.restart_libvirtd()
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+    assert not vm.is_active()
+
+
+def test_start_paused_and_resumed_is_in_use(lab, vm, directory):
+    vm.destroy()
+    lab.sh(f"vnb-checkpoint begin {vm.name} -S --level full --ledger {directory} > {lab.path('begun')}")
+    lab.restart_libvirtd()
+    vm.resume()
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+    assert vm.state() == libvirt.VIR_DOMAIN_RUNNING
+    assert not vm.has_job()
 
 
 def test_a_paused_domain_and_pause(lab, vm, directory):
