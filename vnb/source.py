@@ -193,10 +193,9 @@ class Running:
         """End the job if it runs and is this one; then everything that it started."""
         domain = self.domain
         domain.settle()
-        if domain.is_active and domain.backup_endpoint() == record["endpoint"]:
+        if domain.is_active:
             stuck = domain.is_paused_by_error()
-            domain.end_backup()
-            if stuck and domain.is_active:
+            if domain.end_backup(record["endpoint"]) and stuck and domain.is_active:
                 domain.call("resume")  # its scratch was full, now it is gone
         _end_servers(record)
         _remove_files(record, self.host)

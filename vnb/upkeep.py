@@ -116,7 +116,7 @@ def _recover_job(domain, say):
         return
     if domain.is_local and (not boot_id().startswith(match["boot"]) or start_of(match["pid"]) is None):
         say(f"{domain.name}: ending the backup job of process {match['pid']}, which is dead")
-        domain.end_backup()
+        domain.end_backup(socket)
         return
     raise Error(
         domain.name, f"a backup job by process {match['pid']} is active: left alone (virsh domjobabort ends it)"

@@ -332,22 +332,28 @@ class Domain:
         """Whether paths in the domain's XML are paths of this host."""
         return _is_local(self.uri)
 
-    def end_backup(self):
+    def end_backup(self, endpoint):
         """
-        End the running job, and come back when it is gone. A pull job has no other end than abort.
+        End the backup job that listens at endpoint, and come back when it is gone; False where it was gone before.
 
-        A guest that is shutting down is waited for: libvirt answers nothing about its job until it is off.
+        A pull job has no other end than abort. Another one may begin the moment that ours is gone: it is not ours to
+        end. A guest that is shutting down is waited for: libvirt answers nothing about its job until it is off.
         """
         deadline = time.monotonic() + JOB_END_SECONDS
+        asked = False
         while True:
             try:
-                if not self._domain.isActive() or self._domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE:
-                    return
-                self._domain.abortJob()
-            except libvirt.libvirtError as error:
-                failure = error_of(self.what, error)
-            else:
+                if not self.is_active or self.running_job() != "backup":
+                    return asked
+                found = self.backup_endpoint()  # None while a job begins or ends: which one, is not known yet
+                if found not in (None, endpoint):
+                    return asked
+                if found == endpoint and not asked:
+                    self.call("abortJob")
+                    asked = True
                 failure = Error(self.what, f"the backup job is still there after {JOB_END_SECONDS} seconds")
+            except Error as error:
+                failure = error
             if time.monotonic() > deadline:
                 raise failure
             time.sleep(0.01)  # the abort is answered before the block jobs are gone, and nothing else tells

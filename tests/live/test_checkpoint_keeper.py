@@ -11,6 +11,8 @@ from backups import backup, listed, record, restores, tip
 from guest import linux
 from lab import Disk, MiB, wait_for
 
+from vnb.virt import Domain
+
 # A stage that has its input and does not end by itself: tail follows what never grows.
 ENDLESS = "cat > /dev/null; exec tail -f /dev/null"
 
@@ -159,6 +161,47 @@ def test_a_job_that_is_not_ours_is_left_alone(lab, vm, directory):
     lab.sh(f"vnb-checkpoint abort {vm.name}")
     done = lab.sh(f"vnb-checkpoint recover {vm.name}")
     assert "a backup job that is not of vnb is active: left alone" in done.stderr
+    assert vm.has_job()
+    vm.handle.abortJob()
+    wait_for(lambda: not vm.has_job(), "the end of the job")
+
+
+def other_job(vm):
+    """Begin a backup job that is not ours."""
+    disks = "".join(
+        f'<disk name="{name}" type="file"><scratch file="{vm.directory}/{name}.other"/></disk>' for name in vm.disks
+    )
+    server = f'<server transport="unix" socket="{vm.private_directory()}/other"/>'
+    vm.handle.backupBegin(f'<domainbackup mode="pull">{server}<disks>{disks}</disks></domainbackup>', None)
+
+
+class Queued:
+    """libvirt's domain of a machine for which somebody else's job waits: it begins as soon as ours has ended."""
+
+    def __init__(self, vm):
+        self.vm = vm
+        self.aborted = 0
+
+    def __getattr__(self, name):
+        return getattr(self.vm.handle, name)
+
+    def abortJob(self):
+        self.aborted += 1
+        self.vm.handle.abortJob()
+        wait_for(lambda: not self.vm.has_job(), "the end of the job")
+        other_job(self.vm)
+
+
+def test_a_job_that_waits_for_the_end_of_ours_is_left_alone(lab, vm, directory):
+    begin(lab, vm, directory)
+    with Domain(None, vm.name) as domain:
+        endpoint = domain.backup_endpoint()
+        domain._domain = queued = Queued(vm)
+        assert domain.end_backup(endpoint)
+        assert queued.aborted == 1
+        assert domain.backup_endpoint() == f"{vm.private_directory()}/other"
+        assert not domain.end_backup(endpoint)
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
     assert vm.has_job()
     vm.handle.abortJob()
     wait_for(lambda: not vm.has_job(), "the end of the job")
