@@ -191,7 +191,7 @@ def begin(directory, source, options, note, warn):
         plan.start(job)
         job.record.update(phase="running", head=plan.head, disks=plan.disks, broken=plan.broken)
         directory.save(job.record)
-        job.files = _files(source, plan, warn)
+        job.files = _files(source, plan, job)
     except BaseException:
         job.abort()
         raise
@@ -199,7 +199,7 @@ def begin(directory, source, options, note, warn):
     return job
 
 
-def _files(source, plan, warn):
+def _files(source, plan, job):
     """
     What goes into file frames: [{role, path}] or [{role, path, text}].
 
@@ -211,8 +211,9 @@ def _files(source, plan, warn):
         for role, path in domxml.files(xml):
             found.append({"role": role, "path": path})
         if domxml.has_tpm(xml):
-            warn(f"{source.name}: the state of its TPM is not in the backup")
-        if source.kind == "running" and domxml.has_agent(xml):
+            job.warn(f"{source.name}: the state of its TPM is not in the backup")
+        # Not while an agent hangs that was asked to freeze: nobody watches over the job yet.
+        if source.kind == "running" and domxml.has_agent(xml) and not job.record["frozen"]:
             info = source.domain.guest_info()
             if info:
                 found.append({"role": "guest-info", "path": "guest-info.json", "text": json.dumps(info)})
@@ -231,7 +232,7 @@ def _files(source, plan, warn):
         for disk in disks:
             text = work.pop()
             if isinstance(text, Error):
-                warn(f"{text}: no information about this image in the backup")
+                job.warn(f"{text}: no information about this image in the backup")
             else:
                 found.append({"role": "image-info", "path": disk.name, "text": text})
     return found

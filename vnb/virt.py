@@ -22,6 +22,10 @@ SYSTEM_ROOT = "/var/lib/libvirt/qemu"  # of the directories that the system's da
 KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 10, 3  # a line is down when nothing has come for so many times so long
 MARK = "urn:vnb:started"  # the namespace of what we write into the live XML of a domain that we start
 JOB_END_SECONDS = 60  # ending a pull job takes milliseconds; a guest that is shutting down keeps it for 30 s
+# For the guest agent to answer; libvirt itself would wait for ever. A freeze writes back all that is dirty, and Windows
+# gives its writers a minute; no job runs yet that somebody would have to watch over. Thawing and asking is quick.
+FREEZE_SECONDS, THAW_SECONDS, INFO_SECONDS = 60, 5, 5
+AGENT_COMMAND_TIMEOUT = 112  # VIR_ERR_AGENT_COMMAND_TIMEOUT, which the binding may be too old for
 
 # libvirt prints each error on stderr itself, unless told not to: we say it, once.
 libvirt.registerErrorHandler(lambda _context, _error: None, None)
@@ -422,23 +426,37 @@ class Domain:
             if self.is_active:
                 raise
 
+    @contextlib.contextmanager
+    def _agent_within(self, seconds):
+        """
+        Have the guest agent answer each question within some seconds. Raises libvirtError.
+
+        libvirt keeps that for all who ask the agent of this domain, and tells nobody what it was before: afterwards
+        it is libvirt's default again. A trim that others ask for may take its time.
+        """
+        self._domain.agentSetResponseTimeout(seconds)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(libvirt.libvirtError):
+                self._domain.agentSetResponseTimeout(libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK)
+
     def freeze(self, mountpoints):
         """
         Freeze all file systems of the guest, or those at mountpoints (list); returns how many.
 
         Raises Unanswered where the agent may do it later, Error where it was refused: then nothing is frozen by us.
         """
-        try:
-            return self._domain.fsFreeze(mountpoints or None)
-        except libvirt.libvirtError as error:
-            if _may_still_happen(error):
-                raise Unanswered(self.what, error.get_error_message()) from None
-            raise error_of(self.what, error) from None
+        return self._ask_agent(FREEZE_SECONDS, "fsFreeze", mountpoints or None)
 
     def thaw(self):
         """Thaw the guest's file systems; returns how many. Raises Unanswered or Error."""
+        return self._ask_agent(THAW_SECONDS, "fsThaw", None)
+
+    def _ask_agent(self, seconds, function, *args):
         try:
-            return self._domain.fsThaw(None)
+            with self._agent_within(seconds):
+                return getattr(self._domain, function)(*args)
         except libvirt.libvirtError as error:
             if _may_still_happen(error):
                 raise Unanswered(self.what, error.get_error_message()) from None
@@ -447,7 +465,8 @@ class Domain:
     def guest_info(self):
         """What the guest agent says of the guest (dict), or None where there is no agent that answers."""
         try:
-            return self._domain.guestInfo(0)
+            with self._agent_within(INFO_SECONDS):
+                return self._domain.guestInfo(0)
         except libvirt.libvirtError:
             return None
 
@@ -531,8 +550,10 @@ class Domain:
 
 
 def _may_still_happen(error):
-    return error.get_error_code() in (
+    """Whether the agent may have been asked, or still be: also by a libvirtd that we have lost."""
+    return error.get_error_domain() == libvirt.VIR_FROM_RPC or error.get_error_code() in (
         libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED, libvirt.VIR_ERR_OPERATION_TIMEOUT,
+        AGENT_COMMAND_TIMEOUT,
     )
 
 

@@ -5,10 +5,13 @@ import os
 import re
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 from backups import STORE, backup, record
 from lab import wait_for
+
+from vnb.virt import Domain, Unanswered
 
 
 @pytest.fixture
@@ -101,6 +104,29 @@ def test_killed_between_freeze_and_thaw(lab, linux, directory, victim):
     lab.sh(f"vnb-checkpoint abort {linux.name}")
     assert linux.checkpoints() == before
     assert lab.leftovers() == []
+
+
+def test_an_agent_that_stops_midway_keeps_nobody_waiting(linux, monkeypatch):
+    """
+    libvirt gives up by itself only where the agent did not answer the last time, either.
+
+    It stops while libvirt does not look: the machine's console tells us.
+    """
+    for limit in ("FREEZE_SECONDS", "THAW_SECONDS", "INFO_SECONDS"):
+        monkeypatch.setattr(f"vnb.virt.{limit}", 2)
+    pid = agent_pid(linux)
+    linux.run(f"(sleep 1; kill -STOP {pid}; echo stopped > /dev/ttyS0; sleep 15; kill -CONT {pid}) > /dev/null 2>&1 &")
+    wait_for(lambda: "stopped" in Path(linux.console).read_text(), "the agent to stop")
+    with Domain(None, linux.name) as domain:
+        with pytest.raises(Unanswered):
+            domain.freeze([])
+        with pytest.raises(Unanswered):
+            domain.thaw()
+        assert domain.guest_info() is None
+        wait_for(linux._answers, "the agent")
+        assert status(linux) == "frozen"  # as it was asked to
+        assert domain.thaw() > 0
+        assert domain.guest_info() is not None
 
 
 def test_an_agent_that_hangs_and_comes_back_is_told_to_thaw(lab, linux, directory):
