@@ -9,7 +9,7 @@ import os
 import socket
 
 from vnb import backupset, chain
-from vnb.errors import Error
+from vnb.errors import Error, os_error
 
 
 class Ledger:
@@ -34,9 +34,13 @@ class Ledger:
         return f"{socket.gethostname()}:{os.path.realpath(self.directory)}"
 
     def segments(self):
-        """The segments in it; an empty list where the directory is not there yet."""
-        if not os.path.isdir(self.directory):
+        """The segments in it; an empty list where the directory is not there yet. Raises Error if it cannot be one."""
+        try:
+            os.stat(os.path.join(self.directory, ""))
+        except FileNotFoundError:
             return []
+        except OSError as error:
+            raise os_error(self.directory, error) from None
         return backupset.segments([self.directory])
 
     def of_domain(self, uuid, domain):

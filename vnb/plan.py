@@ -140,6 +140,9 @@ class Plan:
         """(level, parent's point or None, parent's segment where the ledger has it or None)."""
         level, since = self.options["level"], self.options["since"]
         if level in ("full", "copy"):
+            if not self.ledger.own:
+                # What the set will refuse is refused before the guest is frozen.
+                self.ledger.of_domain(self.source.uuid, self.source.name)
             return level, None, None
         known = self.ledger.of_domain(self.source.uuid, self.source.name)
         ours = [segment for segment in known if segment.head.get("chain") == self.options["chain"]]

@@ -8,6 +8,7 @@ import sys
 
 import libvirt
 import libvirt_qemu
+import makers
 import pytest
 from backups import STORE, backup, levels, listed, restores, tip
 from lab import Disk, MiB, wait_for
@@ -49,6 +50,21 @@ def test_a_range_that_the_guest_zeroed_restores_as_zero(lab, vm, directory):
     vm.discard("vda", 16 * MiB, 4 * MiB)
     backup(lab, vm, "inc", directory)
     restores(lab, directory, vm.reference())
+
+
+@pytest.mark.parametrize("level", ["full", "auto"])
+@pytest.mark.parametrize("place, reason", [
+    ("file", "Not a directory"), ("file/set", "Not a directory"), ("other", "is of domain vm1 "),
+])
+def test_a_set_that_cannot_take_it_is_refused_before_anything_begins(lab, vm, directory, level, place, reason):
+    with open(os.path.join(directory, "file"), "w"):
+        pass
+    makers.make_set(os.path.join(directory, "other"), [{"vda": "64k:A"}])
+    done = backup(lab, vm, level, os.path.join(directory, place), check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"vnb-checkpoint: {directory}/{place}: {reason}")
+    assert done.stderr.count("\n") == 1
+    assert vm.checkpoints() == []
 
 
 def test_auto_says_what_it_chose_and_why(lab, vm, directory):
