@@ -31,10 +31,10 @@ WAIT = 30  # seconds, for what must come
 
 
 @contextlib.contextmanager
-def on_terminal():
+def on_terminal(columns=COLUMNS):
     """Yield (our end of a terminal, the end for standard error of commands)."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     try:
         yield ours, theirs
     finally:
@@ -105,6 +105,21 @@ def test_one_line_for_a_pipeline(tmp_path):
         rf"vnb-pack: vm1: {point(0)}: 512\.0 KiB of data, [0-9.]+ KiB stored \([0-9.]+:1\), 0 bytes zero, [0-9.]+ s",
         last,
     )
+
+
+def test_a_terminal_that_does_not_say_how_wide_it_is():
+    """As script(1) makes them, and a serial line: it is taken for one of 80 columns."""
+    first, second, end = stream_of(b"a", b"b")
+    with on_terminal(0) as (ours, theirs):
+        process = start("vnb-verify", stderr=theirs)
+        process.stdin.write(first)
+        process.stdin.flush()
+        seen = read_until(ours, r"50%\|[^\r]* left")
+        process.stdin.write(second + end)
+        process.stdin.close()
+        assert process.wait(WAIT) == 0
+    shown = re.findall(r"[^\r\n]*%\|[^\r\n]*left", seen)
+    assert shown and all(re.match(r" *\d+%\|\S* *\| \d", line) and len(line) <= 80 for line in shown)
 
 
 @pytest.mark.parametrize("options, environment", [

@@ -32,6 +32,7 @@ MODES = ("auto", "none", "json")
 FIRST_SECONDS = 0.5  # what is done sooner needs no line, and no library that draws one
 LINE_SECONDS = 0.25
 JSON_SECONDS = 1
+COLUMNS = 80  # where the terminal does not say
 LINE = "{percentage:3.0f}%|{bar}| {desc}"
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
@@ -182,12 +183,13 @@ class Progress:
                 except ImportError:
                     return False
                 tqdm.monitor_interval = 0  # a thread more, that would take the signals
-                self._bar = tqdm(total=1, file=sys.stderr, leave=False, dynamic_ncols=True, bar_format=LINE)
+                self._bar = tqdm(total=1, file=sys.stderr, leave=False, ncols=_columns(), bar_format=LINE)
             fraction, data, disks = self.state()
             seconds = time.monotonic() - self._since
             left = self._bar.format_interval(_left(fraction, seconds)) if fraction else "?"
             told = f"{size_text(data)} of data, {size_text(data / max(seconds, 1e-3))}/s, {left} left"
             self._bar.n = fraction
+            self._bar.ncols = _columns()
             self._bar.set_description_str(f"{told}, {' '.join(disks)}" if disks else told, refresh=False)
             self._bar.refresh()
         return True
@@ -222,6 +224,14 @@ def size_text(count):
         count /= 1024
         unit += 1
     return f"{count:.{1 if unit else 0}f} {_UNITS[unit]}"
+
+
+def _columns():
+    """How wide the terminal is now; not each one says, and with none tqdm shows all that it knows, at any length."""
+    try:
+        return os.get_terminal_size(2).columns or COLUMNS
+    except OSError:
+        return COLUMNS
 
 
 def _left(fraction, seconds):
