@@ -43,6 +43,8 @@ def test_all_options_are_offered(name):
     offered = bash(name, "-")
     assert len(set(offered)) == len(offered)
     assert in_usage | {"--help", "--version"} <= set(offered)
+    if name == "vnb-backup-all":
+        usage += subprocess.run(["vnb-backup", "--help"], capture_output=True, text=True, check=True).stdout
     assert set(offered) <= set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", usage))
 
 
@@ -58,13 +60,34 @@ def test_steps_of_checkpoint():
     assert bash("vnb-checkpoint", "rec") == ["recover"]
 
 
-def test_domains(tmp_path, monkeypatch):
+@pytest.fixture
+def domains(tmp_path, monkeypatch):
     (tmp_path / "virsh").write_text("#!/bin/sh\necho vm1; echo vm2; echo other; echo\n")
     (tmp_path / "virsh").chmod(0o700)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+def test_domains(domains):
     assert bash("vnb-checkpoint", "begin", "v") == ["vm1", "vm2"]
     assert bash("vnb-backup", "-z", "") == ["vm1", "vm2", "other"]
-    assert bash("vnb-prune", "v") == []  # a set: bash offers files
+    assert bash("vnb-checkpoint", "--level", "inc", "begin", "v") == ["vm1", "vm2"]
+    assert bash("vnb-backup", "--level=full", "v") == ["vm1", "vm2"]
+    assert bash("vnb-backup", "--level", "=", "full", "v") == ["vm1", "vm2"]  # as readline has it
+
+
+@pytest.mark.parametrize("words", [
+    ["vnb-prune", "v"], ["vnb-backup", "--level", "v"], ["vnb-backup", "--keep-weekly", ""], ["vnb-backup", "-c", "v"],
+    ["vnb-backup", "--level", "=", "v"], ["vnb-backup", "vm1", ""], ["vnb-backup", "--raw", "vm1", "v"],
+    ["vnb-backup-all", ""], ["vnb-checkpoint", "run", "vm1", "--", ""], ["vnb-checkpoint", "list", "--ledger", ""],
+])
+def test_files(domains, words):
+    """Where it offers nothing, bash offers files."""
+    assert bash(*words) == []
+
+
+def test_all_domains_take_the_options_of_one():
+    assert bash("vnb-backup-all", "--keep-m") == ["--keep-monthly"]
+    assert bash("vnb-backup-all", "--jo") == ["--jobs"]
 
 
 def test_a_command_that_is_not_there():
@@ -81,8 +104,13 @@ def test_every_command_has_it(name):
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="not installed: zsh")
 @pytest.mark.parametrize("line, offered", [
     ("vnb-prune --keep-", "--keep-yearly"), ("vnb-checkpoint ", "redefine"), ("vnb-cat --mer", "vnb-cat --merge"),
+    ("vnb-backup --keep-", "--keep-daily"), ("vnb-backup --keep-", "--keep-yearly"),
+    ("vnb-backup --pass", "--password-file"), ("vnb-backup vm1 /usr/shar", "share/"),
+    ("vnb-backup-all --keep-we", "--keep-weekly"), ("vnb-backup-all --jo", "--jobs"), ("vnb-backup vm", "vm2"),
+    ("vnb-backup --level full oth", "other"), ("vnb-checkpoint begin oth", "other"),
+    ("vnb-map -", "--tls-psk"),
 ])
-def test_zsh(line, offered):
+def test_zsh(line, offered, domains):
     done = subprocess.run(["zsh", "-f", "-c", ZSH, "zsh", DIRECTORY, line, offered], capture_output=True, text=True,
                           timeout=60)
     assert offered in done.stdout
