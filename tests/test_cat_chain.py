@@ -367,6 +367,9 @@ def test_the_next_segment_is_named_in_a_stream_and_not_in_a_set(saved, tmp_path)
 def test_a_full_disk(saved):
     done = command("bash", "-c", f"vnb-cat {saved} > /dev/full")
     assert done.failed("vnb-cat: stdout: No space left on device") == b""
+    for option in ("--tip", "--point"):
+        done = command("bash", "-c", f"vnb-cat {option} {saved} > /dev/full")
+        assert done.failed("vnb-cat: stdout: No space left on device") == b""
 
 
 @pytest.mark.parametrize("arguments", [[], ["--until"], ["--tip"], ["--tip", "--until", "x", "set"]])

@@ -226,6 +226,12 @@ def test_examples_print_their_usage(path):
         assert done.stderr.startswith(f"Usage: examples/{path.name} ")
 
 
+def test_restore_drill_into_what_is_not_there(tmp_path):
+    done = run(Path(ROOT, "examples", "restore-drill"), "set", tmp_path / "none")
+    reason = f"restore-drill: set: there is no directory {tmp_path}/none\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", reason)
+
+
 def test_readme_leads_to_files_that_are_there():
     assert [path for path in re.findall(r"\]\(([^)#:]+)\)", README) if not Path(ROOT, path).exists()] == []
 

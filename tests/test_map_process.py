@@ -189,6 +189,25 @@ def test_stop_of_one_that_was_killed(saved, tmp_path, clean):
     assert (done.returncode, done.stderr) == (1, f"vnb-map: {tmp_path}/pid: the vnb-map that wrote this has ended\n")
 
 
+@pytest.mark.parametrize("content", ["", "nameserver 127.0.0.1\n", "0\n", "12 13\n"])
+def test_stop_of_what_is_no_vnb_map(tmp_path, content):
+    path = tmp_path / "file"
+    path.write_text(content)
+    done = run("vnb-map", "--stop", path)
+    reason = f"vnb-map: {path}: has no process id in it, so no vnb-map wrote it with --daemon\n"
+    assert (done.returncode, done.stderr) == (1, reason)
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("options", [["--socket", "s"], ["--daemon", "pid", "--socket", "s"]])
+def test_where_the_disks_are_cannot_be_told(saved, tmp_path, options, clean):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(["vnb-map", *options, saved], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+                              cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "vnb-map: stdout: No space left on device\n")
+    assert os.listdir(tmp_path) == ["runtime"]  # nor does it serve in the background
+
+
 def test_background_that_fails(tmp_path, clean):
     done = run("vnb-map", "--daemon", tmp_path / "pid", "--socket", tmp_path / "s", "nowhere")
     assert (done.returncode, done.stdout) == (1, "")

@@ -34,6 +34,7 @@ from vnb import backupset, chain, codec, heads, log, output, stream
 from vnb.errors import Error, UsageError
 from vnb.merge import Merge
 from vnb.progress import Progress
+from vnb.run import show
 
 NAMED = 3  # points that a message has room for
 
@@ -59,7 +60,7 @@ def main(args):
             raise Error(segment.name, f'holds no data, but {segment.head["stage"]}')
     point = path[-1].head["point"]
     if args["--point"]:
-        print(point)
+        show(f"{point}\n")
         return
     held = {disk["name"] for disk in path[-1].disks}
     unknown = sorted(set(args["--disk"]) - held)
@@ -104,7 +105,7 @@ def _tip(segments, name):
     tip = chain.tip(segments)
     if tip is None:
         raise Error(name, "no point here has a checkpoint: the next backup must be a full one")
-    print(tip.head["checkpoint"])
+    show(f'{tip.head["checkpoint"]}\n')
 
 
 def _after(path, segments, name, start):

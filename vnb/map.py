@@ -48,6 +48,7 @@ import syslog
 from vnb import arguments, mapserver
 from vnb.child import wait_for
 from vnb.errors import Error, Interrupted, UsageError, os_error
+from vnb.run import show
 
 DEFAULT_HOST = "127.0.0.1"
 MAX_CACHE = 1 << 40
@@ -59,7 +60,7 @@ def main(args):
     check(args)
     if args["--daemon"]:
         return in_background(args)
-    return serve(args, lambda lines: print(*lines, sep="\n", flush=True))
+    return serve(args, lambda lines: show("".join(f"{line}\n" for line in lines), flush=True))
 
 
 def check(args):
@@ -270,11 +271,11 @@ def in_background(args):
             lines = file.read()
         if not lines:
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or 1
+        show(lines, flush=True)
     except BaseException:
         os.kill(child, signal.SIGTERM)
         os.waitpid(child, 0)
         raise
-    print(lines, end="", flush=True)
     return 0
 
 
@@ -330,11 +331,11 @@ def stop(path):
         raise os_error(path, error) from None
     try:
         check_pid_file(path, fd)
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
         said = os.read(fd, 20).strip()
         if not re.fullmatch(rb"[1-9][0-9]*", said):
-            raise Error(path, "has no process id in it") from None
+            raise Error(path, "has no process id in it, so no vnb-map wrote it with --daemon")
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         os.kill(int(said), signal.SIGTERM)  # its lock says that it lives
         fcntl.flock(fd, fcntl.LOCK_SH)
     else:

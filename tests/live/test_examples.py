@@ -111,7 +111,7 @@ def test_restore_drill_of_what_does_not_live(lab, vm):
     lab.sh(f"vnb-backup --no-freeze {vm.name} {directory}")
     done = run(lab, "restore-drill", directory, below, "1")
     assert done.returncode == 1
-    assert done.stderr == f"restore-drill: {directory}: its guest agent has not answered within 1 seconds\n"
+    assert done.stderr == f"restore-drill: {directory}: its guest agent has not answered within 1 s\n"
     assert os.listdir(below) == []
     assert {domain.name() for domain in lab.connection.listAllDomains()} == set(lab.domains)
 
