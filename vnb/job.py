@@ -186,6 +186,9 @@ def begin(directory, source, options, note, warn):
         if estimate < options["threshold"]:
             raise BelowThreshold(f"{source.name}: {estimate} bytes to back up, less than {options['threshold']}")
     job = Job(directory, plan.record(), note, warn)
+    left = directory.load()
+    if left is not None:
+        job.record["frozen"] = left["frozen"]  # a job before may have frozen the guest: it is for us now to thaw it
     directory.save(job.record)
     try:
         plan.start(job)

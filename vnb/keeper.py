@@ -22,12 +22,13 @@ import traceback
 from vnb import job as jobs
 from vnb.errors import Error, Interrupted, UsageError, os_error
 from vnb.source import open_source, source_of
-from vnb.state import JobDirectory, is_dead
+from vnb.state import JobDirectory, is_dead, owner
 
 TICK_SECONDS = 1.0  # free room, clients and deadline have no event that one could wait for
 MAX_MESSAGE = 16 << 20  # a head has XML in it, disks are a few hundred bytes each
 REQUEST_SECONDS = 10  # for a client of the control socket to say what it wants
 ANSWER_SECONDS = 180  # a guest that shuts down keeps its job for half a minute
+MAKE_WAY_SECONDS = 20  # for a keeper that may be asking a guest agent that hangs
 
 
 class Line:
@@ -152,20 +153,26 @@ class Starter:
     def finish(self, what):
         """Have the keeper do "commit" or "abort", and see it end. Raises Error, and the job goes on then."""
         self.line.send(do=what)
-        if self.line.answer(self._hear).get("frozen"):
-            self.line.close()  # it stays, until the guest's agent answers
-        else:
-            self.leave()
+        self.line.answer(self._hear)
+        self.leave()
 
     def leave(self):
-        """Hang up, which ends the job if it still runs; wait for the keeper to end, do its work if it was killed."""
+        """
+        Hang up, which ends the job if it still runs; wait for the keeper to end, do its work if it was killed.
+
+        A keeper that stays to thaw the guest is not waited for: that may last as long as the guest's agent hangs.
+        """
         with contextlib.suppress(OSError):
             self.line.socket.shutdown(socket.SHUT_WR)
+        stays = False
         with contextlib.suppress(Error):
             while (message := self.line.receive()) is not None:
                 if "note" in message:
                     self._hear(message)
+                stays = stays or "stays" in message
         self.line.close()
+        if stays:
+            return
         with contextlib.suppress(ChildProcessError):
             _, status = os.waitpid(self.pid, 0)
             if os.WIFSIGNALED(status) and self._uuid is not None:
@@ -230,6 +237,7 @@ def _child(connection, options):
 def _keep(line, options):
     source = open_source(options)
     directory = JobDirectory(options["state"], source.uuid)
+    make_way(directory)
     with directory.locked() as got:
         if not got:
             raise Error(source.name, who_runs(directory))
@@ -238,21 +246,63 @@ def _keep(line, options):
         recover(directory, source.name, line.tell)
         listener = directory.listen()
         try:
-            try:
-                job = jobs.begin(directory, source, options, line.tell, line.warn)
-            except jobs.BelowThreshold as below:
-                line.send(below=str(below))
+            keeper, message = _begin(directory, source, line, listener, options)
+            if keeper is None:
+                line.send(**message)
                 return 0
-            keeper = Keeper(job, line, listener, options)
             try:
-                line.send(head=job.head, disks=job.record["disks"], files=job.files)
+                line.send(**message)
                 keeper.loop()
             finally:
                 keeper.end_if_running("the keeper was ended")
         finally:
             directory.hang_up()
             listener.close()
-    return 0
+    return 0  # and with us ends the connection of a successor, who may have the lock now
+
+
+def _begin(directory, source, line, listener, options):
+    """Begin the job; returns a Keeper, or None where there is nothing to keep, and what to tell the starter (dict)."""
+    try:
+        job = jobs.begin(directory, source, options, line.tell, line.warn)
+    except jobs.BelowThreshold as below:
+        message = {"below": str(below)}
+    except Error as error:
+        message = {"error": [error.what, error.reason, error.where]}
+    else:
+        message = {"head": job.head, "disks": job.record["disks"], "files": job.files}
+        return Keeper(job, line, listener, options), message
+    record = directory.load()
+    if record is None:
+        return None, message
+    # It could not be ended, or the guest may still freeze: for this job, or for one before.
+    record["owner"] = owner()
+    keeper = Keeper(jobs.Job(directory, record, line.tell), line, listener, options)
+    if record["phase"] == "ended":
+        keeper.done = True
+    else:
+        keeper.ending = "it could not be begun"
+    return keeper, message
+
+
+def make_way(directory):
+    """
+    Have a keeper end that stays only to thaw the guest: who calls takes over its record, and the thaw with it.
+
+    It ends where its job has; and if it does not, the lock says so.
+    """
+    record = directory.load()
+    if record is None or record["phase"] != "ended":
+        return
+    client = directory.connect()
+    if client is None:
+        return
+    client.settimeout(MAKE_WAY_SECONDS)
+    line = Line(client)
+    line.send(do="make way")
+    with contextlib.suppress(Error):
+        line.receive()  # it hangs up when it has let go of the lock
+    line.close()
 
 
 def recover(directory, name, say):
@@ -279,6 +329,11 @@ def who_runs(directory):
     if record is None:
         return "another backup is beginning"
     who = record["owner"]
+    if record["phase"] == "ended":
+        return (
+            f"its backup has ended, and process {who['pid']} on {who['host']} stays until the guest agent has thawed "
+            "the guest"
+        )
     return f"a backup runs already, begun {record['head']['created']} (process {who['pid']} on {who['host']})"
 
 
@@ -298,23 +353,34 @@ def _redirect(log):
 
 
 class Keeper:
-    """Watches over a running job."""
+    """
+    Watches over a running job, and stays after it (done) until the guest is thawed.
+
+    starter (Line), listener (socket): who may speak to it. options (dict): see Starter.
+    """
 
     def __init__(self, job, starter, listener, options):
         self.job = job
         self.starter = starter
+        self.left = None  # a starter that has hung up, and waits for our end
+        self.successor = None  # a connection to the one who takes over from us
         self.listener = listener
         self.options = options
         self.done = False
         self.ending = None
         self.kept_alone = False
+        self.troubles = {}
         self.deadline = time.monotonic() + options["deadline"]
         self.last_client = time.monotonic()
         self.job.note = self.job.warn = self.log
 
     def loop(self):
-        """Until the job has ended, and the guest is thawed."""
-        while not self.done or self.job.record["frozen"]:
+        """Until the job has ended, and the guest is thawed, or somebody else sees to that."""
+        while (not self.done or self.job.record["frozen"]) and self.successor is None:
+            if self.done and self.left is not None:
+                self.left.send(stays=True)
+                self.left.close()
+                self.left = None
             waiting = [self.listener] if self.starter is None else [self.listener, self.starter]
             ready, _, _ = select.select(waiting, [], [], TICK_SECONDS)
             if self.starter in ready:
@@ -338,7 +404,7 @@ class Keeper:
         try:
             self.job.abort(self.ending)
         except Error as error:
-            self.log(str(error))
+            self._trouble("end", str(error))
         else:
             self.done = True
 
@@ -348,10 +414,16 @@ class Keeper:
         if self.starter is not None:
             self.starter.tell(text)
 
+    def _trouble(self, about, text):
+        """A line on what fails tick after tick: only when it is another one than before."""
+        if self.troubles.get(about) != text:
+            self.troubles[about] = text
+            self.log(text)
+
     def _hear_starter(self):
         message = self.starter.receive()
         if message is None:
-            self.starter = None
+            self.left, self.starter = self.starter, None
             if not self.kept_alone:
                 self.end_if_running("the process that began it has died")
         elif message.get("do") == "keep":
@@ -372,48 +444,64 @@ class Keeper:
                 message = line.receive()
             except Error:
                 return
-            if message is not None:
+            if message is None:
+                return
+            if message.get("do") == "make way" and self.done:
+                self.successor = connection.dup()  # it stays open as long as we live
+            else:
                 self._do(line, message)
 
     def _do(self, line, message):
         self.job.note = line.tell
         try:
             if self.done:
-                raise Error(self.job.head["domain"], f"the job was ended already: {self.job.record['reason']}")
-            _end(self.job, message.get("do"), message.get("ledger"))
-            self.done = True
-            line.send(done=True, frozen=self.job.record["frozen"])
+                self._do_late(line, message.get("do"))
+            else:
+                _end(self.job, message.get("do"), message.get("ledger"))
+                self.done = True
+            line.send(done=True)
         except Error as error:
             line.send(error=[error.what, error.reason, error.where])
         finally:
             self.job.note = self.log
 
+    def _do_late(self, line, what):
+        """The job has ended by itself, or was ended by somebody else, and we are here for the guest's sake."""
+        if what != "abort":
+            raise Error(self.job.head["domain"], f"the job was ended already: {self.job.record['reason']}")
+        self.ending = None  # who asks need not be told later
+        line.tell(f"{self.job.head['domain']}: {who_runs(self.job.directory)}")
+
     def _look(self):
-        now = time.monotonic()
-        if self.done:
-            pass
-        elif self.ending is not None:
+        if self.ending is not None:
             self.end_if_running(self.ending)
-        elif now > self.deadline:
+        elif not self.done:
+            self._look_at_time()
+            for look in (self._look_at_scratch, self._look_at_guest):
+                if not self.done:
+                    look()
+        if self.job.record["frozen"]:
+            self._thaw()
+
+    def _look_at_time(self):
+        now = time.monotonic()
+        if now > self.deadline:
             self.end_if_running(f"its deadline of {self.options['deadline']} seconds has passed")
         elif self.kept_alone and self._clients() == 0:
             if now - self.last_client > self.options["idle"]:
                 self.end_if_running(f"nobody was connected for {self.options['idle']} seconds")
         else:
             self.last_client = now
-        if not self.done:
-            self._look_at_scratch()
-        if not self.done:
-            self._look_at_guest()
-        if self.job.record["frozen"]:
-            self._thaw()
 
     def _thaw(self):
+        self.job.note = lambda text: self._trouble("thaw", text)
         try:
             thawed = self.job.thaw()
         except Error as error:
-            self.log(str(error))  # the daemon may come back
+            self._trouble("thaw", str(error))  # the daemon may come back
             return
+        finally:
+            self.job.note = self.log
         if thawed and self.done and self.ending is None:
             self.job.directory.remove()  # this was all that was left to do
 
@@ -446,8 +534,9 @@ class Keeper:
         try:
             held = source_of(self.job.record)
         except Error as error:
-            self.log(str(error))
+            self._trouble("connection", str(error))
             return
+        self.troubles.pop("connection", None)
         if held.kind == "gone":
             self.end_if_running("its domain is gone")
             return

@@ -169,14 +169,15 @@ class Running:
         if domxml.is_agent_away(xml):
             # It would not answer, as one that hangs: the keeper would wait for ever to thaw what nobody froze.
             return self._not_frozen(options, job, "its guest agent is not connected")
-        job.intend("frozen")
+        left = job.record["frozen"]  # by a job before, whose freeze may have come true by now
+        job.intend("frozen", self.domain.id)
         try:
             return self.domain.freeze(options["freeze"])
         except Unanswered as error:
             # It may freeze at any later time: the intent stays, and the keeper thaws when the agent answers.
             return self._not_frozen(options, job, error.reason)
         except Error as error:
-            job.intend("frozen", False)  # refused: whoever froze it will thaw it
+            job.intend("frozen", left)  # refused: whoever froze it will thaw it
             return self._not_frozen(options, job, error.reason)
 
     def _not_frozen(self, options, job, why):
@@ -528,7 +529,14 @@ def _domain_fields(domain):
 
 
 def thaw(domain, job):
-    """Thaw a guest that we froze; True when it is done. The intent stays where the agent does not answer."""
+    """
+    Thaw a guest that we froze; True when it is done. The intent stays where the agent does not answer.
+
+    It is the domain's id, True in records of older versions: a guest that was started anew is not the one we froze.
+    """
+    if job.record["frozen"] is not True and job.record["frozen"] != domain.id:
+        job.intend("frozen", False)
+        return True
     try:
         domain.thaw()
     except Unanswered as error:

@@ -8,8 +8,8 @@ import re
 
 from vnb import chain, domxml, qemuimg
 from vnb.errors import Error, UsageError
+from vnb.keeper import make_way, who_runs
 from vnb.keeper import recover as recover_job
-from vnb.keeper import who_runs
 from vnb.ledger import Ledger
 from vnb.state import JobDirectory, boot_id, is_dead, start_of
 from vnb.virt import Domain
@@ -90,6 +90,8 @@ def recover(args, say):
     with open_domain(args) as domain:
         domain.settle()
         directory = JobDirectory(args["--state-dir"], domain.uuid)
+        if force:
+            make_way(directory)
         with directory.locked() as got:
             if not got:
                 raise Error(domain.name, f"{who_runs(directory)}: nothing to recover")
@@ -97,6 +99,9 @@ def recover(args, say):
                 record["owner"]["boot"] = "forced"  # whoever it was, the user says that it is dead
                 directory.save(record)
             recover_job(directory, domain.name, say)
+            if force and directory.load() is not None:
+                say(f"{domain.name}: nobody waits any more to thaw the guest (virsh domfsthaw does)")
+                directory.remove()
             _recover_job(domain, say)
             _recover_scratch(domain, say)
             _recover_checkpoints(domain, args, say)

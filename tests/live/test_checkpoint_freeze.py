@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from backups import STORE, backup, record
-from lab import wait_for
+from lab import KiB, MiB, wait_for
 
 from vnb.virt import Domain, Unanswered
 
@@ -138,3 +138,112 @@ def test_an_agent_that_hangs_and_comes_back_is_told_to_thaw(lab, linux, director
     wait_for(lambda: record(lab, linux) is None, "the thaw", 120)
     assert status(linux) == "thawed"
     linux.run("echo alive > /mnt/vda/alive; sync")
+
+
+SIGN_AT = 128 * MiB - 64 * KiB  # the end of vda, where no file is
+
+
+@pytest.fixture
+def hanging(lab, linux):
+    """
+    Freeze the guest and stop its agent, as it is when the agent has frozen too late for whoever asked for it.
+
+    Returns what lets the agent go on. The guest reads the sign from its disk: nothing else comes to it.
+    """
+    pid = agent_pid(linux)
+    sign = f"echo 3 > /proc/sys/vm/drop_caches; dd if=/dev/vda bs=4096 skip={SIGN_AT // 4096} count=1 | md5sum"
+    linux.run(f"(sleep 2; kill -STOP {pid}; before=$({sign}); while [ \"$({sign})\" = \"$before\" ]; do sleep 0.2; "
+              f"done; kill -CONT {pid}) > /dev/null 2>&1 &")
+    assert linux.handle.fsFreeze() > 0
+    wait_for(lambda: not linux._answers(), "the agent to stop")
+
+    def go_on():
+        linux.write_random("vda", SIGN_AT, 4 * KiB)
+
+    try:
+        yield go_on
+    finally:
+        go_on()
+        wait_for(linux._answers, "the agent")
+        linux.handle.fsThaw()
+
+
+def keeper(lab, vm):
+    """The keeper that stays to thaw the guest (its process id), and no other."""
+    found, = (pid for pid, line in lab.processes().items() if "vnb-checkpoint" in line)
+    assert record(lab, vm)["frozen"]
+    return found
+
+
+def thawed(lab, vm):
+    """Wait until the last keeper has done what it stays for."""
+    wait_for(lambda: not lab.processes(), "the end of the keeper")
+    assert record(lab, vm) is None
+    assert status(vm) == "thawed"
+
+
+def test_an_agent_that_hangs_hinders_no_other_backup(lab, linux, directory, hanging):
+    """Whoever backs up next takes over what the keeper of the last one stays for, also where that was killed."""
+    done = backup(lab, linux, "full", directory)
+    assert "the guest is not frozen: " in done.stderr
+    first = keeper(lab, linux)
+    backup(lab, linux, "inc", directory, "--no-freeze")
+    second = keeper(lab, linux)
+    assert second != first
+    os.kill(second, signal.SIGKILL)
+    backup(lab, linux, "inc", directory, "--no-freeze")
+    third = keeper(lab, linux)
+    done = lab.sh(f"vnb-checkpoint abort {linux.name}")
+    assert f"process {third} on " in done.stderr
+    assert "stays until the guest agent has thawed the guest" in done.stderr
+    assert keeper(lab, linux) == third
+    with open(lab.path("state", "jobs", linux.uuid, "keeper.log"), encoding="utf-8") as file:
+        assert file.read().count("cannot thaw the guest yet") <= 1
+    hanging()
+    thawed(lab, linux)
+
+
+@pytest.mark.parametrize("options", ["--require-freeze", "--threshold 1t", "--no-freeze --scratch-dir /nonexistent"])
+def test_a_backup_that_does_not_begin_sees_to_the_thaw(lab, linux, directory, hanging, options):
+    if "--require-freeze" not in options:
+        backup(lab, linux, "full", directory, "--freeze /mnt/vda")
+        before = keeper(lab, linux)
+    done = backup(lab, linux, "copy", directory, options, check=False)
+    assert done.returncode == (0 if "threshold" in options else 1)
+    after = keeper(lab, linux)
+    assert "--require-freeze" in options or before != after
+    assert not linux.has_job()
+    hanging()
+    thawed(lab, linux)
+
+
+def test_recover_dismisses_a_keeper_that_stays_for_an_agent(lab, linux, directory, hanging):
+    backup(lab, linux, "full", directory)
+    done = lab.sh(f"vnb-checkpoint recover {linux.name} --ledger {directory}", check=False)
+    assert done.returncode == 1
+    assert f"process {keeper(lab, linux)} on " in done.stderr
+    done = lab.sh(f"vnb-checkpoint recover {linux.name} --ledger {directory} --force")
+    assert "nobody waits any more to thaw the guest" in done.stderr
+    assert record(lab, linux) is None
+    assert lab.leftovers() == []
+
+
+def test_a_command_that_fails_does_not_wait_for_the_agent(lab, linux, directory, hanging):
+    done = backup(lab, linux, "full", directory, store="false", check=False)
+    assert done.returncode == 1
+    keeper(lab, linux)
+    hanging()
+    wait_for(lambda: not lab.processes(), "the end of the keeper")
+    assert status(linux) == "thawed"
+    lab.sh(f"vnb-checkpoint abort {linux.name}")
+
+
+def test_a_guest_that_was_started_anew_is_not_the_one_that_was_frozen(lab, linux, directory, hanging):
+    backup(lab, linux, "full", directory)
+    os.kill(keeper(lab, linux), signal.SIGKILL)
+    linux.destroy()
+    linux.start()
+    linux.handle.fsFreeze()
+    backup(lab, linux, "full", directory, "--no-freeze")
+    assert status(linux) == "frozen"
+    assert record(lab, linux) is None
