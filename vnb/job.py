@@ -74,7 +74,7 @@ class Job:
         if begun_with.own and not begun_with.holds(self.head):
             begun_with.record(self.head, self.record["disks"])
         with contextlib.closing(source_of(self.record)) as source:
-            source.end(self.record)
+            source.end(self)
             self._drop_old(source, ledger)
         self._forget()
 
@@ -86,7 +86,7 @@ class Job:
         """
         if self.record["phase"] != "ended":
             with contextlib.closing(source_of(self.record)) as source:
-                source.end(self.record)
+                source.end(self)
                 if self.head["checkpoint"] is not None:
                     if self._is_saved():
                         self.note(f"{self.head['point']} is in {self.record['ledger']}: its checkpoint stays")

@@ -127,7 +127,7 @@ class Running:
             job.remember("servers", [pid, start_of(pid)])
         paused = options["pause"] and not self.domain.is_paused
         if paused:
-            job.intend("suspended")
+            job.intend("suspended", self.domain.id)
             self.domain.call("suspend")
         frozen = 0
         try:
@@ -144,8 +144,19 @@ class Running:
                 thaw(self.domain, job)
                 job.note(f"{self.name}: {frozen} file systems frozen for {(time.monotonic() - begun) * 1000:.0f} ms")
             if paused:
-                self.domain.call("resume")
-                job.intend("suspended", False)
+                self._resume(job)
+
+    def _resume(self, job):
+        """
+        Resume a guest that we suspended, unless somebody was faster, has started it anew, or QEMU has stopped it.
+
+        The intent is the domain's id, True in records of older versions.
+        """
+        suspended = job.record["suspended"]
+        if (suspended is True or suspended == self.domain.id) and self.domain.is_suspended:
+            self.domain.resume()
+        with contextlib.suppress(Error):  # the record goes when the job is over, and until then it does no harm
+            job.intend("suspended", False)
 
     def _begin(self, plan, job):
         """Begin the job; on another port, if we chose one that is taken."""
@@ -190,18 +201,18 @@ class Running:
         """What libvirt says of the new checkpoint."""
         return self.domain.checkpoint_xml(plan.head["checkpoint"])
 
-    def end(self, record):
+    def end(self, job):
         """End the job if it runs and is this one; then everything that it started."""
-        domain = self.domain
+        domain, record = self.domain, job.record
         domain.settle()
         if domain.is_active:
             stuck = domain.is_paused_by_error()
             if domain.end_backup(record["endpoint"]) and stuck and domain.is_active:
-                domain.call("resume")  # its scratch was full, now it is gone
+                domain.resume()  # its scratch was full, now it is gone
         _end_servers(record)
         _remove_files(record, self.host)
-        if domain.is_active and record["suspended"]:
-            domain.call("resume")
+        if record["suspended"]:
+            self._resume(job)
         if record["started"]:
             self._destroy(record["started"])
 
@@ -257,10 +268,10 @@ class Gone:
         """None either."""
         return []
 
-    def end(self, record):
+    def end(self, job):
         """End what the job started here, and remove its files."""
-        _end_servers(record)
-        _remove_files(record, self._host)
+        _end_servers(job.record)
+        _remove_files(job.record, self._host)
 
     def delete_checkpoint(self, name):
         """There is none."""
@@ -273,6 +284,7 @@ class _Offline:
     """What a stopped domain and plain images have in common: images that qemu-nbd reads."""
 
     started = False
+    runs = False
     is_local = True
 
     def __init__(self):
@@ -347,10 +359,14 @@ class _Offline:
             self._servers.append(server)  # they end with the one who started them: the keeper keeps them
             job.remember("servers", [server.process.pid, start_of(server.process.pid)])
 
-    def end(self, record):
-        _end_servers(record)
-        for name, path, bitmap in record["unions"]:
-            qemuimg.remove_bitmap(name, path, bitmap)
+    def end(self, job):
+        _end_servers(job.record)
+        for name, path, bitmap in job.record["unions"]:
+            if self.runs:
+                # It records nothing, so it does no harm; and nobody can remove it until the guest is off.
+                job.note(f"{self.name}: {name}: bitmap {bitmap} stays in {path}, which the guest uses by now")
+            else:
+                qemuimg.remove_bitmap(name, path, bitmap)
 
     def estimate(self, checkpoint, disks):
         raise Error(self.name, "only libvirt can tell the size of an increment, of a domain that runs")
@@ -374,6 +390,11 @@ class Stopped(_Offline):
 
     def close(self):
         self.domain.close()
+
+    @property
+    def runs(self):
+        """Whether somebody has started it since."""
+        return self.domain.is_active
 
     def disks(self):
         return domxml.disks(self.domain.xml(inactive=True))

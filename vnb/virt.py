@@ -391,6 +391,20 @@ class Domain:
     def is_paused(self):
         return self.call("state")[0] == libvirt.VIR_DOMAIN_PAUSED
 
+    @property
+    def is_suspended(self):
+        """Whether somebody, as we, has paused it: not QEMU, and no snapshot or migration."""
+        state, reason = self.call("state")
+        return state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_USER
+
+    def resume(self):
+        """Have a paused guest run; harmless where somebody was faster."""
+        try:
+            self.call("resume")
+        except Error:
+            if self.is_paused:
+                raise
+
     def start_paused(self):
         """
         Start the domain, paused, for as long as this connection lasts; returns what is_started() knows it by.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The keeper: a job that nobody ends is ended, whoever was killed; a backup never costs the guest its life."""
 
+import json
 import os
 import signal
 import subprocess
@@ -95,6 +96,28 @@ def test_abort_and_commit_after_the_keeper_was_killed(lab, vm, directory):
     os.kill(record(lab, vm)["owner"]["pid"], signal.SIGKILL)
     lab.sh(f"vnb-checkpoint commit {vm.name}")
     assert vm.checkpoints() == [tip(lab, directory)]
+
+
+@pytest.mark.parametrize("command", ["recover --ledger {set} {vm}", "abort {vm}", "run --level full {vm} -- cat"])
+@pytest.mark.parametrize("since", ["nothing", "resumed", "started anew", "stopped"])
+def test_a_guest_that_is_suspended_for_a_dead_keeper_is_resumed_if_it_still_is(lab, vm, directory, command, since):
+    """A guest that somebody has resumed cannot be resumed: that is no reason to refuse all backups."""
+    begin(lab, vm, directory)
+    left = record(lab, vm)
+    os.kill(left["owner"]["pid"], signal.SIGKILL)
+    vm.pause()
+    with open(lab.path("state", "jobs", vm.uuid, "job.json"), "w", encoding="utf-8") as file:
+        json.dump({**left, "suspended": vm.handle.ID()}, file)
+    if since == "resumed":
+        vm.resume()
+    elif since != "nothing":
+        vm.destroy()
+    if since == "started anew":
+        vm.start(paused=True)
+    state = vm.state()
+    lab.sh(f"vnb-checkpoint {command.format(set=directory, vm=vm.name)} > {lab.path('out')}")
+    assert record(lab, vm) is None
+    assert vm.state() == (libvirt.VIR_DOMAIN_RUNNING if since == "nothing" else state)
 
 
 def test_begin_abandoned_is_ended_when_nobody_was_connected(lab, vm, directory):

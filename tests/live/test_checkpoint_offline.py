@@ -72,10 +72,8 @@ def test_copy_and_diff_offline_leave_no_bitmap(lab, vm, directory):
     assert run("qemu-img", "info", "--output=json", vm.disks["vda"].path) == before
 
 
-def test_over_a_snapshot_a_bitmap_counts_as_the_union_of_its_layers(lab, vm, directory):
-    """qemu-nbd shows what changed since the snapshot alone; the older changes are in the layer below."""
-    backup(lab, vm, "full", directory)
-    vm.write("vda", 30 * MiB, MiB)
+def snapshot(lab, vm):
+    """Put an overlay onto vda, as an external snapshot does."""
     overlay = lab.path(vm.name, "overlay.qcow2")
     vm.handle.snapshotCreateXML(
         f"<domainsnapshot><disks><disk name='vda' snapshot='external'><source file='{overlay}'/></disk>"
@@ -84,13 +82,38 @@ def test_over_a_snapshot_a_bitmap_counts_as_the_union_of_its_layers(lab, vm, dir
     )
     vm.files.add("overlay.qcow2")
     vm.disks["vda"].path = overlay
+
+
+def test_over_a_snapshot_a_bitmap_counts_as_the_union_of_its_layers(lab, vm, directory):
+    """qemu-nbd shows what changed since the snapshot alone; the older changes are in the layer below."""
+    backup(lab, vm, "full", directory)
+    vm.write("vda", 30 * MiB, MiB)
+    snapshot(lab, vm)
     vm.write("vda", 40 * MiB, MiB)
     vm.destroy()
     done = backup(lab, vm, "inc", directory)
     assert "full in this increment" not in done.stderr
     restores(lab, directory, references(lab, vm))
-    info = run("qemu-img", "info", "--output=json", overlay)
+    info = run("qemu-img", "info", "--output=json", vm.disks["vda"].path)
     assert ".union" not in info
+
+
+def test_a_union_that_a_dead_keeper_left_hinders_no_backup_of_the_guest_that_was_started(lab, vm, directory):
+    """It cannot be removed from an image that is in use, and need not be."""
+    backup(lab, vm, "full", directory)
+    snapshot(lab, vm)
+    vm.write("vda", 40 * MiB, MiB)
+    vm.destroy()
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level inc --ledger {directory} > {lab.path('begun')}")
+    os.kill(record(lab, vm)["owner"]["pid"], signal.SIGKILL)
+    wait_for(lambda: not lab.processes(), "the end of the servers")
+    vm.start()
+    done = backup(lab, vm, "inc", directory)
+    assert f".union stays in {vm.disks['vda'].path}, which the guest uses by now" in done.stderr
+    restores(lab, directory, vm.reference())
+    vm.destroy()
+    lab.sh(f"vnb-checkpoint recover {vm.name} --ledger {directory} --force")
+    assert ".union" not in run("qemu-img", "info", "--output=json", vm.disks["vda"].path)
 
 
 def test_offline_after_a_hard_death_is_full(lab, vm, directory):
