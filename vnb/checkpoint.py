@@ -227,7 +227,7 @@ def _below(keeper, status):
 
 def _strict(options, keeper):
     if options["strict"] and keeper.warnings:
-        raise Error(options["domain"], f"{keeper.warnings} warnings, and --strict")
+        raise Error(options["domain"], f"warnings, with --strict: {keeper.warnings}")
 
 
 def _write(out, begun, options):

@@ -11,6 +11,7 @@ from vnb.errors import Error, UsageError
 from vnb.keeper import make_way, who_runs
 from vnb.keeper import recover as recover_job
 from vnb.ledger import Ledger
+from vnb.run import show
 from vnb.state import JobDirectory, boot_id, is_dead, start_of
 from vnb.virt import Domain
 
@@ -46,12 +47,10 @@ def list(args, say):  # noqa: A001 - the command's own word
                 "orphan": about is not None and segment is None and about.get("ledger") == ledger.name,
             }
             if args["--json"]:
-                print(json.dumps(row))
+                show(f"{json.dumps(row)}\n")
             else:
-                print("  ".join([
-                    name, ",".join(row["disks"]), "-" if size is None else str(size),
-                    row["saved"] or _whose(row, ledger),
-                ]))
+                words = [name, ",".join(row["disks"]), "-" if size is None else str(size)]
+                show(f"{'  '.join([*words, row['saved'] or _whose(row, ledger)])}\n")
 
 
 def _whose(row, ledger):
@@ -71,17 +70,22 @@ def size(args, say):
             segment for segment in ledger.of_domain(domain.uuid, domain.name)
             if segment.head.get("chain") == args["--chain"]
         ]
-        tip = chain.tip(ours, domain.checkpoints())
+        checkpoints = domain.checkpoints()
+        tip = chain.tip(ours, checkpoints)
         if tip is None:
-            raise Error(domain.name, "no saved point is left in libvirt: the next backup is a full one")
+            abouts = [domxml.about(xml) for xml in checkpoints.values()]
+            others = sorted({about["ledger"] for about in abouts if about and isinstance(about.get("ledger"), str)})
+            there = f"there are those of {', '.join(others)} (see --ledger)"
+            why = there if others else "the next one is a full backup"
+            raise Error(domain.name, f"libvirt has no checkpoint of {ledger.directory}: {why}")
         sizes = domxml.sizes(domain.checkpoint_xml(tip.head["checkpoint"], with_size=True))
         total = sum(sizes.values())
         if args["--json"]:
-            print(json.dumps({"since": tip.head["checkpoint"], "disks": sizes, "bytes": total}))
+            show(json.dumps({"since": tip.head["checkpoint"], "disks": sizes, "bytes": total}) + "\n")
             return
         for disk in sorted(sizes):
-            print(f"{disk}  {sizes[disk]}")
-        print(f"total  {total}")
+            show(f"{disk}  {sizes[disk]}\n")
+        show(f"total  {total}\n")
 
 
 def recover(args, say):
@@ -264,4 +268,4 @@ def prune(args, say):
                     continue
                 domain.delete_checkpoint(name)
                 count += 1
-        say(f"{domain.name}: {count} checkpoints of chain {args['--chain']} deleted")
+        say(f"{domain.name}: checkpoints of chain {args['--chain']} deleted: {count}")

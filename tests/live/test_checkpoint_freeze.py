@@ -53,7 +53,7 @@ def test_without_an_agent_it_is_a_warning_or_an_error(lab, vm, directory):
     warning = f"vnb-checkpoint: {vm.name}: the guest is not frozen: it has no channel for a guest agent\n"
     assert done.stderr == warning
     done = backup(lab, vm, "inc", directory, "--strict", check=False)
-    assert (done.returncode, done.stderr) == (1, f"{warning}vnb-checkpoint: {vm.name}: 1 warnings, and --strict\n")
+    assert (done.returncode, done.stderr) == (1, f"{warning}vnb-checkpoint: {vm.name}: warnings, with --strict: 1\n")
     before = vm.checkpoints()
     done = backup(lab, vm, "inc", directory, "--require-freeze", check=False)
     assert done.returncode == 1

@@ -4,6 +4,7 @@
 import json
 import os
 import signal
+import socket
 
 import libvirt
 import pytest
@@ -41,6 +42,18 @@ def test_list_and_size_say_what_an_increment_would_have(lab, vm, directory):
     )
     done = lab.sh(f"vnb-checkpoint size {vm.name} --ledger {directory} --json")
     assert json.loads(done.stdout) == {"since": point, "disks": {"vda": 2 * MiB, "vdb": MiB}, "bytes": 3 * MiB}
+
+
+def test_size_says_which_ledger_there_is(lab, vm, directory):
+    done = lab.sh(f"vnb-checkpoint size {vm.name}", check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith(": the next one is a full backup\n")
+    backup(lab, vm, "full", directory)
+    done = lab.sh(f"vnb-checkpoint size {vm.name}", check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f": there are those of {socket.gethostname()}:{directory} (see --ledger)\n")
+    done = lab.sh(f"vnb-checkpoint size {vm.name} --ledger {directory} > /dev/full", check=False)
+    assert (done.returncode, done.stderr) == (1, "vnb-checkpoint: stdout: No space left on device\n")
 
 
 def test_checkpoints_of_points_that_were_pruned_go(lab, vm, directory):
