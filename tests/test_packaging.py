@@ -130,3 +130,10 @@ def test_dockerfile_needs_what_the_package_needs():
     needed = re.findall(r"^ ([\w-]+)", "\n".join(lists), re.MULTILINE)
     names = {name.replace("debhelper-compat", "debhelper") for name in needed}
     assert {name for name in names if not re.search(rf"(?<![\w-]){name}(?![\w-])", text)} == set()
+
+
+@pytest.mark.parametrize("file", ["debian/control", "vnb.spec", "Dockerfile"])
+def test_what_a_map_in_files_needs_is_named(file):
+    """nbdfuse mounts by fusermount3, which its own package need not bring."""
+    text = (PACKAGING / file).read_text()
+    assert re.search(r"\bfuse3\b", text) and re.search(r"\b(libnbd-bin|nbdfuse)\b", text)
