@@ -12,8 +12,8 @@ A laboratory: a libvirtd of our own, and virtual machines whose disks are writte
         assert lab.leftovers() == []
 
 In tests, the fixture `lab` is the one Lab of the session, and `vm` a new machine of two small disks. On the command
-line, `lab.py COMMAND...` runs a command (without one, a shell) in a laboratory of its own. guest.py has a machine that
-runs Linux and a guest agent.
+line, `lab.py [--machine] COMMAND...` runs a command (without one, a shell) in a laboratory of its own; with --machine
+vm1 runs there, which has such disks. guest.py has a machine that runs Linux and a guest agent.
 
 As root, libvirt's directories are replaced by empty ones in a mount namespace that this process enters, so a
 libvirtd that the user runs, its machines and its configuration are neither seen nor touched, and several laboratories
@@ -694,7 +694,14 @@ def alive(pid):
 def main(arguments):
     if arguments[:1] == ["--warden"]:
         return warden(*arguments[1:])
+    if arguments[:1] in (["--help"], ["-h"]):
+        print(__doc__.strip())
+        return 0
     with Lab() as lab:
+        if arguments[:1] == ["--machine"]:
+            vm = lab.domain(Disk("vda", 64 * MiB), Disk("vdb", 64 * MiB, discard=True), name="vm1")
+            vm.write_random("vda", 1 * MiB, 4 * MiB, seed=1)
+            arguments = arguments[1:]
         return subprocess.run(arguments or [os.environ.get("SHELL", "bash")], env=lab.env).returncode
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import lab as lab_module
 import libvirt
 import pytest
-from lab import Disk, MiB, alive, compare, wait_for
+from lab import ROOT, Disk, MiB, alive, compare, wait_for
 
 
 def content(path, offset, length):
@@ -118,3 +118,13 @@ def test_nothing_survives_when_its_owner_is_killed():
     directory, *pids = done.stdout.split()
     wait_for(lambda: not any(alive(int(pid)) for pid in pids), "end of warden, QEMU and what was left")
     assert not os.path.exists(directory)
+
+
+def test_on_the_command_line():
+    """What it is, without a libvirtd; and a command beside a machine that runs, of which nothing is left."""
+    argv = [sys.executable, ROOT / "tests" / "live" / "lab.py"]
+    done = subprocess.run([*argv, "--help"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("A laboratory: ")
+    done = subprocess.run([*argv, "--machine", "virsh", "list", "--name"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.split()) == (0, ["vm1"])
