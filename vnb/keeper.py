@@ -26,7 +26,7 @@ from vnb.state import JobDirectory, is_dead, owner
 
 TICK_SECONDS = 1.0  # free room, clients and deadline have no event that one could wait for
 MAX_MESSAGE = 16 << 20  # a head has XML in it, disks are a few hundred bytes each
-REQUEST_SECONDS = 10  # for a client of the control socket to say what it wants
+REQUEST_SECONDS = 10  # for whoever speaks to the keeper to say what it wants, and to take the answer
 ANSWER_SECONDS = 180  # a guest that shuts down keeps its job for half a minute
 MAKE_WAY_SECONDS = 20  # for a keeper that may be asking a guest agent that hangs
 
@@ -43,18 +43,21 @@ class Line:
 
     def send(self, **message):
         """Send a message; one that nobody reads any more is lost, which is no harm."""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
+        with contextlib.suppress(OSError):
+            try:
+                self.socket.sendall(json.dumps(message).encode() + b"\n")
+            except TimeoutError:
+                self.socket.shutdown(socket.SHUT_RDWR)  # a part of it may be on its way: no other can follow
 
     def receive(self):
         """The next message, or None at the end. Raises Error for what is none."""
         while b"\n" not in self._rest:
             try:
                 more = self.socket.recv(65536)
-            except ConnectionResetError:
-                more = b""
             except TimeoutError:
                 raise Error("keeper", "does not answer") from None
+            except OSError:
+                more = b""
             if not more:
                 return None
             self._rest += more
@@ -83,12 +86,17 @@ class Line:
                 return message
 
     def tell(self, text):
-        """A line for the user."""
-        self.send(note=text)
+        """A line for the user. It is lost where so many have not been read: who tells it has a guest to watch over."""
+        self._say(note=text)
 
     def warn(self, text):
         """A line for the user, which --strict makes a failure."""
-        self.send(note=text, warning=True)
+        self._say(note=text, warning=True)
+
+    def _say(self, **message):
+        # A socket counts as writable while most of its buffer is free, so a line fits.
+        if select.select([], [self.socket], [], 0)[1]:
+            self.send(**message)
 
     def close(self):
         self.socket.close()
@@ -220,6 +228,7 @@ def _child(connection, options):
         os.setsid()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        connection.settimeout(REQUEST_SECONDS)
         line = Line(connection)
         try:
             status = _keep(line, options)
@@ -370,6 +379,7 @@ class Keeper:
         self.ending = None
         self.kept_alone = False
         self.troubles = {}
+        self.looked = time.monotonic()
         self.deadline = time.monotonic() + options["deadline"]
         self.last_client = time.monotonic()
         self.job.note = self.job.warn = self.log
@@ -387,8 +397,9 @@ class Keeper:
                 self._hear_starter()
             elif self.listener in ready:
                 self._hear_client()
-            else:
+            if time.monotonic() - self.looked >= TICK_SECONDS:  # whoever speaks to us, and how often
                 self._look()
+                self.looked = time.monotonic()
 
     def end_if_running(self, reason):
         """
@@ -410,7 +421,8 @@ class Keeper:
 
     def log(self, text):
         """A line for whoever looks into the log; also for the starter, while there is one."""
-        print(time.strftime("%Y-%m-%dT%H:%M:%S"), text, file=sys.stderr)
+        with contextlib.suppress(OSError):  # a file system that is full is no reason to leave the guest alone
+            print(time.strftime("%Y-%m-%dT%H:%M:%S"), text, file=sys.stderr)
         if self.starter is not None:
             self.starter.tell(text)
 
@@ -421,7 +433,10 @@ class Keeper:
             self.log(text)
 
     def _hear_starter(self):
-        message = self.starter.receive()
+        try:
+            message = self.starter.receive()
+        except Error:
+            message = None
         if message is None:
             self.left, self.starter = self.starter, None
             if not self.kept_alone:
@@ -436,7 +451,10 @@ class Keeper:
             self._do(self.starter, message)
 
     def _hear_client(self):
-        connection, _ = self.listener.accept()
+        try:
+            connection, _ = self.listener.accept()
+        except OSError:
+            return  # it has gone, or we may open no more files
         with connection:
             connection.settimeout(REQUEST_SECONDS)
             line = Line(connection)
@@ -462,6 +480,8 @@ class Keeper:
             line.send(done=True)
         except Error as error:
             line.send(error=[error.what, error.reason, error.where])
+        except OSError as error:
+            line.send(error=["keeper", str(error), None])
         finally:
             self.job.note = self.log
 
@@ -548,9 +568,12 @@ class Keeper:
         if self.job.record["tcp"]:
             return 1  # they may be on any host
         wanted = {self.job.record["endpoint"], *self.job.record["sockets"]}
-        with open("/proc/net/unix", encoding="utf-8", errors="replace") as file:
-            # Fields: Num RefCount Protocol Flags Type St Inode Path; state 03 is connected.
-            found = [line.split(None, 7) for line in file]
+        try:
+            with open("/proc/net/unix", encoding="utf-8", errors="replace") as file:
+                # Fields: Num RefCount Protocol Flags Type St Inode Path; state 03 is connected.
+                found = [line.split(None, 7) for line in file]
+        except OSError:
+            return 1  # there may be
         return sum(1 for fields in found if len(fields) == 8 and fields[5] == "03" and fields[7].strip() in wanted)
 
 

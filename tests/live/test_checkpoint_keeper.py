@@ -131,6 +131,17 @@ def test_begin_abandoned_is_ended_when_nobody_was_connected(lab, vm, directory):
     lab.sh(f"vnb-checkpoint abort {vm.name}")
 
 
+def test_a_log_that_cannot_be_written_does_not_leave_the_job_alone(lab, vm, directory):
+    path = lab.path("state", "jobs", vm.uuid)
+    os.makedirs(path)
+    os.symlink("/dev/full", os.path.join(path, "keeper.log"))
+    begin(lab, vm, directory, options="--idle 1s")
+    wait_for(lambda: not vm.has_job(), "the end of the job")
+    wait_for(lambda: record(lab, vm)["phase"] == "ended", "the record")
+    assert vm.checkpoints() == []
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+
+
 def test_a_client_that_is_connected_keeps_the_job(lab, vm, directory):
     begin(lab, vm, directory, options="--idle 1s --deadline 4s")
     uri = record(lab, vm)["disks"][0]["source"]["uri"]
