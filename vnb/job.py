@@ -67,6 +67,8 @@ class Job:
         """
         if self.record["phase"] == "ended":
             raise Error(self.head["domain"], f'the job was ended already: {self.record["reason"]}')
+        if self.record["phase"] == "starting":
+            raise Error(self.head["domain"], "the job has not begun: there is nothing to commit")
         ledger = self.ledger(ledger_directory)
         if not ledger.own and not ledger.holds(self.head):
             raise Error(ledger.directory, f'does not hold {self.head["point"]}: not committed')

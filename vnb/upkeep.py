@@ -258,6 +258,7 @@ def prune(args, say):
         with directory.locked() as got:
             if not got:
                 raise Error(domain.name, who_runs(directory))
+            recover_job(directory, domain.name, say)  # no checkpoint goes while a job of it is left
             count = 0
             for name, xml in domain.checkpoints().items():
                 about = domxml.about(xml)

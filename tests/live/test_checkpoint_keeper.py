@@ -37,6 +37,13 @@ def running(lab, vm):
     return record(lab, vm)
 
 
+def rewrite(lab, vm, **fields):
+    """Have the record say what it said at an earlier moment."""
+    changed = {**record(lab, vm), **fields}
+    with open(lab.path("state", "jobs", vm.uuid, "job.json"), "w", encoding="utf-8") as file:
+        json.dump(changed, file)
+
+
 def keeper_log(lab, vm):
     with open(lab.path("state", "jobs", vm.uuid, "keeper.log"), encoding="utf-8") as file:
         return file.read()
@@ -103,11 +110,9 @@ def test_abort_and_commit_after_the_keeper_was_killed(lab, vm, directory):
 def test_a_guest_that_is_suspended_for_a_dead_keeper_is_resumed_if_it_still_is(lab, vm, directory, command, since):
     """A guest that somebody has resumed cannot be resumed: that is no reason to refuse all backups."""
     begin(lab, vm, directory)
-    left = record(lab, vm)
-    os.kill(left["owner"]["pid"], signal.SIGKILL)
+    os.kill(record(lab, vm)["owner"]["pid"], signal.SIGKILL)
     vm.pause()
-    with open(lab.path("state", "jobs", vm.uuid, "job.json"), "w", encoding="utf-8") as file:
-        json.dump({**left, "suspended": vm.handle.ID()}, file)
+    rewrite(lab, vm, suspended=vm.handle.ID())
     if since == "resumed":
         vm.resume()
     elif since != "nothing":
@@ -301,6 +306,19 @@ def test_a_scratch_that_is_full_does_not_cost_the_guest_its_life(lab, small, dir
     lab.sh(f"vnb-checkpoint abort {vm.name}")
     backup(lab, vm, "full", directory)
     vm.remove()
+
+
+def test_a_job_that_did_not_begin_is_not_committed(lab, vm):
+    """Else the next increment would start from a point that nobody has ever saved."""
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level full > {lab.path('begun')}")
+    os.kill(record(lab, vm)["owner"]["pid"], signal.SIGKILL)
+    rewrite(lab, vm, phase="starting")
+    done = lab.sh(f"vnb-checkpoint commit {vm.name}", check=False)
+    assert (done.returncode, done.stderr) == (
+        1, f"vnb-checkpoint: {vm.name}: the job has not begun: there is nothing to commit\n"
+    )
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+    assert vm.checkpoints() == []
 
 
 def test_the_guest_shuts_down_midway(lab, vm, directory):

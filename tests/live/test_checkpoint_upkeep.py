@@ -247,6 +247,16 @@ def test_prune_drops_one_chain_and_no_other(lab, vm, directory):
     assert vm.checkpoints() == sorted(["foreign", tip(lab, other)])
 
 
+def test_prune_ends_the_job_of_a_dead_keeper_first(lab, vm, directory):
+    """Else it would go on without its checkpoint, and nobody would watch over it."""
+    backup(lab, vm, "full", directory)
+    begin_and_kill_keeper(lab, vm, directory, "inc")
+    done = lab.sh(f"vnb-checkpoint prune {vm.name} --ledger {directory}")
+    assert "ending the job of a keeper that died" in done.stderr
+    assert vm.checkpoints() == []
+    assert record(lab, vm) is None
+
+
 def test_the_domains_files_and_what_qemu_img_says_are_in_the_stream(lab, directory):
     kernel = lab.path("kernel")
     with open(kernel, "wb") as file:
