@@ -546,7 +546,10 @@ class Keeper:
         except Error:
             self._connect_again()
             return
-        if stuck:
+        if not stuck and self.job.record.get("stuck"):
+            with contextlib.suppress(Error):
+                self.job.intend("stuck", False)  # it runs again: when it stops now, that is because of us
+        if stuck and not self.job.record.get("stuck"):
             self.end_if_running("the guest was stopped by a write error: the scratch may be full")
 
     def _connect_again(self):

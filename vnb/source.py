@@ -125,6 +125,8 @@ class Running:
             self.forward = ssh.Forward(self.host, here, plan.endpoint.path)
             pid = self.forward.child.process.pid
             job.remember("servers", [pid, start_of(pid)])
+        if self.domain.is_paused_by_error():
+            job.intend("stuck")  # not for want of scratch, and not ours to resume
         paused = options["pause"] and not self.domain.is_paused
         if paused:
             job.intend("suspended", self.domain.id)
@@ -206,7 +208,7 @@ class Running:
         domain, record = self.domain, job.record
         domain.settle()
         if domain.is_active:
-            stuck = domain.is_paused_by_error()
+            stuck = domain.is_paused_by_error() and not record.get("stuck")
             if domain.end_backup(record["endpoint"]) and stuck and domain.is_active:
                 domain.resume()  # its scratch was full, now it is gone
         _end_servers(record)

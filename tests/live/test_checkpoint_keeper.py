@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 
@@ -305,6 +306,23 @@ def test_a_scratch_that_is_full_does_not_cost_the_guest_its_life(lab, small, dir
     assert vm.run("tr -d B < /mnt/vda/file | wc -c").strip() == "0"
     lab.sh(f"vnb-checkpoint abort {vm.name}")
     backup(lab, vm, "full", directory)
+    vm.remove()
+
+
+def test_a_guest_that_had_no_room_before_is_backed_up_and_left_alone(lab, small, directory):
+    """It was not the scratch; and to resume it is for whoever makes room for it."""
+    image = Disk("vda", 128 * MiB, filesystem="ext4")
+    image.create(small)
+    shutil.chown(image.path, "libvirt-qemu")
+    vm = linux(lab, image)
+    vm.run("(dd if=/dev/urandom of=/mnt/vda/file bs=1M count=80; sync) > /dev/null 2>&1 &")
+    wait_for(lambda: vm.state() == libvirt.VIR_DOMAIN_PAUSED, "the guest to stop")
+    vm.files |= {"vda.raw"}
+    begin(lab, vm, directory, "copy", f"--scratch-dir {vm.directory} --scratch-reserve 0 --deadline 4s")
+    wait_for(lambda: record(lab, vm)["phase"] == "ended", "the end of the job")
+    assert "deadline of 4 seconds" in keeper_log(lab, vm)
+    assert vm.handle.state() == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR]
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
     vm.remove()
 
 
