@@ -127,7 +127,7 @@ class Starter:
         self.pid = os.fork()
         if self.pid == 0:
             ours.close()
-            _child(theirs, options)
+            _child(lambda: _keep_for(theirs, options))
         theirs.close()
         self.line = Line(ours)
         try:
@@ -190,6 +190,7 @@ class Starter:
                     record = directory.load()
                     if record is not None:
                         jobs.Job(directory, record, self.say).abort()
+                stay(directory)
 
     def _hear(self, message):
         if message.get("warning"):
@@ -218,29 +219,79 @@ def ask(directory, what, ledger, say):
         if record is None:
             return False
         _end(jobs.Job(directory, record, say), what, ledger)
-        return True
+    stay(directory)
+    return True
 
 
-def _child(connection, options):
-    """The keeper's life; does not return."""
+def stay(directory):
+    """
+    Leave a keeper where all that is left to do is to thaw the guest: whoever calls has ended the job of a dead one.
+
+    The caller has let go of the lock, and is about to end.
+    """
+    record = directory.load()
+    if record is not None and record["phase"] == "ended" and record["frozen"] and os.fork() == 0:
+        _child(lambda: _stay(directory))
+
+
+def _stay(directory):
+    with directory.locked() as got:
+        record = directory.load() if got else None
+        if record is None:
+            return  # somebody was faster
+        _redirect(directory.log)
+        with _listening(directory) as listener:
+            keeper = Keeper(_adopt(directory, record), None, listener, {"deadline": 0})
+            keeper.done = True
+            keeper.loop()
+
+
+def _adopt(directory, record):
+    """The job of a record that another process wrote, as ours."""
+    job = jobs.Job(directory, record, None)
+    with contextlib.suppress(Error):
+        job.intend("owner", owner())
+    return job
+
+
+@contextlib.contextmanager
+def _listening(directory):
+    listener = directory.listen()
+    try:
+        yield listener
+    finally:
+        directory.hang_up()
+        listener.close()
+
+
+def _child(life):
+    """A keeper's life; does not return."""
     status = 1
     try:
         os.setsid()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        connection.settimeout(REQUEST_SECONDS)
-        line = Line(connection)
-        try:
-            status = _keep(line, options)
-        except Error as error:
-            line.send(error=[error.what, error.reason, error.where])
-        except Interrupted:
-            pass
-        except Exception:
-            line.send(error=["keeper", traceback.format_exc(limit=-1), None])
-            traceback.print_exc()
+        life()
+        status = 0
+    except (Error, Interrupted):
+        pass  # said, or nobody is there who asked
+    except Exception:
+        traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def _keep_for(connection, options):
+    connection.settimeout(REQUEST_SECONDS)
+    line = Line(connection)
+    try:
+        _keep(line, options)
+    except Error as error:
+        line.send(error=[error.what, error.reason, error.where])
+        raise
+    except Exception:
+        line.send(error=["keeper", traceback.format_exc(limit=-1), None])
+        raise
 
 
 def _keep(line, options):
@@ -253,21 +304,16 @@ def _keep(line, options):
         line.send(job=source.uuid)
         _redirect(directory.log)
         recover(directory, source.name, line.tell)
-        listener = directory.listen()
-        try:
+        with _listening(directory) as listener:
             keeper, message = _begin(directory, source, line, listener, options)
             if keeper is None:
                 line.send(**message)
-                return 0
+                return
             try:
                 line.send(**message)
                 keeper.loop()
             finally:
                 keeper.end_if_running("the keeper was ended")
-        finally:
-            directory.hang_up()
-            listener.close()
-    return 0  # and with us ends the connection of a successor, who may have the lock now
 
 
 def _begin(directory, source, line, listener, options):
@@ -285,8 +331,7 @@ def _begin(directory, source, line, listener, options):
     if record is None:
         return None, message
     # It could not be ended, or the guest may still freeze: for this job, or for one before.
-    record["owner"] = owner()
-    keeper = Keeper(jobs.Job(directory, record, line.tell), line, listener, options)
+    keeper = Keeper(_adopt(directory, record), line, listener, options)
     if record["phase"] == "ended":
         keeper.done = True
     else:
@@ -465,7 +510,7 @@ class Keeper:
             if message is None:
                 return
             if message.get("do") == "make way" and self.done:
-                self.successor = connection.dup()  # it stays open as long as we live
+                self.successor = connection.dup()  # open as long as we live: then the lock is free
             else:
                 self._do(line, message)
 

@@ -8,7 +8,7 @@ import re
 
 from vnb import chain, domxml, qemuimg
 from vnb.errors import Error, UsageError
-from vnb.keeper import make_way, who_runs
+from vnb.keeper import make_way, stay, who_runs
 from vnb.keeper import recover as recover_job
 from vnb.ledger import Ledger
 from vnb.run import show
@@ -110,6 +110,7 @@ def recover(args, say):
             _recover_scratch(domain, say)
             _recover_checkpoints(domain, args, say)
             _recover_bitmaps(domain, args, say)
+        stay(directory)
 
 
 def _recover_job(domain, say):
@@ -269,4 +270,5 @@ def prune(args, say):
                     continue
                 domain.delete_checkpoint(name)
                 count += 1
+        stay(directory)
         say(f"{domain.name}: checkpoints of chain {args['--chain']} deleted: {count}")

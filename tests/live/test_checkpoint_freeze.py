@@ -170,8 +170,9 @@ def hanging(lab, linux):
 
 def keeper(lab, vm):
     """The keeper that stays to thaw the guest (its process id), and no other."""
-    found, = (pid for pid, line in lab.processes().items() if "vnb-checkpoint" in line)
+    found, = lab.processes()
     assert record(lab, vm)["frozen"]
+    wait_for(lambda: record(lab, vm)["owner"]["pid"] == found, "the keeper to take over")
     return found
 
 
@@ -226,6 +227,31 @@ def test_recover_dismisses_a_keeper_that_stays_for_an_agent(lab, linux, director
     assert "nobody waits any more to thaw the guest" in done.stderr
     assert record(lab, linux) is None
     assert lab.leftovers() == []
+
+
+@pytest.mark.parametrize("command", ["recover --ledger {set}", "abort"])
+def test_who_ends_the_job_of_a_dead_keeper_leaves_one_for_the_thaw(lab, linux, directory, hanging, command):
+    backup(lab, linux, "full", directory)
+    before = keeper(lab, linux)
+    os.kill(before, signal.SIGKILL)
+    lab.sh(f"vnb-checkpoint {command.format(set=directory)} {linux.name}")
+    assert keeper(lab, linux) != before
+    hanging()
+    thawed(lab, linux)
+
+
+def test_run_whose_keeper_is_killed_leaves_one_for_the_thaw(lab, linux, directory, hanging):
+    store = "cat > /dev/null; exec tail -f /dev/null"
+    command = f"vnb-checkpoint run {linux.name} --level full --ledger {directory} -- '{store}'"
+    process = subprocess.Popen(["bash", "-c", f"exec {command}"], env=lab.env, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (record(lab, linux) or {}).get("phase") == "running", "the job")
+    os.kill(record(lab, linux)["owner"]["pid"], signal.SIGKILL)
+    process.wait(60)
+    assert process.returncode == 1
+    keeper(lab, linux)
+    hanging()
+    thawed(lab, linux)
+    process.communicate()
 
 
 def test_a_command_that_fails_does_not_wait_for_the_agent(lab, linux, directory, hanging):
