@@ -3,7 +3,8 @@
 # make setup    what is missing on this machine, and .venv with the commands in .venv/bin
 # make demo     the main job on a real virtual machine, shown
 # make check    the fast tests and the linters: seconds
-# make test     all tests: minutes. Those of single stages are make stage, those on a real libvirtd and QEMU make live
+# make test     all tests: minutes. Those of single stages are make stage, those on a real libvirtd and QEMU make live,
+#               and of them those that mostly wait, for what hangs or fills up, make patient
 # make soak     faults for MINUTES=60, by a seed: SEED=1; the README's table of them is made by it
 # make bench    beside nbdcopy, qemu-img, virtnbdbackup; JSON=1 prints JSON, README=1 writes the README's table
 # make deb      a Debian package, in build/deb
@@ -13,7 +14,7 @@ PYTEST = .venv/bin/python -m pytest
 SCRIPTS = $(shell grep -rlE '^\#!/bin/(ba)?sh' .ci bin examples) packaging/completion/vnb.bash
 PAGES = $(wildcard man/*.[1-9])
 
-.PHONY: setup demo check test stage live soak bench deb clean
+.PHONY: setup demo check test stage live patient soak bench deb clean
 
 setup:
 	@.ci/setup
@@ -27,15 +28,18 @@ check: setup
 	$(if $(PAGES),mandoc -T lint -W warning $(PAGES))
 	$(PYTEST) -q tests --ignore tests/live -m "not stage and not live"
 
-# Side by side: both wait a lot. What each of them says comes when it has ended.
+# Side by side: all wait a lot. What each of them says comes when it has ended.
 test: check
-	$(MAKE) --jobs 2 --output-sync=target stage live
+	$(MAKE) --jobs 3 --output-sync=target stage live patient
 
 stage: setup
 	$(PYTEST) tests -m stage --durations 10
 
 live: setup
-	$(PYTEST) tests -m live --durations 10
+	$(PYTEST) tests -m "live and not patient" --durations 10
+
+patient: setup
+	$(PYTEST) tests -m patient --durations 10
 
 soak: setup
 	VNB_SOAK=$(or $(MINUTES),60) VNB_SEED=$(or $(SEED),$(shell date +%j)) VNB_SOAK_RESULTS=tests/faults/results.json \

@@ -18,6 +18,8 @@ FAST = (
     "test_fault_table", "test_frame", "test_index", "test_layers", "test_log", "test_options", "test_output",
     "test_run", "test_scale", "test_source", "test_speed", "test_state", "test_stream", "test_vectors",
 )
+# These wait for agents that hang and for scratch files that fill up, and leave the processors to others.
+PATIENT = ("test_checkpoint_freeze", "test_checkpoint_keeper")
 
 os.environ["PATH"] = f"{COMMANDS}:{os.environ['PATH']}"
 os.environ["VNB_CONFIG"] = ""  # nor does a vnb.ini of whoever runs the tests count, or how they like what is said
@@ -42,6 +44,8 @@ def pytest_collection_modifyitems(items):
         folder = item.path.parent
         if folder == here / "live" or "lab" in item.fixturenames:
             item.add_marker("live")
+            if item.path.stem in PATIENT:
+                item.add_marker("patient")
         elif folder in (here, here / "faults") and not item.path.stem.startswith(FAST):
             item.add_marker("stage")
 
