@@ -2,11 +2,14 @@
 """The keeper's side of its lines, as far as it needs no machine: nobody who does not read or write holds it up."""
 
 import json
+import os
 import socket
 
 import pytest
 
-from vnb.keeper import Line
+from vnb.errors import Error
+from vnb.keeper import Line, _begin
+from vnb.state import JobDirectory
 
 
 @pytest.fixture
@@ -35,3 +38,34 @@ def test_a_message_that_nobody_takes_is_the_end_of_the_line(pair):
     line.send(head="x" * (4 << 20))
     line.send(done=True)
     assert line.receive() is None
+
+
+def test_a_job_that_began_by_half_is_ended_when_that_can_be_done(pair, tmp_path, monkeypatch):
+    """As where libvirtd goes away while it begins: the error is told at once, and the keeper stays for the rest."""
+    ours, theirs = pair
+    directory = JobDirectory(str(tmp_path), "u-1")
+    tries = []
+
+    def begin(*_):
+        directory.save({"phase": "starting", "frozen": False, "head": {"domain": "vm"}, "owner": {}})
+        raise Error("vm", "cannot be begun")
+
+    def abort(_job, reason=None):
+        tries.append(reason)
+        if len(tries) < 3:
+            raise Error("vm", "no answer")
+
+    monkeypatch.setattr("vnb.keeper.TICK_SECONDS", 0.01)
+    monkeypatch.setattr("vnb.job.begin", begin)
+    monkeypatch.setattr("vnb.job.Job.abort", abort)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "control"))
+        listener.listen()
+        keeper, message = _begin(directory, None, Line(ours), listener, {"deadline": 0})
+        assert message == {"error": ["vm", "cannot be begun", None]}
+        keeper.loop()
+    assert tries == ["it could not be begun"] * 3
+    assert directory.load()["owner"]["pid"] == os.getpid()
+    assert Line(theirs).receive() == {"note": "vm: no answer"}  # once
+    ours.shutdown(socket.SHUT_WR)
+    assert theirs.recv(1000) == b""
