@@ -41,3 +41,14 @@ def test_increment_to_nothing(tmp_path):
     """There is nothing that it could change."""
     line = refused(segments_of(PLAN)[1], "--force-sequence", tmp_path / "out")
     assert line == f"stdin: {makers.point(1)} has changes of disk vda, but nothing before it has"
+
+
+def test_increment_of_a_disk_that_nothing_before_has(tmp_path):
+    """Of the disks there were one is known, and there is no image of the other."""
+    plan = [{"vda": "64k:A"}, {"vda": "64k:B", "vdb": "64k:C"}, {"vda": "64k:.", "vdb": "32k:. 32k:D"}]
+    first, _, third = segments_of(plan)
+    done = applied.apply(first + third, "--force-sequence", tmp_path / "out")
+    assert done.returncode == 1
+    why = f"stdin: {makers.point(2)} has changes of disk vdb, and there is no image of it"
+    assert done.stderr.splitlines()[-1] == f"vnb-apply: {why}"
+    assert not (tmp_path / "out").exists()

@@ -2,7 +2,11 @@
 """vnb-apply that is stopped: nothing under a final name, nothing left, or what is left is removed by the next one."""
 
 import os
+import random
 import signal
+import subprocess
+import sys
+import time
 
 import applied
 import makers
@@ -72,6 +76,23 @@ def test_what_a_living_one_makes_is_left_alone(half, tmp_path):
     _, stderr = process.communicate(rest, timeout=applied.DEADLINE)
     assert (process.returncode, stderr) == (0, b"")
     assert sorted(os.listdir(out)) == ["vda.qcow2", "vdb.qcow2"]
+
+
+def test_killed_while_its_server_starts(tmp_path):
+    """A qemu-nbd that takes no notice would keep its image locked, for whoever comes next."""
+    image = tmp_path / "image"
+    qemu.create(str(image), "disk", "qcow2", 1 << 20, {})
+    program = "import sys, vnb.qemu; sys.stdout.write('x'); sys.stdout.flush(); " \
+              "vnb.qemu.Image('vda', sys.argv[1], 'vda', 'qcow2').zero(0, 65536); sys.stdin.read()"
+    chance = random.Random(1)
+    for _ in range(25):
+        process = subprocess.Popen([sys.executable, "-c", program, image], stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, env=applied.ENVIRONMENT)
+        assert process.stdout.read(1) == b"x"
+        time.sleep(chance.uniform(0, 0.1))  # the moment is what the test is about
+        process.kill()
+        process.communicate()
+        eventually(lambda: applied.processes_with(image, "qemu-nbd") == [])
 
 
 def test_input_that_ends(half):

@@ -146,6 +146,18 @@ def test_preallocate(tmp_path, format_):
     assert os.stat(image).st_blocks * 512 >= len(expected)
 
 
+def test_an_image_that_has_grown_already(tmp_path):
+    """Whoever made it larger was killed before the state could say so; and qemu-img rounds sizes up."""
+    image = tmp_path / "image"
+    qemu.create(str(image), "disk", "qcow2", 100_000, {})
+    for _ in range(2):
+        qemu.resize(str(image), "disk", "qcow2", 100_100, preallocate=True)
+        assert json.loads(qemu_img("info", "--output=json", image))["virtual-size"] == 100_352
+    for _ in range(2):
+        qemu.resize(str(image), "disk", "qcow2", 200_001, preallocate=True)
+        assert json.loads(qemu_img("info", "--output=json", image))["virtual-size"] == 200_192
+
+
 @pytest.mark.parametrize("format_", ["qcow2", "raw"])
 def test_preallocate_tells_at_once_that_there_is_no_room(tmp_path, format_):
     with applied.mounted(tmp_path / "small", "size=2m"):

@@ -9,6 +9,10 @@ import applied
 import makers
 import pytest
 from applied import qemu_img, qemu_nbd, refused, restored, same, segments_of
+from xxhash import xxh3_64_intdigest
+
+from vnb import stream
+from vnb.frame import ZERO
 
 PLAN = [{"vda": "64k:A 64k:- 64k:0 64k:? 512:B 1M:- 512:-"}, {"vda": "32k:0 64k:C 32k:- 64k:0 4k:. 4k:D 200k:."}]
 EXPECTED = makers.images(PLAN)[-1]["vda"]
@@ -68,6 +72,94 @@ def test_qcow2_file_with_a_backing_file(tmp_path, content):
     restored(content, "--disk", f"vda=qcow2:{image}")
     assert same(image, "qcow2", EXPECTED, tmp_path)
     assert old.read_bytes() == OLD * (SIZE // 4)
+
+
+@pytest.mark.parametrize("pieces", ["4k:? 60k:0 ", "32k:? 32k:- "])
+@pytest.mark.parametrize("how", ["qcow2", "nbd"])
+def test_data_and_zeroes_in_one_cluster(tmp_path, pieces, how):
+    """
+    QEMU zeroes all of a cluster to which nothing was written, and may free it: a write on its way there is lost.
+
+    Such is an image of which the guest, or a restore before, has zeroed what was allocated.
+    """
+    disk = pieces * 64
+    content, expected = segments_of([{"vda": disk}])[0], makers.images([{"vda": disk}])[-1]["vda"]
+    image = tmp_path / "image"
+    qemu_img("create", "-f", "qcow2", image, len(expected))
+    size = len(expected)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", f"write 0 {size}", "-c", f"write -z 0 {size}", image], check=True,
+                   stdout=subprocess.DEVNULL)
+    if how == "nbd":
+        with qemu_nbd(tmp_path, "--discard=unmap", "-f", "qcow2", image) as uri:
+            restored(content, "--disk", f"vda={uri}")
+    else:
+        restored(content, "--disk", f"vda=qcow2:{image}")
+    qemu_img("check", "-f", "qcow2", image)
+    assert same(image, "qcow2", expected, tmp_path)
+
+
+@pytest.mark.parametrize("cluster, pieces", [("64k", "4k:? 4k:0 "), ("2M", "512k:? 512k:0 ")])
+def test_data_and_zeroes_in_one_cluster_of_a_raw_data_file(tmp_path, cluster, pieces):
+    """There QEMU writes the zeroes, over what comes at the same time."""
+    count, size = (16, "16M") if cluster == "2M" else (512, "4M")
+    plan = [{"vda": f"{size}:A"}, {"vda": f"{size}:-"}, {"vda": pieces * count}]
+    options = f"data_file=on,data_file_raw=on,cluster_size={cluster}"
+    restored(b"".join(segments_of(plan)), "-o", options, tmp_path / "out")
+    assert same(tmp_path / "out" / "vda.qcow2", "qcow2", makers.images(plan)[-1]["vda"], tmp_path)
+
+
+@pytest.mark.parametrize("form", ["raw", "qcow2", "nbd"])
+@pytest.mark.parametrize("update", [False, True])
+def test_where_a_disk_grew_there_are_zeroes(tmp_path, form, update):
+    """An increment says nothing of what nobody wrote to, and a larger target has anything there."""
+    plan = [{"vda": "64k:A"}, {"vda": "4k:B 60k:. 4k:C 60k:."}]
+    segments = segments_of(plan)
+    image = old_file(tmp_path / "raw", 256 << 10)
+    target = f"vda=raw:{image}"
+    if form != "raw":
+        image = tmp_path / "image"
+        qemu_img("convert", "-f", "raw", "-O", "qcow2", tmp_path / "raw", image)
+        target = f"vda=qcow2:{image}"
+    with contextlib.ExitStack() as stack:
+        if form == "nbd":
+            target = f"vda={stack.enter_context(qemu_nbd(tmp_path, '-f', 'qcow2', image))}"
+        if update:
+            for segment in segments:
+                restored(segment, "--update", "--disk", target, tmp_path / "copy")
+        else:
+            restored(b"".join(segments), "--disk", target)
+    expected = bytes(makers.images(plan)[-1]["vda"]) + OLD * (128 << 8)
+    assert same(image, "raw" if form == "raw" else "qcow2", expected, tmp_path)
+
+
+def test_raw_file_on_which_a_guest_has_a_qcow2_image(tmp_path):
+    """What we wrote there ourselves is no reason to doubt what the user said."""
+    magic = b"QFI\xfb".ljust(4096, b"\1")
+    image = tmp_path / "image"
+    image.write_bytes(bytes(8192))
+    disk = {"name": "vda", "size": 8192, "level": "full"}
+    first, second = samples_of(magic, disk)
+    restored(first + second, "--disk", f"vda={image}")
+    assert image.read_bytes() == magic + bytes(4096) + b"\2" * 4096
+
+
+def samples_of(magic, disk):
+    """Two segments: a full with these first bytes, and an increment in which the disk grew by 4096 bytes of 2."""
+    full, increment = makers.head(0), makers.head(1)
+    found = []
+    for head, size, frames in (
+        (full, 8192, [(0, magic)]), (increment, 12288, [(8192, b"\2" * 4096)]),
+    ):
+        fd = os.memfd_create("segment")
+        out = stream.Writer(fd).segment(head, [{**disk, "size": size, "level": "inc" if found else "full"}])
+        for offset, content in frames:
+            out.data(0, offset, len(content), "none", xxh3_64_intdigest(content), content)
+        if not found:
+            out.extents(0, [4096, 4096, ZERO])
+        out.end()
+        found.append(os.pread(fd, 1 << 20, 0))
+        os.close(fd)
+    return found
 
 
 def test_relative_path(tmp_path, content):

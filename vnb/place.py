@@ -294,6 +294,7 @@ class RawFile(Existing):
             if not self._certain and os.pread(fd, len(_QCOW2_MAGIC), 0) == _QCOW2_MAGIC:
                 raise Error(self.text, f"starts as qcow2 images do: say qcow2:{self._path} or raw:{self._path}")
             self._check(os.lseek(fd, 0, os.SEEK_END), size)
+            self._certain = True  # what is there from now on is what a guest wrote, whatever it looks like
         except BaseException as error:
             os.close(fd)
             if isinstance(error, OSError):

@@ -2,7 +2,9 @@
 """Image files through QEMU's own tools: qemu-img makes and resizes them, a private qemu-nbd writes them."""
 
 import contextlib
+import json
 import os
+import signal
 import socket
 import subprocess
 import tempfile
@@ -10,12 +12,14 @@ import tempfile
 from vnb.child import Child
 from vnb.errors import Error, os_error
 from vnb.libc import WriteBack
-from vnb.target import Lost, Nbd
+from vnb.target import MAX_CLUSTER, Lost, Nbd
 from vnb.tempdir import temporary_directory
 
 # QEMU takes a buffer for each request and gives it back, and glibc asks the kernel for each one of this size: half of
 # a restore was page faults. With these it keeps the memory, at most as much as was ever in flight at once.
 _TUNABLES = "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=268435456"
+_SECTOR = 512  # bytes: the sizes of images are multiples of it
+_CLUSTER_BITS = 20  # where the header of a qcow2 image has them (4 bytes, big-endian)
 
 
 def create(path, what, format_, size, options):
@@ -28,7 +32,10 @@ def create(path, what, format_, size, options):
 
 
 def resize(path, what, format_, size, preallocate=False):
-    """Make an image larger: what is added reads as zeroes. Nobody may have it open. Raises Error."""
+    """Have an image at least so large: what is added reads as zeroes. Nobody may have it open. Raises Error."""
+    size = -(-size // _SECTOR) * _SECTOR
+    if json.loads(_qemu_img(["info", "--output=json", "-f", format_, "--", path], path, what))["virtual-size"] >= size:
+        return  # it was done, by one that was killed then
     how = ["--preallocation=falloc"] if preallocate else []
     _qemu_img(["resize", "-q", "-f", format_, *how, "--", path, str(size)], path, what)
 
@@ -105,10 +112,10 @@ def _options(options):
 
 
 def _qemu_img(arguments, path, what):
+    """Run it; gives its standard output. what (str): stands for path in messages. Raises Error."""
     try:
         done = subprocess.run(
-            ["qemu-img", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            check=False,
+            ["qemu-img", *arguments], stdin=subprocess.DEVNULL, capture_output=True, check=False
         )
     except FileNotFoundError:
         raise Error("qemu-img", "not found (it is in the package qemu-utils)") from None
@@ -118,6 +125,7 @@ def _qemu_img(arguments, path, what):
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         words = lines[-1] if lines else f"qemu-img: it ended with status {done.returncode}"
         raise Error(what, _without(path, words))
+    return done.stdout
 
 
 class Server:
@@ -142,7 +150,11 @@ class Server:
         ]
         try:
             with listener:
-                self._child = Child(command, "qemu-utils", listener, environment=_environment())
+                # SIGTERM is lost while it starts, and it would wait for ever for a client on a socket that nobody
+                # can reach. What it had not written when we die is written again.
+                self._child = Child(
+                    command, "qemu-utils", listener, environment=_environment(), ending=signal.SIGKILL,
+                )
         except Error:
             self.connection.close()
             raise
@@ -186,6 +198,7 @@ class Image(Nbd):
             super().__init__(
                 name, what, lambda handle: handle.aio_connect_socket(self._server.connection.detach()), keep
             )
+            self.cluster = _cluster_size(self._files[0], format_)
         except BaseException as error:
             better = self._explained(error) if isinstance(error, Lost) else error
             self.close()
@@ -195,9 +208,9 @@ class Image(Nbd):
         super().write(offset, plain, done)
         self._write_back.count(len(plain))
 
-    def _start(self, *request):
+    def _start(self, *request, **how):
         with self._explaining():  # to begin a request is enough to hear that the connection is lost
-            super()._start(*request)
+            super()._start(*request, **how)
 
     def poll(self):
         with self._explaining():
@@ -243,6 +256,14 @@ class Image(Nbd):
         except Error as better:
             return better
         return error
+
+
+def _cluster_size(fd, format_):
+    """Bytes of an image's clusters: as its header has them, if it is of a format that has any."""
+    if format_ != "qcow2":
+        return 1
+    bits = int.from_bytes(os.pread(fd, 4, _CLUSTER_BITS), "big")
+    return 1 << bits if 9 <= bits <= 21 else MAX_CLUSTER
 
 
 def _private_connection():

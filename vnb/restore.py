@@ -8,7 +8,7 @@ import signal
 from vnb import log, place
 from vnb.chain import Follow
 from vnb.errors import Error
-from vnb.frame import MiB
+from vnb.frame import ZERO, MiB
 from vnb.imagedir import ImageDirectory
 from vnb.run import ENDING_SIGNALS
 from vnb.stream import Data, Extents, File
@@ -145,6 +145,9 @@ class Restore:
         # All that is new is looked at before anything is written.
         new = {name: self._place(name) for name in disks if name not in self.disks}
         for name, disk in disks.items():
+            if name in new and disk["level"] == "inc" and name not in before and new[name].fresh:
+                raise Error("stdin", f'{segment.head["point"]} has changes of disk {name}, and there is no image of it')
+        for name, disk in disks.items():
             if name in new:
                 self.disks[name] = Disk(new[name], before.get(name), disk, infos.of(disk), self.buffers)
             else:
@@ -216,11 +219,23 @@ class Disk:
         elif before is None or disk["size"] > before["size"]:
             place_.grow(disk["size"])
         self._open(disk)
+        if disk["level"] != "full" and before is not None:
+            self._zero_tail(before["size"])
 
     def _open(self, disk):
         self.size = disk["size"]
         self.fresh = disk["level"] == "full" and self.place.fresh
         self.writer = Writer(self.place.open(disk["size"]), self.place.name, self._buffers)
+
+    def _zero_tail(self, before):
+        """
+        Have zeroes where the disk grew: an increment says nothing of them, as long as nobody wrote to them.
+
+        What exists may be larger than the disk was, and have anything there. before (int): its size then.
+        """
+        if self.size > before and not self.place.fresh:
+            self.writer.put(Extents(None, [before, self.size - before, ZERO]), False)
+            self.writer.fence()
 
     def put(self, frame):
         """Write a Data or Extents frame."""
@@ -233,10 +248,13 @@ class Disk:
             self.place.begin(disk["size"], info)
             self._open(disk)
             return
-        if disk["size"] > self.size:
+        before = self.size
+        if disk["size"] > before:
             self.finish()
             self.place.grow(disk["size"])
             self._open(disk)
+            if disk["level"] != "full":
+                self._zero_tail(before)
         self.size = disk["size"]
         self.fresh = False
         self.writer.fence()

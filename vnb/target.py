@@ -20,6 +20,7 @@ from vnb.frame import GiB, MiB
 MAX_ZERO = 1 * GiB  # of one request: a server that has to write its zeroes is busy for a while
 MAX_NBD = 32 * MiB  # of one request, where the server does not say
 MAX_REQUESTS = 16  # in flight on one connection
+MAX_CLUSTER = 2 * MiB  # of a qcow2 image, which may be behind any NBD server
 
 _ZEROES = memoryview(bytes(1 * MiB))
 
@@ -108,6 +109,8 @@ class Nbd:
     name (str): the disk, what (str): the export, both for messages.
     connect (callable): begins to connect an nbd.NBD(), without waiting. keep (bool): zeroes stay allocated.
     size (int): of the export, in bytes. can_flush (bool): finish() can tell that all is durable.
+    cluster (int): bytes. QEMU may zero all of a cluster of which a part is to be zero, as long as nothing was written
+    to it; a write to it that is on its way is lost then, and its cluster freed (QEMU 7.2). So the two never meet there.
     """
 
     _handle = None
@@ -119,6 +122,9 @@ class Nbd:
         self._nbd = nbd
         self.name = name
         self.in_flight = 0
+        self.cluster = MAX_CLUSTER
+        self._requests = {}  # number: (whether it zeroes, first cluster, last cluster) of those in flight
+        self._number = 0
         self._failed = None
         self._zero_flags = nbd.CMD_FLAG_NO_HOLE if keep else 0
         self._handle = nbd.NBD()
@@ -142,8 +148,8 @@ class Nbd:
             done = _after(done, -(-len(view) // self._max))
         while len(view):
             part, view = view[: self._max], view[self._max :]
-            buffer = self._nbd.Buffer.from_buffer(part)
-            self._start(self._handle.aio_pwrite, buffer, offset, done)
+            # The view itself, which libnbd takes and lets go: its Buffer around it would never be freed (libnbd 1.14).
+            self._start(self._handle.aio_pwrite, part, offset, len(part), done)
             offset += len(part)
 
     def zero(self, offset, length):
@@ -151,19 +157,23 @@ class Nbd:
         while length:
             if self._can_zero:
                 part = min(length, MAX_ZERO)
-                self._start(self._handle.aio_zero, part, offset, _nothing, self._zero_flags)
+                self._start(self._handle.aio_zero, part, offset, part, _nothing, self._zero_flags, zeroes=True)
             else:
                 part = min(length, len(_ZEROES), self._max)
                 self.write(offset, _ZEROES[:part], _nothing)
             offset += part
             length -= part
 
-    def _start(self, function, what, offset, done, flags=0):
-        while self.in_flight >= MAX_REQUESTS:
+    def _start(self, function, what, offset, length, done, flags=0, zeroes=False):
+        request = (zeroes, offset // self.cluster, (offset + length - 1) // self.cluster)
+        while self.in_flight >= MAX_REQUESTS or self._meets(*request):
             self.poll()
+        self._number += 1
+        number = self._number
 
         def completed(error):
             self.in_flight -= 1
+            del self._requests[number]
             if error.value and self._failed is None:
                 self._failed = (error.value, offset)
             done()
@@ -171,10 +181,17 @@ class Nbd:
 
         try:
             self.in_flight += 1
+            self._requests[number] = request
             function(what, offset, completed, flags)
         except self._nbd.Error as error:
             raise self._error(error, f"offset {offset}") from None
         self._check()
+
+    def _meets(self, zeroes, first, last):
+        """Whether one of the other kind is in flight that begins or ends in one of these clusters."""
+        return any(
+            other != zeroes and begin <= last and first <= end for other, begin, end in self._requests.values()
+        )
 
     def poll(self):
         """Wait until a request makes progress. Raises what failed."""
