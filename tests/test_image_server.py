@@ -3,9 +3,10 @@
 
 import sys
 
+import applied
 import pytest
 
-from vnb import qemuimg
+from vnb import child, qemu, qemuimg
 from vnb.errors import Error
 
 CLOSES = f"""#!{sys.executable}
@@ -39,6 +40,24 @@ def test_it_closes_the_connection_and_has_not_ended(tmp_path, qemu_nbd):
     with pytest.raises(Error) as raised:
         serve(tmp_path)
     assert str(raised.value) == "vda: cannot connect: server closed the connection"
+
+
+def test_it_does_not_answer(tmp_path, qemu_nbd, monkeypatch):
+    """As one that got SIGTERM while it started: nobody waits for it for ever, and it is ended."""
+    qemu_nbd("#!/bin/sh\nexec sleep 600\n")
+    monkeypatch.setattr(qemuimg, "START_SECONDS", 0.2)
+    with pytest.raises(Error, match="^vda: the NBD server does not answer$"):
+        serve(tmp_path)
+    assert applied.processes_with("600", "sleep") == []
+
+
+def test_it_does_not_answer_a_restore(tmp_path, qemu_nbd, monkeypatch):
+    qemu.create(str(tmp_path / "image"), "disk", "qcow2", 1 << 20, {})
+    qemu_nbd("#!/bin/sh\nexec sleep 600\n")
+    monkeypatch.setattr(child, "START_SECONDS", 0.2)
+    with pytest.raises(Error, match="^disk: qemu-nbd does not answer$"):
+        qemu.Image("vda", str(tmp_path / "image"), "disk", "qcow2")
+    assert applied.processes_with("600", "sleep") == []
 
 
 def test_it_has_ended_and_said_why(tmp_path, qemu_nbd):

@@ -10,6 +10,9 @@ import time
 from vnb.errors import Error
 
 PATIENCE = 10  # seconds that a program gets to end before it is killed
+# For a server to open its image and to say something. A qemu-nbd that gets SIGTERM while it starts forgets that, and
+# listens to nobody (QEMU 7.2).
+START_SECONDS = 45
 NOT_FOUND = 127  # the shell's status for a program that is not there
 
 # Who was killed before setpriv asked to be told of that is not our parent any more: then it is too late to start.
@@ -97,6 +100,12 @@ class Child:
                 self.process.kill()
         self.process.wait()
         self._close()
+
+    def has_spoken(self, fd):
+        """
+        Wait until a server speaks on a connection (descriptor), or ends; False where it does neither for a long time.
+        """
+        return wait_for([fd, self.fd], START_SECONDS) is not None
 
     def wait(self, seconds):
         """Whether it ends within this time."""

@@ -8,6 +8,7 @@ Python signal handler cannot run, so that Ctrl-C would do nothing while a server
 
 import re
 import select
+import time
 from errno import ECONNABORTED, ECONNRESET, ENOTCONN, EPIPE
 from itertools import accumulate
 
@@ -53,18 +54,20 @@ class Connection:
     context (str or None): a meta context to ask for. required (bool): its absence is an error.
     size (int): of the export, in bytes. has_context (bool): the server offers it. multi_conn (bool).
     minimum, maximum (int): bytes; requests are at least this long, multiples of it, and at most that long.
+    patience (int or None): seconds for a server to answer that has to be there; None: it may take its time.
     Raises Error, also for everything that happens later.
     """
 
-    def __init__(self, uri, name, context=None, required=False):
+    def __init__(self, uri, name, context=None, required=False, patience=None):
         self.name = name
         self.context = context
         self.handle = handle = nbd.NBD()
         self._pending = {}  # cookie: offset, oldest first
         try:
             self._begin(uri)
+            deadline = None if patience is None else time.monotonic() + patience
             while handle.aio_is_connecting():
-                _turn([self])
+                _turn([self], deadline)
             self.size = handle.get_size()
             self.has_context = context is not None and handle.can_meta_context(context)
             self.multi_conn = handle.can_multi_conn()
@@ -224,8 +227,8 @@ def wait(request, connections):
         _turn([connection, *(c for c in connections if c is not connection and c.expects)])
 
 
-def _turn(connections):
-    """Wait until one of the connections can go on, and let those that can. Raises Error."""
+def _turn(connections, deadline=None):
+    """Wait until one of the connections can go on, and let those that can. Raises Error, also at a deadline."""
     poller = select.poll()
     by_fd = {}
     for connection in connections:
@@ -238,7 +241,10 @@ def _turn(connections):
             continue
         by_fd[fd] = connection, direction
         poller.register(fd, _EVENTS[direction])
-    for fd, events in poller.poll():
+    ready = poller.poll(None if deadline is None else max(0, 1000 * (deadline - time.monotonic())))
+    if not ready:
+        raise Error(connections[0].name, "the NBD server does not answer")
+    for fd, events in ready:
         connection, direction = by_fd[fd]
         try:
             # Hang-ups and errors are for libnbd to find, in a direction that it is waiting for.

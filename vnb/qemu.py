@@ -148,6 +148,7 @@ class Server:
             "--detect-zeroes=off",
             path,
         ]
+        self._child = None
         try:
             with listener:
                 # SIGTERM is lost while it starts, and it would wait for ever for a client on a socket that nobody
@@ -155,7 +156,11 @@ class Server:
                 self._child = Child(
                     command, "qemu-utils", listener, environment=_environment(), ending=signal.SIGKILL,
                 )
-        except Error:
+            if not self._child.has_spoken(self.connection.fileno()):
+                raise Error(what, "qemu-nbd does not answer")
+        except BaseException:
+            if self._child is not None:
+                self._child.end()
             self.connection.close()
             raise
 

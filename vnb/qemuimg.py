@@ -9,7 +9,7 @@ import socket
 import subprocess
 
 from vnb import export
-from vnb.child import Child
+from vnb.child import START_SECONDS, Child
 from vnb.endpoint import Unix
 from vnb.errors import Error, one_line, os_error
 
@@ -117,9 +117,10 @@ def serve(name, path, format_, socket_path, bitmap=None):
         *([f"--bitmap={bitmap}"] if bitmap else []), "--", path,
     ]
     with listener:
-        child = Child(command, "qemu-utils", listener=listener)
+        # Not SIGTERM, which is lost while it starts: the image would stay locked. It has nothing to write.
+        child = Child(command, "qemu-utils", listener=listener, ending=signal.SIGKILL)
     try:
-        export.Connection(Unix(socket_path).uri(name), name).close()
+        export.Connection(Unix(socket_path).uri(name), name, patience=START_SECONDS).close()
     except Error as error:
         # Who closes the connection is about to end, and then has said why.
         reason = child.failure().reason if child.wait(1) else error.reason
