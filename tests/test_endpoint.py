@@ -3,6 +3,7 @@
 
 import pytest
 
+from vnb import domxml
 from vnb.endpoint import Tcp, Unix, parse_listen
 from vnb.errors import Error, UsageError
 from vnb.ssh import Host
@@ -72,3 +73,12 @@ def test_hosts():
 def test_no_hosts(uri):
     with pytest.raises(Error):
         Host.of_uri(uri)
+
+
+@pytest.mark.parametrize("text", [
+    ":10809", ":", "0.0.0.0", "0.0.0.0:1", "[::]:1", "::", "[::1]:1", "localhost:1", "a.b",  # noqa: S104
+])
+def test_a_job_is_known_by_where_it_listens(text):
+    """Else it would be taken for somebody else's, and go on without end."""
+    tcp = Tcp(*parse_listen(text), "host")
+    assert domxml.backup_endpoint(domxml.backup(tcp.attributes(), [], [])) == tcp.key

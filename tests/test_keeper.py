@@ -4,11 +4,12 @@
 import json
 import os
 import socket
+import types
 
 import pytest
 
 from vnb.errors import Error
-from vnb.keeper import Line, _begin
+from vnb.keeper import Keeper, Line, _begin
 from vnb.state import JobDirectory
 
 
@@ -69,3 +70,24 @@ def test_a_job_that_began_by_half_is_ended_when_that_can_be_done(pair, tmp_path,
     assert Line(theirs).receive() == {"note": "vm: no answer"}  # once
     ours.shutdown(socket.SHUT_WR)
     assert theirs.recv(1000) == b""
+
+
+def test_who_gave_it_up_has_taken_over_nothing(tmp_path):
+    """A keeper that was busy for longer than anybody waits stays, and the thaw with it."""
+    directory = JobDirectory(str(tmp_path), "u")
+    keeper = Keeper(types.SimpleNamespace(directory=directory), None, None, {"deadline": 0})
+    keeper.done = True
+    for patient in (False, True):
+        theirs, ours = socket.socketpair()
+        with theirs, ours:
+            theirs.settimeout(10)
+            line = Line(theirs)
+            line.send(do="make way")
+            if patient:
+                line.send(do="taken")
+            else:
+                theirs.close()
+            keeper.listener = types.SimpleNamespace(accept=lambda ours=ours: (ours.dup(), None))
+            keeper._hear_client()
+            assert (keeper.successor is not None) == patient
+    keeper.successor.close()

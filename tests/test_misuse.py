@@ -26,6 +26,7 @@ def refused(name, *argv):
     ("vnb-cat --until x", "SET_OR_FILE is missing"),
     ("vnb-prune", "SET is missing"),
     ("vnb-prune --keep-last 1", "SET is missing"),
+    ("vnb-prune --keep-last 1 --keep-last 2 set", "--keep-last is given twice"),
     ("vnb-options", "FILE and SECTION are missing"),
     ("vnb-map set", WAYS),
     ("vnb-map", f"SET_OR_FILE is missing, and {WAYS}"),

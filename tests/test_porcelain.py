@@ -214,7 +214,7 @@ def test_backup_is_pruned_last(stubs):
         "/b",
     ]
     assert (stubs / "order").read_text().split() == ["vnb-read", "vnb-verify", "vnb-prune"]
-    dry = porcelain("vnb-backup", "--dry-run", "--keep-last", "2", "vm1", "/b", path=path).stdout
+    dry = porcelain("vnb-backup", "--dry-run", "--keep-last", "5", "--keep-last", "2", "vm1", "/b", path=path).stdout
     assert dry.splitlines()[1:] == ["vnb-prune --keep-last 2 /b"]
 
 

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 
+import makers
 import pytest
 import samples
 from hypothesis import given, settings
@@ -77,7 +78,8 @@ def points(directory):
 
 
 def names(directory):
-    return sorted(os.listdir(directory))
+    """Of all files but the one for vnb-checkpoint."""
+    return sorted(set(os.listdir(directory)) - {backupset.PRUNED})
 
 
 def run(directory, dry_run=False, **counts):
@@ -475,3 +477,21 @@ def test_periods_end_where_the_local_ones_do(tmp_path, zone, why):
     segment(tmp_path, "p1", "p0", 12.5)
     done = command("--dry-run", "--keep-daily", "2", tmp_path, env={**os.environ, "TZ": zone})
     assert done.stdout.splitlines()[0].split(None, 4)[4] == why
+
+
+def test_what_was_dropped_is_written_down_for_vnb_checkpoint(tmp_path):
+    """It deletes these checkpoints, and no others: no kept point has them, though a merged one has its last one's."""
+    paths = makers.make_set(tmp_path / "set", [{"vda": "64k:A"}, {"vda": "64k:B"}, {"vda": "64k:C"}])
+    assert len(paths) == 3
+    assert command("--keep-last", 2, tmp_path / "set").returncode == 0
+    assert backupset.pruned(tmp_path / "set") == {makers.point(0)}
+    assert os.stat(tmp_path / "set" / backupset.PRUNED).st_mode & 0o777 == 0o600
+    assert command("--keep-last", 1, tmp_path / "set").returncode == 0
+    assert backupset.pruned(tmp_path / "set") == {makers.point(0), makers.point(1)}
+    backupset.forget_pruned(tmp_path / "set")
+    assert command("--keep-last", 1, tmp_path / "set").returncode == 0
+    assert backupset.PRUNED not in os.listdir(tmp_path / "set")
+    backupset.forget_pruned(tmp_path / "set")
+    assert backupset.pruned(tmp_path / "set") == set()
+    os.mkfifo(tmp_path / "set" / backupset.PRUNED)
+    assert backupset.pruned(tmp_path / "set") == set()

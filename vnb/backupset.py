@@ -15,6 +15,8 @@ from vnb.frame import FrameError
 
 SUFFIX = ".vnb"
 PARTIAL = ".partial"
+PRUNED = ".pruned"  # a file of a set: checkpoints whose points were dropped, for vnb-checkpoint
+MOST_PRUNED = 1 << 20  # bytes of it that are read
 _INDEX_HEADER = 64  # an index frame's header is shorter
 _INDEX_FRAME = _INDEX_HEADER + index.ROW_SIZE * index.FRAME_ROWS  # as long as those that vnb writes are
 
@@ -272,6 +274,33 @@ def paths(directory):
     except OSError as error:
         raise os_error(directory, error) from None
     return [os.path.join(directory, name) for name in names if name.endswith(SUFFIX) and not name.startswith(".")]
+
+
+def add_pruned(directory, names):
+    """Write down, durably, that a set does not need these checkpoints any more. Raises OSError."""
+    fd = os.open(
+        os.path.join(directory, PRUNED), os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(fd, "w", encoding="utf-8") as file:
+        file.writelines(f"{name}\n" for name in names)
+        file.flush()
+        os.fsync(fd)
+
+
+def pruned(directory):
+    """The checkpoints (set of str) that a set does not need any more, as far as that was written down."""
+    try:
+        # Not to wait for whoever may open the other end of a FIFO.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        with open(os.open(os.path.join(directory, PRUNED), flags), encoding="utf-8", errors="replace") as file:
+            return set(file.read(MOST_PRUNED).splitlines())
+    except OSError:
+        return set()
+
+
+def forget_pruned(directory):
+    """They are gone. Where that cannot be written down it does no harm: they are looked for once more."""
+    with contextlib.suppress(OSError):
+        os.unlink(os.path.join(directory, PRUNED))
 
 
 def file_name(head):

@@ -302,4 +302,4 @@ def _last_moment(year, month=None, day=None, hour=None, minute=None, second=None
     else:
         offset = timedelta(hours=int(zone[1:3]), minutes=int(zone[4:]))
         ends = [moment.replace(tzinfo=timezone(offset if zone[0] == "+" else -offset)).astimezone(timezone.utc)]
-    return f"{max(ends).replace(tzinfo=None).isoformat()}Z"
+    return f"{max(ends).replace(tzinfo=None).isoformat(timespec='microseconds')}Z"

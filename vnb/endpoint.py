@@ -60,7 +60,8 @@ class Tcp:
 
     @property
     def key(self):
-        return f"{self.address}:{self.port}"
+        """As libvirt has it, see vnb.domxml.backup_endpoint(): by it a job is known as ours."""
+        return f"{self.attributes()['name']}:{self.port}"
 
     def attributes(self):
         found = {"transport": "tcp", "name": self.address or "0.0.0.0", "port": str(self.port)}  # noqa: S104

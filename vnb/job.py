@@ -9,7 +9,7 @@ that began it, or after its death the next command.
 import contextlib
 import json
 
-from vnb import domxml, qemuimg
+from vnb import backupset, domxml, qemuimg
 from vnb.errors import Error
 from vnb.ledger import Ledger
 from vnb.plan import Plan
@@ -115,12 +115,20 @@ class Job:
 
     def _forget(self):
         """Nothing is left to undo but, perhaps, a thaw that the agent has not answered."""
-        if self.record["frozen"] and not self.thaw():
+        if self.record["frozen"] and not self._try_to_thaw():
             self.record.update(phase="ended", reason="only a thaw was left, which the guest agent has not answered")
             self.directory.save(self.record)
             return
         with self._over():
             self.directory.remove()
+
+    def _try_to_thaw(self):
+        """As thaw(), but what fails comes again: the job itself is over."""
+        try:
+            return self.thaw()
+        except Error as error:
+            self.note(str(error))
+            return False
 
     @contextlib.contextmanager
     def _over(self):
@@ -153,13 +161,8 @@ class Job:
             ),
             key=lambda head: head["created"],
         )
-        if not ledger.own and len(held) > 1:
-            # Of points that were pruned from the set since, or that never came into it. Not where ours is the first in
-            # it: the set that they are of may be away, and this be the directory that it is mounted on.
-            saved = {segment.head["checkpoint"] for segment in held}
-            for name in source.of_ledger(ledger.name, self.head["chain"]):
-                if name not in saved:
-                    source.delete_checkpoint(name)
+        if not ledger.own:
+            self._drop_pruned(source, ledger.directory, set(have) - {segment.head["checkpoint"] for segment in held})
         if self.head["checkpoint"] is None and self.record["broken"]:
             return  # nothing here is newer than what is broken on some disk, and may be sound on others
         if self.record["broken"]:
@@ -171,6 +174,14 @@ class Job:
         for head in ours:
             if head["checkpoint"] not in kept:
                 source.delete_checkpoint(head["checkpoint"])
+
+    def _drop_pruned(self, source, directory, others):
+        """Delete the checkpoints whose points vnb-prune dropped from the set. others (set): those it does not hold."""
+        dropped = backupset.pruned(directory) & others
+        for name in dropped:
+            if name.startswith(f"vnb.{self.head['chain']}."):  # never anybody else's, whatever stands there
+                source.delete_checkpoint(name)
+        backupset.forget_pruned(directory)
 
 
 def begin(directory, source, options, note, warn):

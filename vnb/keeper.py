@@ -298,6 +298,14 @@ def _keep(line, options):
     source = open_source(options)
     directory = JobDirectory(options["state"], source.uuid)
     make_way(directory)
+    try:
+        _keep_locked(line, options, source, directory)
+    except BaseException:
+        stay(directory)  # what we took over, and could not even begin with
+        raise
+
+
+def _keep_locked(line, options, source, directory):
     with directory.locked() as got:
         if not got:
             raise Error(source.name, who_runs(directory))
@@ -355,7 +363,9 @@ def make_way(directory):
     line = Line(client)
     line.send(do="make way")
     with contextlib.suppress(Error):
-        line.receive()  # it hangs up when it has let go of the lock
+        if line.receive() is not None:  # it would
+            line.send(do="taken")  # we are still here
+            line.receive()  # it hangs up when it has let go of the lock
     line.close()
 
 
@@ -510,9 +520,16 @@ class Keeper:
             if message is None:
                 return
             if message.get("do") == "make way" and self.done:
-                self.successor = connection.dup()  # open as long as we live: then the lock is free
+                self._make_way(line)
             else:
                 self._do(line, message)
+
+    def _make_way(self, line):
+        """Leave, but only for someone who is still there: who gave us up meanwhile has taken over nothing."""
+        line.send(way=True)
+        with contextlib.suppress(Error):
+            if (line.receive() or {}).get("do") == "taken":
+                self.successor = line.socket.dup()  # open as long as we live: then the lock is free
 
     def _do(self, line, message):
         self.job.note = line.tell

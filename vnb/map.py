@@ -336,7 +336,8 @@ def stop(path):
             raise Error(path, "has no process id in it, so no vnb-map wrote it with --daemon")
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.kill(int(said), signal.SIGTERM)  # its lock says that it lives
+        # Its lock says that it lives. It may have taken the file over since it was read.
+        os.kill(int(os.pread(fd, 20, 0).strip() or said), signal.SIGTERM)
         fcntl.flock(fd, fcntl.LOCK_SH)
     else:
         raise Error(path, "the vnb-map that wrote this has ended")

@@ -77,6 +77,8 @@ def _too_much(usage, argv, parse):
         return f"{options[-1]} contradicts {_listed(options[:-1], 'and')}"
     if operands:
         return f'unexpected operand "{operands[-1]}"'
+    if options and sum(word.partition("=")[0] == options[0] for word in argv) > 1:
+        return f"{options[0]} is given twice"
     return f"{options[0]} cannot stand here" if options else None
 
 

@@ -171,7 +171,7 @@ class Plan:
             if any(segment.head["checkpoint"] in self.have for segment in whole)
             else "the checkpoints of the saved points are all gone"
         )
-        self.broken = any(segment.head["checkpoint"] in self.have for segment in ours)
+        self.broken = any(segment.head["checkpoint"] in self.have for segment in whole)
         if level == "auto":
             self.note(f"{self.source.name}: level full: {why}")
             return "full", None, None

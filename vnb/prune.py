@@ -266,10 +266,14 @@ def remove(plan, directory):
                 point = by_point[point].head["parent"]
         files = {segment.name for segment in segments} - {segment.name for segment in needed}
         files -= {segment.name for segment in segments if segment.head["point"] in plan.left_alone}
-        check_rest([segment for segment in segments if segment.name not in files], plan, directory)
+        rest = [segment for segment in segments if segment.name not in files]
+        check_rest(rest, plan, directory)
         # The newest go first: what is left of a chain, if this ends early, has all that it needs.
         gone = sorted((segment for segment in segments if segment.name in files), key=age, reverse=True)
+        dropped = {segment.head["checkpoint"] for segment in gone} - {segment.head["checkpoint"] for segment in rest}
         try:
+            if dropped - {None}:
+                backupset.add_pruned(directory, sorted(dropped - {None}))
             for path in dict.fromkeys(segment.name for segment in gone):
                 os.unlink(path)
             os.fsync(directory_fd)

@@ -76,10 +76,6 @@ class Running:
         """{checkpoint: {disk: bitmap}} of what an increment may start from."""
         return {name: domxml.bitmaps(xml) for name, xml in self.domain.checkpoints().items()}
 
-    def of_ledger(self, ledger, chain):
-        """The names of the checkpoints that say they are of a ledger (its name) and chain."""
-        return _of_ledger(self.domain, ledger, chain)
-
     def images_then(self, checkpoint):
         """{disk name: what named its image when a checkpoint was made}, {} where that is not known."""
         return domxml.images_then(self.domain.checkpoint_xml(checkpoint, with_domain=True))
@@ -131,7 +127,7 @@ class Running:
         if paused:
             job.intend("suspended", self.domain.id)
             self.domain.call("suspend")
-        frozen = 0
+        frozen = None
         try:
             if options["freeze"] is not None and not self.started:
                 frozen = self._freeze(options, job)
@@ -142,7 +138,7 @@ class Running:
         except Error as error:
             raise _with_permission_hint(error, self.domain.xml(), plan) from None
         finally:
-            if frozen:
+            if frozen is not None:
                 thaw(self.domain, job)
                 job.note(f"{self.name}: {frozen} file systems frozen for {(time.monotonic() - begun) * 1000:.0f} ms")
             if paused:
@@ -175,7 +171,7 @@ class Running:
             job.intend("endpoint", plan.endpoint.key)
 
     def _freeze(self, options, job):
-        """How many file systems are frozen now, by us."""
+        """How many file systems are frozen now, by us; None where it did not come to that."""
         xml = self.domain.xml()
         if not domxml.has_agent(xml):
             return self._not_frozen(options, job, "it has no channel for a guest agent")
@@ -197,7 +193,6 @@ class Running:
         if options["require_freeze"]:
             raise Error(self.name, f"cannot freeze the guest: {why}")
         job.warn(f"{self.name}: the guest is not frozen: {why}")
-        return 0
 
     def mark(self, plan):
         """What libvirt says of the new checkpoint."""
@@ -265,10 +260,6 @@ class Gone:
     def have(self):
         """No checkpoint: libvirt forgot them with the domain."""
         return {}
-
-    def of_ledger(self, _ledger, _chain):
-        """None either."""
-        return []
 
     def end(self, job):
         """End what the job started here, and remove its files."""
@@ -412,10 +403,6 @@ class Stopped(_Offline):
             }
         return found
 
-    def of_ledger(self, ledger, chain):
-        """See Running."""
-        return _of_ledger(self.domain, ledger, chain)
-
     def images_then(self, checkpoint):
         """See Running."""
         return domxml.images_then(self.domain.checkpoint_xml(checkpoint, with_domain=True))
@@ -468,10 +455,6 @@ class Images(_Offline):
                 if qemuimg.holders(layers, bitmap):
                     found.setdefault(bitmap, {})[disk.name] = bitmap
         return found
-
-    def of_ledger(self, _ledger, _chain):
-        """A bitmap alone does not say whose it is."""
-        return []
 
     def images_then(self, _checkpoint):
         """Not known, and not needed: with other images it would be another machine."""
@@ -536,11 +519,6 @@ def _remove_files(record, host):
         for path in (*([] if record["tcp"] else [record["endpoint"]]), *record["scratch"]):
             with contextlib.suppress(OSError):
                 os.unlink(path)
-
-
-def _of_ledger(domain, ledger, chain):
-    abouts = {name: domxml.about(xml) or {} for name, xml in domain.checkpoints().items()}
-    return [name for name, about in abouts.items() if about.get("ledger") == ledger and about.get("chain") == chain]
 
 
 def _domain_fields(domain):

@@ -96,21 +96,23 @@ def recover(args, say):
         directory = JobDirectory(args["--state-dir"], domain.uuid)
         if force:
             make_way(directory)
-        with directory.locked() as got:
-            if not got:
-                raise Error(domain.name, f"{who_runs(directory)}: nothing to recover")
-            if force and (record := directory.load()) is not None:
-                record["owner"]["boot"] = "forced"  # whoever it was, the user says that it is dead
-                directory.save(record)
-            recover_job(directory, domain.name, say)
-            if force and directory.load() is not None:
-                say(f"{domain.name}: nobody waits any more to thaw the guest (virsh domfsthaw does)")
-                directory.remove()
-            _recover_job(domain, say)
-            _recover_scratch(domain, say)
-            _recover_checkpoints(domain, args, say)
-            _recover_bitmaps(domain, args, say)
-        stay(directory)
+        try:
+            with directory.locked() as got:
+                if not got:
+                    raise Error(domain.name, f"{who_runs(directory)}: nothing to recover")
+                if force and (record := directory.load()) is not None:
+                    record["owner"]["boot"] = "forced"  # whoever it was, the user says that it is dead
+                    directory.save(record)
+                recover_job(directory, domain.name, say)
+                if force and directory.load() is not None:
+                    say(f"{domain.name}: nobody waits any more to thaw the guest (virsh domfsthaw does)")
+                    directory.remove()
+                _recover_job(domain, say)
+                _recover_scratch(domain, say)
+                _recover_checkpoints(domain, args, say)
+                _recover_bitmaps(domain, args, say)
+        finally:
+            stay(directory)
 
 
 def _recover_job(domain, say):
@@ -256,19 +258,21 @@ def prune(args, say):
     with open_domain(args) as domain:
         ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--ledger"])
         directory = JobDirectory(args["--state-dir"], domain.uuid)
-        with directory.locked() as got:
-            if not got:
-                raise Error(domain.name, who_runs(directory))
-            recover_job(directory, domain.name, say)  # no checkpoint goes while a job of it is left
-            count = 0
-            for name, xml in domain.checkpoints().items():
-                about = domxml.about(xml)
-                if about is None or about.get("chain") != args["--chain"]:
-                    continue
-                if about.get("ledger") != ledger.name and not args["--force"]:
-                    say(f"{domain.name}: checkpoint {name} is of {about.get('ledger')}: left alone (see --force)")
-                    continue
-                domain.delete_checkpoint(name)
-                count += 1
-        stay(directory)
+        try:
+            with directory.locked() as got:
+                if not got:
+                    raise Error(domain.name, who_runs(directory))
+                recover_job(directory, domain.name, say)  # no checkpoint goes while a job of it is left
+                count = 0
+                for name, xml in domain.checkpoints().items():
+                    about = domxml.about(xml)
+                    if about is None or about.get("chain") != args["--chain"]:
+                        continue
+                    if about.get("ledger") != ledger.name and not args["--force"]:
+                        say(f"{domain.name}: checkpoint {name} is of {about.get('ledger')}: left alone (see --force)")
+                        continue
+                    domain.delete_checkpoint(name)
+                    count += 1
+        finally:
+            stay(directory)
         say(f"{domain.name}: checkpoints of chain {args['--chain']} deleted: {count}")

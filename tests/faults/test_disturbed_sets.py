@@ -8,6 +8,8 @@ import pytest
 from disturbing import Place
 from machine import Machine
 
+from vnb import backupset
+
 DISTURBED = "a signal to a part, or ENOSPC, EIO, EROFS or EDQUOT in a system call, of"
 disturbances = pytest.mark.parametrize("disturb", [Place.killed, Place.failed], ids=lambda disturb: disturb.__name__)
 POINTS = 5
@@ -117,7 +119,8 @@ def test_a_prune(saved, work, rounds, disturb):
                 saved.check_restored(work, point)
             assert ended.status != 0 or len(named(work)) == 2
             saved.place.sh(script)
-            assert len(list(work.iterdir())) == 2
+            assert len(named(work)) == 2
+            assert hidden(work) <= {backupset.PRUNED}
             for point in points[-2:]:
                 saved.check_restored(work, point)
 

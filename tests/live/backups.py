@@ -24,7 +24,7 @@ def tip(lab, directory):
 
 def levels(directory):
     """The levels of a set's segments, in the order of their names: by time, within one chain."""
-    return [name.split(".")[-2] for name in sorted(os.listdir(directory))]
+    return [name.split(".")[-2] for name in sorted(os.listdir(directory)) if name.endswith(".vnb")]
 
 
 def restores(lab, directory, reference, point=None):

@@ -72,6 +72,20 @@ def test_checkpoints_of_points_that_were_pruned_go(lab, vm, directory):
     restores(lab, directory, vm.reference())
 
 
+def test_disks_that_take_turns_at_one_path(lab, vm, directory):
+    """Each has a set of its own, and neither knows of the other's checkpoints but that they are of this path."""
+    for number in range(6):
+        here, away = (f"{directory}.{name}" for name in ("ab" if number % 2 else "ba"))
+        if os.path.exists(away):
+            os.rename(away, directory)
+        vm.write("vda", number * MiB, MiB)
+        done = backup(lab, vm, "auto", directory)
+        assert ("level full" in done.stderr) == (number < 2)
+        os.rename(directory, away)
+        assert not os.path.exists(here) or number
+    restores(lab, away, vm.reference())
+
+
 def test_recover_ends_what_a_crash_left_and_leaves_the_chain_usable(lab, vm, directory):
     backup(lab, vm, "full", directory)
     before = vm.checkpoints()
