@@ -4,6 +4,7 @@
 import json
 import os
 
+import libvirt
 from lab import compare
 
 STORE = "vnb-extents | vnb-read | vnb-pack -z -o {set}"
@@ -36,6 +37,18 @@ def restores(lab, directory, reference, point=None):
     assert {name.partition(".")[0] for name in os.listdir(target)} == set(reference)
     for name, image in reference.items():
         compare(image, f"{target}/{name}.qcow2", "qcow2")
+
+
+def snapshot(lab, vm):
+    """Put an overlay onto vda, as an external snapshot does: its path."""
+    overlay = lab.path(vm.name, "overlay.qcow2")
+    vm.handle.snapshotCreateXML(
+        f"<domainsnapshot><disks><disk name='vda' snapshot='external'><source file='{overlay}'/></disk>"
+        "<disk name='vdb' snapshot='no'/></disks></domainsnapshot>",
+        libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA,
+    )
+    vm.files.add("overlay.qcow2")
+    return overlay
 
 
 def listed(lab, vm, directory):

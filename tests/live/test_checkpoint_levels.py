@@ -10,7 +10,7 @@ import libvirt
 import libvirt_qemu
 import makers
 import pytest
-from backups import STORE, backup, levels, listed, restores, tip
+from backups import STORE, backup, levels, listed, restores, snapshot, tip
 from lab import Disk, MiB, wait_for
 
 
@@ -302,18 +302,6 @@ def test_images_that_have_changed_places_after_a_redefine(lab, vm, directory):
     done = backup(lab, vm, "inc", directory)
     assert done.stderr.count("full in this increment: its image is another one than ") == 2
     restores(lab, directory, vm.reference())
-
-
-def snapshot(lab, vm):
-    """An external snapshot of vda: its path."""
-    overlay = lab.path(vm.name, "overlay.qcow2")
-    vm.handle.snapshotCreateXML(
-        f"<domainsnapshot><disks><disk name='vda' snapshot='external'><source file='{overlay}'/></disk>"
-        "<disk name='vdb' snapshot='no'/></disks></domainsnapshot>",
-        libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA,
-    )
-    vm.files.add("overlay.qcow2")
-    return overlay
 
 
 def test_over_a_snapshot_and_back(lab, vm, directory):

@@ -6,7 +6,7 @@ import signal
 
 import libvirt
 import pytest
-from backups import backup, levels, record, restores, tip
+from backups import backup, levels, record, restores, snapshot, tip
 from lab import MiB, run, wait_for
 
 
@@ -72,23 +72,11 @@ def test_copy_and_diff_offline_leave_no_bitmap(lab, vm, directory):
     assert run("qemu-img", "info", "--output=json", vm.disks["vda"].path) == before
 
 
-def snapshot(lab, vm):
-    """Put an overlay onto vda, as an external snapshot does."""
-    overlay = lab.path(vm.name, "overlay.qcow2")
-    vm.handle.snapshotCreateXML(
-        f"<domainsnapshot><disks><disk name='vda' snapshot='external'><source file='{overlay}'/></disk>"
-        "<disk name='vdb' snapshot='no'/></disks></domainsnapshot>",
-        libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA,
-    )
-    vm.files.add("overlay.qcow2")
-    vm.disks["vda"].path = overlay
-
-
 def test_over_a_snapshot_a_bitmap_counts_as_the_union_of_its_layers(lab, vm, directory):
     """qemu-nbd shows what changed since the snapshot alone; the older changes are in the layer below."""
     backup(lab, vm, "full", directory)
     vm.write("vda", 30 * MiB, MiB)
-    snapshot(lab, vm)
+    vm.disks["vda"].path = snapshot(lab, vm)
     vm.write("vda", 40 * MiB, MiB)
     vm.destroy()
     done = backup(lab, vm, "inc", directory)
@@ -101,7 +89,7 @@ def test_over_a_snapshot_a_bitmap_counts_as_the_union_of_its_layers(lab, vm, dir
 def test_a_union_that_a_dead_keeper_left_hinders_no_backup_of_the_guest_that_was_started(lab, vm, directory):
     """It cannot be removed from an image that is in use, and need not be."""
     backup(lab, vm, "full", directory)
-    snapshot(lab, vm)
+    vm.disks["vda"].path = snapshot(lab, vm)
     vm.write("vda", 40 * MiB, MiB)
     vm.destroy()
     lab.sh(f"vnb-checkpoint begin {vm.name} --level inc --ledger {directory} > {lab.path('begun')}")
