@@ -488,10 +488,12 @@ def test_what_was_dropped_is_written_down_for_vnb_checkpoint(tmp_path):
     assert os.stat(tmp_path / "set" / backupset.PRUNED).st_mode & 0o777 == 0o600
     assert command("--keep-last", 1, tmp_path / "set").returncode == 0
     assert backupset.pruned(tmp_path / "set") == {makers.point(0), makers.point(1)}
-    backupset.forget_pruned(tmp_path / "set")
+    backupset.forget_pruned(tmp_path / "set", {makers.point(1), makers.point(2)})
+    assert backupset.pruned(tmp_path / "set") == {makers.point(0)}  # of another chain: whoever commits there drops it
+    backupset.forget_pruned(tmp_path / "set", {makers.point(0)})
     assert command("--keep-last", 1, tmp_path / "set").returncode == 0
     assert backupset.PRUNED not in os.listdir(tmp_path / "set")
-    backupset.forget_pruned(tmp_path / "set")
+    backupset.forget_pruned(tmp_path / "set", {makers.point(0)})
     assert backupset.pruned(tmp_path / "set") == set()
     os.mkfifo(tmp_path / "set" / backupset.PRUNED)
     assert backupset.pruned(tmp_path / "set") == set()

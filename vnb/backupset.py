@@ -297,10 +297,14 @@ def pruned(directory):
         return set()
 
 
-def forget_pruned(directory):
-    """They are gone. Where that cannot be written down it does no harm: they are looked for once more."""
-    with contextlib.suppress(OSError):
-        os.unlink(os.path.join(directory, PRUNED))
+def forget_pruned(directory, names):
+    """These checkpoints (set of str) are gone. Where it cannot be written down, they are looked for once more."""
+    with contextlib.suppress(OSError, Error), locked(directory):  # vnb-prune adds some while it has that lock
+        path = os.path.join(directory, PRUNED)
+        rest = pruned(directory) - names
+        os.unlink(path)
+        if rest:
+            add_pruned(directory, sorted(rest))
 
 
 def file_name(head):

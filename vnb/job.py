@@ -177,11 +177,12 @@ class Job:
 
     def _drop_pruned(self, source, directory, others):
         """Delete the checkpoints whose points vnb-prune dropped from the set. others (set): those it does not hold."""
-        dropped = backupset.pruned(directory) & others
-        for name in dropped:
-            if name.startswith(f"vnb.{self.head['chain']}."):  # never anybody else's, whatever stands there
-                source.delete_checkpoint(name)
-        backupset.forget_pruned(directory)
+        dropped = backupset.pruned(directory)
+        mine = {name for name in dropped if name.startswith(f"vnb.{self.head['chain']}.")}
+        for name in mine & others:  # never anybody else's, whatever stands there
+            source.delete_checkpoint(name)
+        if mine:
+            backupset.forget_pruned(directory, mine)
 
 
 def begin(directory, source, options, note, warn):
