@@ -564,10 +564,13 @@ class Domain:
 
 
 def _may_still_happen(error):
-    """Whether the agent may have been asked, or still be: also by a libvirtd that we have lost."""
+    """
+    Whether the agent may have been asked, or still be: also by a libvirtd that we have lost.
+
+    Not where libvirt says that others kept the agent busy: it was not asked, and who froze the guest is to thaw it.
+    """
     return error.get_error_domain() == libvirt.VIR_FROM_RPC or error.get_error_code() in (
-        libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED, libvirt.VIR_ERR_OPERATION_TIMEOUT,
-        AGENT_COMMAND_TIMEOUT,
+        libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED, AGENT_COMMAND_TIMEOUT
     )
 
 

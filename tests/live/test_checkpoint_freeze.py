@@ -5,12 +5,15 @@ import os
 import re
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import libvirt
 import pytest
 from backups import STORE, backup, record
 from lab import KiB, MiB, wait_for
 
+from vnb.errors import Error
 from vnb.virt import Domain, Unanswered
 
 
@@ -138,6 +141,21 @@ def test_an_agent_that_hangs_and_comes_back_is_told_to_thaw(lab, linux, director
     wait_for(lambda: record(lab, linux) is None, "the thaw", 120)
     assert status(linux) == "thawed"
     linux.run("echo alive > /mnt/vda/alive; sync")
+
+
+def test_an_agent_that_others_keep_busy_was_not_asked(linux):
+    """libvirt waits half a minute for its turn. What is frozen then is not ours to thaw, now or later."""
+    script = r"#!/bin/sh\necho busy > /dev/ttyS0\nexec sleep 33\n"  # the agent waits for its end
+    linux.run(f"printf '{script}' > /sbin/shutdown; chmod +x /sbin/shutdown")
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(linux.agent, "guest-shutdown", 35)
+        wait_for(lambda: "busy" in Path(linux.console).read_text(), "the agent to be busy")
+        with Domain(None, linux.name) as domain, pytest.raises(Error, match="state change lock") as refused:
+            domain.freeze([])
+        with pytest.raises(libvirt.libvirtError):  # it answers only where it could not be done
+            other.result()
+    assert not isinstance(refused.value, Unanswered)
+    assert status(linux) == "thawed"
 
 
 SIGN_AT = 128 * MiB - 64 * KiB  # the end of vda, where no file is
