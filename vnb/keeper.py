@@ -15,6 +15,7 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -230,8 +231,13 @@ def stay(directory):
     The caller has let go of the lock, and is about to end.
     """
     record = directory.load()
-    if record is not None and record["phase"] == "ended" and record["frozen"] and os.fork() == 0:
-        _child(lambda: _stay(directory))
+    if record is not None and record["phase"] == "ended" and record["frozen"]:
+        # Not by fork alone: libvirt was used here, and its threads and their locks would not come along.
+        subprocess.Popen(
+            [sys.executable, "-m", "vnb.keeper", directory.state, directory.uuid],
+            stdin=subprocess.DEVNULL, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
 
 
 def _stay(directory):
@@ -649,3 +655,8 @@ def _end(job, what, ledger):
         job.abort()
     else:
         raise UsageError("keeper", f"asked to do {what}")
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(Error):  # said in the log, or nobody is there who asked
+        _stay(JobDirectory(*sys.argv[1:]))

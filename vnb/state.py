@@ -65,9 +65,11 @@ def start_of(pid):
 
 
 class JobDirectory:
-    """The directory of a domain's job."""
+    """The directory of a domain's job. state (str): the state directory. uuid (str): the domain's."""
 
     def __init__(self, state, uuid):
+        self.state = state
+        self.uuid = uuid
         self.path = os.path.join(state, "jobs", uuid)
         make_private_directory(self.path)
         self.log = os.path.join(self.path, "keeper.log")
