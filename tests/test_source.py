@@ -22,7 +22,7 @@ class Domain:
         self.reason = reason
         self.begun = []
 
-    def begin_backup(self, server, _checkpoint):
+    def begin_backup(self, server, _checkpoint, _reuse):
         if self.refusals:
             self.refusals -= 1
             raise Error("vm", self.reason)
@@ -33,7 +33,8 @@ def begin(domain, endpoint):
     """What _begin() wrote into the record of the job, in order."""
     written = []
     plan = SimpleNamespace(endpoint=endpoint, backup_xml=lambda: endpoint.key, checkpoint_xml=lambda: None)
-    job = SimpleNamespace(intend=lambda what, value: written.append((what, value)))
+    record = {"scratch_made": False}
+    job = SimpleNamespace(record=record, intend=lambda what, value: written.append((what, value)))
     Running(domain)._begin(plan, job)
     return written
 

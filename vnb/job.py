@@ -13,10 +13,9 @@ from vnb import backupset, domxml, qemuimg
 from vnb.errors import Error
 from vnb.ledger import Ledger
 from vnb.plan import Plan
-from vnb.pool import Ordered
+from vnb.pool import AT_ONCE, Ordered
 from vnb.source import source_of, thaw
 
-AT_ONCE = 4  # questions about images: each takes 30 ms, mostly to start qemu-img
 KEPT_CHECKPOINTS = 2  # the newest ones, beside the last full's: a lost increment can be taken once more
 
 

@@ -71,6 +71,7 @@ class Plan:
             "endpoint": self.endpoint.key,
             "tcp": self.endpoint.is_tcp,
             "scratch": list(self.scratch.values()),
+            "scratch_made": False,
             "started": self.source.started,
             "suspended": False,
             "frozen": False,

@@ -5,6 +5,7 @@ import collections
 import queue
 import threading
 
+AT_ONCE = 4  # qemu-img processes: each takes 30 ms, mostly to start
 SMALL = 64 << 10  # below this malloc(3) has memory at hand that it was given back
 
 

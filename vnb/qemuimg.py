@@ -75,6 +75,15 @@ def holders(chain, bitmap):
     return []
 
 
+# In a shell, since it may be one of another host. $1: path, $2: size, $3: owner or nothing.
+_CREATE = 'umask 077; qemu-img create -q -f qcow2 -- "$1" "$2" && { test -z "$3" || chown -- "$3" "$1"; }'
+
+
+def create(name, path, size, owner, run=run):
+    """Make an empty qcow2 image. owner (str or None): as chown(1) has it. run: see info(). Raises Error."""
+    run(name, "sh", "-c", _CREATE, "sh", path, str(size), owner or "")
+
+
 def add_bitmap(name, path, bitmap):
     """Add a persistent bitmap that records from now on."""
     run(name, "qemu-img", "bitmap", "--add", "-f", "qcow2", path, bitmap)

@@ -11,6 +11,7 @@ import time
 from vnb import domxml, heads, qemuimg, ssh
 from vnb.endpoint import Tcp, Unix, parse_listen
 from vnb.errors import Error
+from vnb.pool import AT_ONCE, Ordered
 from vnb.state import start_of
 from vnb.virt import BrokenBitmap, Domain, NoDomain, Unanswered
 
@@ -129,6 +130,7 @@ class Running:
             self.domain.call("suspend")
         frozen = None
         try:
+            self._make_scratch(plan, job)
             if options["freeze"] is not None and not self.started:
                 frozen = self._freeze(options, job)
             begun = time.monotonic()
@@ -143,6 +145,31 @@ class Running:
                 job.note(f"{self.name}: {frozen} file systems frozen for {(time.monotonic() - begun) * 1000:.0f} ms")
             if paused:
                 self._resume(job)
+
+    def _make_scratch(self, plan, job):
+        """
+        Make the scratch files, or leave that to libvirt where we have no right to.
+
+        libvirt would have QEMU make them. While it does, QEMU aborts, and the guest with it, when anybody asks for its
+        disks' sizes or statistics, as monitoring does all the time (qcow2_get_specific_info(), QEMU 7.2).
+        """
+        owner = domxml.qemu_user(self.domain.xml())
+        sizes = {disk["name"]: disk["size"] for disk in plan.disks}
+        run = qemuimg.run if self.host is None else self.host.run
+
+        def make(name):
+            qemuimg.create(name, plan.scratch[name], sizes[name], owner, run)
+
+        job.intend("scratch_made")
+        try:
+            with Ordered(make, AT_ONCE) as work:
+                for name in plan.scratch:
+                    work.call(name)
+                for _ in plan.scratch:
+                    work.pop()
+        except Error:
+            _remove_scratch(job, self.host)
+            job.intend("scratch_made", False)
 
     def _resume(self, job):
         """
@@ -160,7 +187,7 @@ class Running:
         """Begin the job; on another port, if we chose one that is taken."""
         for tries_left in reversed(range(PORT_TRIES)):
             try:
-                self.domain.begin_backup(plan.backup_xml(), plan.checkpoint_xml())
+                self.domain.begin_backup(plan.backup_xml(), plan.checkpoint_xml(), job.record["scratch_made"])
                 return
             except BrokenBitmap:
                 raise
@@ -207,7 +234,7 @@ class Running:
             if domain.end_backup(record["endpoint"]) and stuck and domain.is_active:
                 domain.resume()  # its scratch was full, now it is gone
         _end_servers(record)
-        _remove_files(record, self.host)
+        _remove_files(job, self.host)
         if record["suspended"]:
             self._resume(job)
         if record["started"]:
@@ -264,7 +291,7 @@ class Gone:
     def end(self, job):
         """End what the job started here, and remove its files."""
         _end_servers(job.record)
-        _remove_files(job.record, self._host)
+        _remove_files(job, self._host)
 
     def delete_checkpoint(self, name):
         """There is none."""
@@ -513,12 +540,27 @@ def _end_servers(record):
             os.unlink(socket)
 
 
-def _remove_files(record, host):
-    """Remove socket and scratch files: libvirt does; after a crash of its own it may not have."""
-    if host is None:
-        for path in (*([] if record["tcp"] else [record["endpoint"]]), *record["scratch"]):
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+def _remove_files(job, host):
+    """Remove socket and scratch files: those that libvirt made it does itself, but not after a crash of its own."""
+    if host is None and not job.record["tcp"]:
+        with contextlib.suppress(OSError):
+            os.unlink(job.record["endpoint"])
+    if host is None or job.record.get("scratch_made"):
+        _remove_scratch(job, host)
+
+
+def _remove_scratch(job, host):
+    """Remove the scratch files. What stays on another host is said: the backup itself is over."""
+    paths = job.record["scratch"]
+    if host is not None:
+        try:
+            host.run(host.destination, "rm", "-f", "--", *paths)
+        except Error as error:
+            job.note(f"{error}: left behind there: {', '.join(paths)}")
+        return
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def _domain_fields(domain):

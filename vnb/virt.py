@@ -305,11 +305,14 @@ class Domain:
                 return None
             raise error_of(self.what, error) from None
 
-    def begin_backup(self, backup_xml, checkpoint_xml):
+    def begin_backup(self, backup_xml, checkpoint_xml, reuse=False):
         """
         Start a backup job. Raises BrokenBitmap where a bitmap is missing or inconsistent; nothing is left then.
+
+        reuse (bool): the scratch files are there already, empty images as large as the disks.
         """
-        flags = PRESERVE_SHUTDOWN if self.call_connection("getLibVersion") >= PRESERVE_SHUTDOWN_SINCE else 0
+        flags = libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL if reuse else 0
+        flags |= PRESERVE_SHUTDOWN if self.call_connection("getLibVersion") >= PRESERVE_SHUTDOWN_SINCE else 0
         try:
             self._domain.backupBegin(backup_xml, checkpoint_xml, flags)
         except libvirt.libvirtError as error:

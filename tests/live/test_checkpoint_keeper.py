@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The keeper: a job that nobody ends is ended, whoever was killed; a backup never costs the guest its life."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import libvirt
 import pytest
-from backups import backup, listed, record, restores, tip
+from backups import STORE, backup, listed, record, restores, tip
 from guest import linux
 from lab import Disk, MiB, wait_for
 
@@ -261,6 +264,52 @@ def test_libvirtd_restarted_midway_loses_nothing(lab, vm, directory):
     assert not vm.has_job()
     vm.write("vda", 9 * MiB, MiB)
     backup(lab, vm, "inc", directory)
+    restores(lab, directory, vm.reference())
+
+
+def test_others_may_ask_about_the_disks_while_backups_begin(lab, vm, directory):
+    """As monitoring does. QEMU 7.2 does not survive that while it makes an image: the scratch is made without it."""
+    over = threading.Event()
+
+    def ask():
+        while not over.is_set():
+            with contextlib.suppress(libvirt.libvirtError):
+                lab.connection.domainListGetStats([vm.handle], libvirt.VIR_DOMAIN_STATS_BLOCK)
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask)
+        try:
+            for number in range(24):
+                vm.write("vda", number * MiB, MiB)
+                backup(lab, vm, "auto", directory, "--no-freeze")
+        finally:
+            over.set()
+            asking.result()
+    assert vm.state() == libvirt.VIR_DOMAIN_RUNNING
+    restores(lab, directory, vm.reference())
+
+
+@pytest.mark.parametrize("qemu_img", ["exit 1", 'exec "$REAL" "$@"'])
+def test_a_scratch_is_made_by_us_or_else_by_libvirt(lab, vm, directory, qemu_img):
+    """Where we have no right to write beside the image, QEMU may have it."""
+    path = lab.new_directory("path")
+    stub = os.path.join(path, "qemu-img")
+    with open(stub, "w") as file:
+        file.write(f"#!/bin/sh\nREAL={shutil.which('qemu-img')}\n")
+        file.write(f'case $1 in create) {qemu_img};; *) exec "$REAL" "$@";; esac\n')
+    os.chmod(stub, 0o700)
+    done = lab.sh(
+        f"PATH={path}:$PATH vnb-checkpoint run {vm.name} --level full --ledger {directory} -- "
+        f"'cp {lab.path('state', 'jobs', vm.uuid)}/job.json {path}; ls -l {vm.directory} > {path}/listed; "
+        f"{STORE.format(set=directory)}'"
+    )
+    with open(os.path.join(path, "job.json"), encoding="utf-8") as file:
+        job = json.load(file)
+    assert job["scratch_made"] == (qemu_img != "exit 1"), done.stderr
+    with open(os.path.join(path, "listed"), encoding="utf-8") as file:
+        modes = [line.split()[0] for line in file if line.endswith(".scratch\n")]
+    assert modes == ["-rw-------"] * len(vm.disks)
+    assert lab.leftovers() == []
     restores(lab, directory, vm.reference())
 
 
