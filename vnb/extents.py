@@ -48,7 +48,8 @@ def _from_uri(args):
     disk = {"name": name, "size": connection.size, "level": "inc" if args["--dirty"] else "full", "image": {},
             "source": source}
     head = heads.new(domain=name, uuid=heads.uuid_of(name), level="inc" if args["--dirty"] else "copy",
-                     parent=args["--parent"], stage="extents")
+                     parent=args["--parent"], stage="extents",
+                     after=heads.created_of(args["--parent"]) if args["--parent"] else None)
     return disk, head
 
 

@@ -29,6 +29,8 @@ class Plan:
         self.warn = warn
         self.ledger = Ledger.of(options["state"], source.uuid, options["ledger"])
         self.have = source.have()
+        # What the set will refuse is refused before the guest is frozen.
+        self.held = self.ledger.of_domain(source.uuid, source.name)
         self.broken = False  # bitmaps of older checkpoints turned out to be: these checkpoints are of no use
         self.level, self.parent, self.known = self._level()
         self.marks = self.level in ("full", "inc")  # a point that the next increment may start from
@@ -37,7 +39,7 @@ class Plan:
         self.others = [disk.name for disk in everything if disk not in chosen]
         self.head = heads.new(
             source.name, source.uuid, self.level, "disks", parent=self.parent, chain=options["chain"],
-            after=self._created_of_parent(), **source.head_fields(),
+            after=self._newest(), **source.head_fields(),
         )
         if self.marks:
             self.head["checkpoint"] = self.head["point"]
@@ -132,20 +134,23 @@ class Plan:
         names = [disk["name"] for disk in self.disks]
         return sum(self.source.estimate(self.parent, names).values())
 
-    def _created_of_parent(self):
-        if self.known is not None:
-            return self.known.head["created"]
-        return heads.created_of(self.parent) if self.parent else None
+    def _newest(self):
+        """
+        The latest time (str) of all points that are known, or None.
+
+        A clock that went back must not make of a new full, or of a diff, one that is older than what it is to follow.
+        """
+        times = [segment.head["created"] for segment in self.held]
+        if self.known is None and self.parent:
+            times.append(heads.created_of(self.parent) or "")
+        return max(times, default=None)
 
     def _level(self):
         """(level, parent's point or None, parent's segment where the ledger has it or None)."""
         level, since = self.options["level"], self.options["since"]
         if level in ("full", "copy"):
-            if not self.ledger.own:
-                # What the set will refuse is refused before the guest is frozen.
-                self.ledger.of_domain(self.source.uuid, self.source.name)
             return level, None, None
-        known = self.ledger.of_domain(self.source.uuid, self.source.name)
+        known = self.held
         ours = [segment for segment in known if segment.head.get("chain") == self.options["chain"]]
         if since not in (None, "last", "full"):
             if since not in self.have:
