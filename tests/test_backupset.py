@@ -87,6 +87,8 @@ def test_what_a_set_does_not_take(tmp_path):
     changes = [samples.disk(size=100, level="inc")]
     refused(tmp_path, "segment id-p0 is already here", samples.head("p0"))
     refused(tmp_path, "point p1 is already here", {**inc(1), "id": "another"}, changes)
+    merged = {**samples.head("p1"), "id": "another"}
+    refused(tmp_path, "point p1 is already here with other disks", merged, [samples.disk("other", 100)])
     refused(tmp_path, "does not hold p8, the parent of p9", samples.head("p9", "p8"), changes)
     refused(tmp_path, "this is a set of vm (u-1), the stream is of vm (u-2)", samples.head("q", uuid="u-2"))
     refused(tmp_path, "less than the 100 before", inc(2), [samples.disk(size=99, level="inc")])

@@ -156,6 +156,18 @@ def test_merged_full_is_an_alternative():
     assert names(chain.off_path(segments, chain.path(segments, "set", "p3"))) == ["p0", "p1"]
 
 
+@pytest.mark.parametrize("id_", ["a", "z"])
+@pytest.mark.parametrize("parent", ["p1", None])
+def test_a_segment_with_fewer_disks_is_no_alternative(parent, id_):
+    """As vnb-cat --disk makes it: whoever took it would lose the other disks."""
+    both = [samples.disk("vda", 100), samples.disk("vdb", 100)]
+    segments = [Segment(f"p{n}", f"p{n - 1}" if n else None, disks=both, created=day(n + 1)) for n in range(3)]
+    segments.append(Segment("p2", parent, id=id_, disks=both[:1], created=day(3)))
+    assert [segment.head["id"] for segment in chain.path(segments, "set")] == ["id-p0", "id-p1", "id-p2"]
+    lost = [segment for segment in segments if segment.head["id"] != "id-p1"]
+    refused(lost, "gap: p2 needs p1")  # better than a restore without vdb
+
+
 @pytest.mark.parametrize("lost", ["id-p1", "id-p2", None])
 @pytest.mark.parametrize("merged", ["a", "z"])
 def test_merged_increment_and_a_part_of_what_it_replaces(lost, merged):

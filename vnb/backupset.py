@@ -9,7 +9,7 @@ import secrets
 from vnb import chain, index, stream
 from vnb import frame as f
 from vnb.direct import DirectWriter
-from vnb.durable import make_directories
+from vnb.durable import make_directories, sync_directory
 from vnb.errors import Error, StreamError, os_error
 from vnb.frame import FrameError
 
@@ -284,6 +284,7 @@ def add_pruned(directory, names):
         file.writelines(f"{name}\n" for name in names)
         file.flush()
         os.fsync(fd)
+    sync_directory(directory)
 
 
 def pruned(directory):
@@ -317,6 +318,7 @@ def file_name(head):
 
 def admit(directory, held, head, disks):
     """Raise Error unless a set that holds these segments may take one with this head and these disks."""
+    names = {disk["name"] for disk in disks}
     for segment in held:
         if segment.head["id"] == head["id"]:
             raise Error(directory, f'segment {head["id"]} is already here ({segment.name})')
@@ -327,6 +329,8 @@ def admit(directory, held, head, disks):
             )
         if segment.head["point"] == head["point"] and segment.head["level"] == head["level"]:
             raise Error(directory, f'point {head["point"]} is already here ({segment.name})')
+        if segment.head["point"] == head["point"] and names != {disk["name"] for disk in segment.disks}:
+            raise Error(directory, f'point {head["point"]} is already here with other disks ({segment.name})')
     parent = head["parent"]
     if parent is not None:
         before = chain.points(held).get(parent)

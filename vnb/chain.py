@@ -147,7 +147,9 @@ def points(segments):
     A merged segment and those that it replaces may stand side by side: they have the same point. Of these
     alternatives the full one is taken, else one whose way back to a full is there, in the fewest steps. So a set
     of which a part was merged, and then only a part of what that replaced was removed, restores every point.
+    One with fewer disks than another is none: somebody has taken some disks out of that, and would lose the others.
     """
+    segments = _with_all_disks(segments)
     children = {}
     for segment in segments:
         children.setdefault(segment.head["parent"], []).append(segment)
@@ -159,6 +161,15 @@ def points(segments):
         chosen.update(step)
         reached = list(step)
     return {**_newest([segment for segment in segments if segment.head["point"] not in chosen]), **chosen}
+
+
+def _with_all_disks(segments):
+    """The segments without those that lack disks which another one has for the same point."""
+    most = {}
+    for segment in segments:
+        point = segment.head["point"]
+        most[point] = max(most.get(point, 0), len(segment.disks))
+    return [segment for segment in segments if len(segment.disks) == most[segment.head["point"]]]
 
 
 def _newest(segments):
