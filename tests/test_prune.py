@@ -497,3 +497,27 @@ def test_what_was_dropped_is_written_down_for_vnb_checkpoint(tmp_path):
     assert backupset.pruned(tmp_path / "set") == set()
     os.mkfifo(tmp_path / "set" / backupset.PRUNED)
     assert backupset.pruned(tmp_path / "set") == set()
+
+
+@pytest.mark.parametrize("xml, kept", [
+    (None, True),
+    ("<domain><devices><disk><target dev='vda'/></disk><disk><target dev='vdb'/></disk></devices></domain>", True),
+    ("<domain><devices><disk><target dev='vda'/></disk></devices></domain>", False),
+    ("<!DOCTYPE x><domain/>", True),
+])
+def test_the_last_point_with_a_disk_stays_as_long_as_the_machine_has_it(tmp_path, xml, kept, monkeypatch):
+    """One backup with --include is no reason to lose the only copy of all other disks."""
+    monkeypatch.setattr(makers, "head", lambda number, head=makers.head, **changes: {
+        **head(number, **changes), "domain_xml": xml})
+    makers.make_set(tmp_path / "set", [{"vda": "64k:A", "vdb": "64k:B"}, {"vda": "64k:C", "vdb": "64k:D"},
+                                       {"vda": "64k:E"}, {"vda": "64k:F"}])
+    done = command("--dry-run", "--keep-last", 1, tmp_path / "set")
+    assert done.stdout.count("keep ") == 2 - (not kept)
+    assert ("last with vdb" in done.stdout) == kept
+    assert command("--keep-last", 1, tmp_path / "set").returncode == 0
+    segments = backupset.segments([str(tmp_path / "set")])
+    points = set(chain.points(segments))
+    assert points == {makers.point(3), makers.point(1)} if kept else {makers.point(3)}
+    for point in points:
+        disks = {disk["name"] for disk in chain.path(segments, "set", point)[-1].disks}
+        assert disks == ({"vda"} if point == makers.point(3) else {"vda", "vdb"})

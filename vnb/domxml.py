@@ -70,6 +70,11 @@ def disks(domain_xml):
     return [Disk(element) for element in parse(domain_xml, "domain XML").iterfind("./devices/disk")]
 
 
+def disk_names(domain_xml):
+    """The names (set of str) of the disks in a domain's XML, which may come from a stream."""
+    return {target.get("dev") for target in parse(domain_xml, "domain XML").iterfind("./devices/disk/target")}
+
+
 def bitmaps(checkpoint_xml):
     """{disk name: bitmap name} of a checkpoint's XML: the disks that it can give changes for."""
     return {

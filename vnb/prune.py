@@ -25,7 +25,7 @@ import errno
 import fcntl
 import os
 
-from vnb import arguments, backupset, chain, log
+from vnb import arguments, backupset, chain, domxml, log
 from vnb.errors import Error, UsageError, os_error
 from vnb.index import Builder
 from vnb.merge import Merge
@@ -55,10 +55,10 @@ def main(args):
     if not os.path.isdir(directory):
         raise Error(directory, os.strerror(errno.ENOTDIR if os.path.lexists(directory) else errno.ENOENT))
     if args["--dry-run"]:
-        show("".join(f"{line}\n" for line in report(Plan(segments_of(directory), directory, counts))))
+        show("".join(f"{line}\n" for line in report(make_plan(directory, counts))))
         return
     with only_one(directory):
-        plan = Plan(segments_of(directory), directory, counts)
+        plan = make_plan(directory, counts)
         for point in plan.left_alone:
             log.warn(f"{directory}: {point}: left alone: what it needs is not here")
         for run in plan.merges:
@@ -69,6 +69,22 @@ def main(args):
                 progress.begin()
                 store(run, directory, progress, sum(segment.length for segment in run) / length)
         remove(plan, directory)
+
+
+def make_plan(directory, counts):
+    """The Plan for a set. Raises Error."""
+    segments = segments_of(directory)
+    chain.check(segments, directory)
+    return Plan(segments, directory, counts, _present(chain.points(segments)[chain.latest(segments, directory)]))
+
+
+def _present(latest):
+    """The names (set of str) of the disks that the domain had at a segment's point, None where it does not say."""
+    with contextlib.closing(latest):
+        xml = latest.open().head.get("domain_xml")
+    with contextlib.suppress(Error):
+        return domxml.disk_names(xml) if xml else None
+    return None
 
 
 def segments_of(directory):
@@ -90,10 +106,11 @@ class Plan:
     merges (list of list of segment): each list, oldest first, becomes one segment for its last one's point.
     needed (set of segment): those that stay as they are. left_alone (list of str): points that can't be restored
     from this set; they count for nothing and nothing happens to them. counts (dict): period: how many.
+    present (set of str or None): names of the disks that the domain has, None where that is not known.
     Raises Error for a set with a circle, or of two domains.
     """
 
-    def __init__(self, segments, name, counts):
+    def __init__(self, segments, name, counts, present=None):
         chain.check(segments, name)
         self.segments = segments
         self.by_point = chain.points(segments)
@@ -103,7 +120,7 @@ class Plan:
         self.left_alone = sorted(set(self.by_point) - set(restorable))
         points = [self.by_point[point] for point in restorable]
         self.kept = chosen(points, counts)
-        for reason, segment in always(points):
+        for reason, segment in always(points, present):
             self.kept.setdefault(segment.head["point"], []).append(reason)
         self.held = self._held()
         self.merges = []
@@ -171,9 +188,21 @@ def chosen(segments, counts):
     return kept
 
 
-def always(segments):
-    """Yield (reason, segment) of what the next backups need: of each chain the latest point and the parent-to-be."""
-    yield "latest", chain.points(segments)[chain.latest(segments, None)]
+def always(segments, present=None):
+    """
+    Yield (reason, segment) of what always stays.
+
+    It is what the next backups need, of each chain the latest point and the parent-to-be; and of each disk that the
+    latest point does not have, though the domain does (present, see Plan), the last point with it.
+    """
+    latest = chain.points(segments)[chain.latest(segments, None)]
+    yield "latest", latest
+    seen = {disk["name"] for disk in latest.disks}
+    for segment in sorted(segments, key=age, reverse=True):
+        for name in sorted({disk["name"] for disk in segment.disks} - seen):
+            seen.add(name)
+            if present is None or name in present:
+                yield f"last with {name}", segment
     chains = {}
     for segment in segments:
         chains.setdefault(segment.head.get("chain"), []).append(segment)
