@@ -17,7 +17,11 @@ END_SECONDS = 30  # for a qemu-nbd that was told to end; it has nothing to write
 
 
 class Layer:
-    """An image of a backing chain. bitmaps: {name: set of flags}, "in-use" is one that was not closed properly."""
+    """
+    An image of a backing chain.
+
+    bitmaps: {name: set of flags}. "in-use": it was not closed properly. "auto": it records what is written.
+    """
 
     def __init__(self, info):
         self.path = info["filename"]
@@ -28,7 +32,9 @@ class Layer:
         self.is_v2 = self.format == "qcow2" and data.get("compat") == "0.10"
 
     def is_sound(self, bitmap):
-        return bitmap in self.bitmaps and "in-use" not in self.bitmaps[bitmap]
+        """Whether a bitmap has all that was written since it was made; libvirt asks for the same of one in use."""
+        flags = self.bitmaps.get(bitmap, ())
+        return "auto" in flags and "in-use" not in flags
 
 
 def run(what, *argv):

@@ -234,6 +234,41 @@ def test_image_files_without_libvirt(lab, directory):
     assert lab.leftovers() == []
 
 
+def image_backup(lab, images, level, directory):
+    """One backup of images ({disk: path}) without libvirt."""
+    given = " ".join(f"--image {name}={path}" for name, path in images.items())
+    return lab.sh(
+        f"vnb-checkpoint run {given} --level {level} --ledger {directory} -- "
+        f"'vnb-extents | vnb-read | vnb-pack -o {directory}'"
+    )
+
+
+def write(image, pattern, offset, length):
+    run("qemu-io", "-f", "qcow2", "-c", f"write -P {pattern} {offset} {length}", image)
+
+
+@pytest.fixture
+def two_images(lab):
+    """{"vda": path, "vdb": path} of two qcow2 images with other data."""
+    made = lab.new_directory("images")
+    images = {name: os.path.join(made, f"{name}.qcow2") for name in ("vda", "vdb")}
+    for number, image in enumerate(images.values()):
+        run("qemu-img", "create", "-q", "-f", "qcow2", image, "16M")
+        write(image, 1 + number, 0, MiB)
+    return images
+
+
+def test_a_bitmap_that_does_not_record_is_of_no_use(lab, two_images, directory):
+    """It is there and consistent, but what was written since it was disabled is not in it."""
+    image_backup(lab, two_images, "full", directory)
+    run("qemu-img", "bitmap", "--disable", two_images["vda"], tip(lab, directory))
+    write(two_images["vda"], 3, 0, MiB)
+    done = image_backup(lab, two_images, "inc", directory)
+    assert "vda: full in this increment: no sound bitmap of it goes back to " in done.stderr
+    assert "vdb: full" not in done.stderr
+    restores(lab, directory, {name: raw_copy(lab, image) for name, image in two_images.items()})
+
+
 def test_an_image_in_use_is_refused(lab, vm, directory):
     image = vm.disks["vda"].path
     done = lab.sh(f"vnb-checkpoint begin --image vda={image} --level full --ledger {directory} | cat", check=False)
