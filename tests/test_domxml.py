@@ -53,6 +53,43 @@ def test_what_names_the_images():
     assert domxml.images_then("<domaincheckpoint/>") == {}
 
 
+BASE = "<backingStore type='file'><format type='raw'/><source file='/base'>{}</source>{}</backingStore>"
+
+
+@pytest.mark.parametrize("below, layers, formats, ends", [
+    ("", ["/top"], ["qcow2"], False),
+    ("<backingStore/>", ["/top"], ["qcow2"], True),
+    (BASE.format("", ""), ["/top", "/base"], ["qcow2", "raw"], False),
+    (BASE.format("", "<backingStore/>"), ["/top", "/base"], ["qcow2", "raw"], True),
+    ("<backingStore><source file='/base'/></backingStore>", ["/top", "/base"], ["qcow2", None], False),
+])
+def test_what_the_xml_has_below_an_image(below, layers, formats, ends):
+    disk, = domxml.disks(
+        f"<domain><devices><disk><driver type='qcow2'/><source file='/top'/>{below}<target dev='vda'/></disk></devices>"
+        "</domain>"
+    )
+    assert (disk.layers, disk.formats, disk.ends) == (layers, formats, ends)
+    assert disk.kind_of_qemu is None
+
+
+@pytest.mark.parametrize("source, what", [
+    ("<source file='/l'/>", None),
+    ("<source protocol='rbd' name='x'/>", "a disk of type network"),
+    ("<source file='/l'><encryption format='luks'/></source>", "an encrypted disk"),
+    ("<source file='/l'/><encryption format='luks'/>", "an encrypted disk"),
+    ("<source file='/l'/>" + BASE.format("<encryption format='luks'/>", ""), "an encrypted disk"),
+    ("<source file='/l'><slices/></source>", "a disk that is a slice of a file"),
+    ("<source file='/l'/>" + BASE.format("<slices/>", ""), "a disk that is a slice of a file"),
+])
+def test_what_the_file_alone_does_not_say(source, what):
+    disk, = domxml.disks(
+        f"<domain><devices><disk type='{'network' if 'rbd' in source else 'file'}'>{source}<target dev='vda'/></disk>"
+        "</devices></domain>"
+    )
+    assert disk.kind_of_qemu == what
+    assert disk.encrypted == ("encryption" in source)
+
+
 def test_files_are_absolute_paths():
     assert domxml.files(DOMAIN) == [("loader", "/usr/share/OVMF.fd"), ("nvram", "/var/lib/nvram/vm1.fd")]
     assert domxml.has_tpm(DOMAIN)

@@ -14,7 +14,9 @@ class Disk:
     name (str): the target, as vda. device (str): disk, cdrom, floppy, lun. type (str): file, block, network, ...
     format (str): of the image. path (str or None): of the image, if it is a local file or block device.
     layers (list of str): what names its image, and those below it as far as the XML has them; a path, or what a
-    network's or volume's source says. readonly, empty, encrypted (bool).
+    network's or volume's source says. formats (list of str or None): of these. ends (bool): the XML says that nothing
+    is below the last of them; where it does not, that is for the image to say. readonly, empty (bool).
+    encrypted, sliced (bool): it or one below is.
     """
 
     def __init__(self, element):
@@ -27,9 +29,14 @@ class Disk:
         self.path = None if source is None else source.get("file") or source.get("dev")
         self.readonly = element.find("readonly") is not None
         self.empty = source is None or not (source.attrib or len(source))
-        self.layers = [name for name in map(_image_of, [element, *element.iterfind(".//backingStore")]) if name]
+        stores = list(element.iterfind(".//backingStore"))
+        named = [place for place in (element, *stores) if _image_of(place)]
+        self.layers = [_image_of(place) for place in named]
+        self.formats = [self.format if place is element else _format_of(place) for place in named]
+        self.ends = any(place.find("source") is None for place in stores)
         # Whoever defined it may have put it into either.
-        self.encrypted = any(place.find("encryption") is not None for place in (element, source) if place is not None)
+        self.encrypted = _has(("encryption", "source/encryption"), element, *stores)
+        self.sliced = _has(("source/slices",), element, *stores)
 
     @property
     def left_out_because(self):
@@ -41,6 +48,27 @@ class Disk:
         if self.readonly:
             return "is read-only"
         return None
+
+    @property
+    def kind_of_qemu(self):
+        """What it is (str), where what the guest sees is not in its file as it stands there, or None."""
+        if self.path is None:
+            return f"a disk of type {self.type}"
+        if self.encrypted:
+            return "an encrypted disk"
+        if self.sliced:
+            return "a disk that is a slice of a file"
+        return None
+
+
+def _has(paths, *places):
+    return any(place.find(path) is not None for place in places for path in paths)
+
+
+def _format_of(store):
+    """The format of a backingStore element's image, or None."""
+    format_ = store.find("format")
+    return None if format_ is None else format_.get("type")
 
 
 def _image_of(element):

@@ -323,16 +323,11 @@ class _Offline:
         return self._layers[disk.name]
 
     def size_of(self, disk):
-        self._must_be_local(disk)
         return self.layers_of(disk)[0].size
 
     def layers_now(self, disk):
         """See Running."""
         return [layer.path for layer in self.layers_of(disk)]
-
-    def _must_be_local(self, disk):
-        if disk.path is None:
-            raise Error(disk.name, f"a disk of type {disk.type} can be read while its domain runs only")
 
     def endpoint(self, options, directory, _name):
         """What the sockets' paths start with, one a disk: the directory is that of this one job."""
@@ -419,9 +414,21 @@ class Stopped(_Offline):
     def disks(self):
         return domxml.disks(self.domain.xml(inactive=True))
 
+    def size_of(self, disk):
+        self._must_be_plain(disk)
+        return super().size_of(disk)
+
+    def _must_be_plain(self, disk):
+        """Raise Error where qemu-nbd, which knows nothing of the XML, would read something else than the guest does."""
+        what = disk.kind_of_qemu
+        if what is None and not _is_chain_of(disk, self.layers_of(disk)):
+            what = "a disk with other images below it in the domain's XML than in its own header"
+        if what is not None:
+            raise Error(disk.name, f"{what} can be read while its domain runs only (--start-paused)")
+
     def have(self):
         """What libvirt knows and the images still have."""
-        disks = {disk.name: disk for disk in self.disks() if disk.path and disk.format == "qcow2"}
+        disks = {disk.name: disk for disk in self.disks() if disk.kind_of_qemu is None and disk.format == "qcow2"}
         found = {}
         for name, xml in self.domain.checkpoints().items():
             found[name] = {
@@ -514,6 +521,16 @@ class ImageDisk:
         self.name = name
         self.path = path
         self.format = _format_of(name, path)
+
+
+def _is_chain_of(disk, chain):
+    """Whether a chain (list of vnb.qemuimg.Layer) is what a disk's XML has, as far as it says anything."""
+    if len(disk.layers) > len(chain) or (disk.ends and len(disk.layers) < len(chain)):
+        return False
+    return all(
+        os.path.realpath(name) == os.path.realpath(layer.path) and format_ in (None, layer.format)
+        for name, format_, layer in zip(disk.layers, disk.formats, chain)
+    )
 
 
 def _format_of(name, path):

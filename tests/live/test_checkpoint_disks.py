@@ -185,7 +185,7 @@ def test_a_network_disk_says_what_is_missing(lab, directory):
         done = backup(lab, vm, "copy", directory, check=False)
         assert done.returncode == 1
         assert done.stderr == (
-            "vnb-checkpoint: vda: a disk of type network can be read while its domain runs only\n"
+            "vnb-checkpoint: vda: a disk of type network can be read while its domain runs only (--start-paused)\n"
         )
         vm.remove()
     finally:

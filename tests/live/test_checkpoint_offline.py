@@ -214,6 +214,101 @@ def test_a_paused_domain_and_pause(lab, vm, directory):
     restores(lab, directory, vm.reference())
 
 
+def disk_xml(format_, path, in_source="", below=""):
+    return f"""<disk type="file" device="disk"><driver name="qemu" type="{format_}"/>
+        <source file="{path}">{in_source}</source>{below}<target dev="vda" bus="virtio"/></disk>"""
+
+
+@pytest.fixture
+def place(lab):
+    """A directory for images that a machine's user makes, where QEMU's user may write to all of them."""
+    made = lab.new_directory("images")
+    os.chmod(made, 0o777)  # noqa: S103 - QEMU's user
+    mask = os.umask(0)
+    yield made
+    os.umask(mask)
+
+
+def is_read_by_qemu_only(lab, disk, what, bytes_, options=""):
+    """Off, the backup of a machine with this disk is refused; started paused, these are the first bytes it takes."""
+    vm = lab.domain(extra_xml=disk, start=False)
+    sets = lab.new_directory("set"), lab.new_directory("set")
+    done = backup(lab, vm, "copy", sets[0], options, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"vnb-checkpoint: vda: {what} can be read while its domain runs only (--start-paused)\n"
+    assert os.listdir(sets[0]) == []
+    backup(lab, vm, "copy", sets[1], f"{options} --start-paused")
+    restored = lab.new_directory("restored")
+    lab.sh(f"vnb-cat {sets[1]} | vnb-apply --format raw {restored}")
+    with open(os.path.join(restored, "vda.raw"), "rb") as file:
+        assert file.read(len(bytes_)) == bytes_
+    vm.remove()
+
+
+def test_a_slice_of_a_file_is_read_by_qemu_only(lab, place):
+    image = os.path.join(place, "whole.raw")
+    with open(image, "wb") as file:
+        file.write(b"\1" * MiB + b"\2" * MiB)
+    slices = f"<slices><slice type='storage' offset='{MiB}' size='{MiB}'/></slices>"
+    is_read_by_qemu_only(lab, disk_xml("raw", image, slices), "a disk that is a slice of a file", b"\2" * MiB)
+
+
+def test_an_encrypted_disk_is_read_by_qemu_only(lab, place):
+    """A raw image with LUKS in it looks like any other."""
+    secret = lab.connection.secretDefineXML("<secret ephemeral='no' private='yes'/>")
+    secret.setValue(b"s3cret", 0)
+    image = os.path.join(place, "luks.raw")
+    given = "--object secret,id=s,data=s3cret"
+    # It measures how fast it derives keys, and gives up where the kernel has counted no time for that.
+    lab.sh(f"""
+        until said=$(qemu-img create -q {given} -f luks -o key-secret=s,iter-time=10 {image} 4M 2>&1); do
+            [[ $said == *"Unable to get accurate CPU usage"* ]] || exit
+        done
+        qemu-io {given} -c "write -P 7 0 1M" --image-opts driver=luks,key-secret=s,file.filename={image}
+    """)
+    encryption = f"<encryption format='luks'><secret type='passphrase' uuid='{secret.UUIDString()}'/></encryption>"
+    disk = disk_xml("raw", image, encryption)
+    is_read_by_qemu_only(lab, disk, "an encrypted disk", b"\7" * MiB, "--allow-plaintext")
+    secret.undefine()
+
+
+@pytest.fixture
+def layers(place):
+    """Paths: a qcow2 image, the image that its header says is below it, and another one for that."""
+    top, base, other = (os.path.join(place, name) for name in ("top.qcow2", "base.qcow2", "other.qcow2"))
+    for pattern, image in ((1, base), (2, other)):
+        run("qemu-img", "create", "-q", "-f", "qcow2", image, "4M")
+        write(image, pattern, 0, MiB)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", top)
+    return top, base, other
+
+
+def backing(path, format_="qcow2", below=""):
+    return f"<backingStore type='file'><format type='{format_}'/><source file='{path}'/>{below}</backingStore>"
+
+
+@pytest.mark.parametrize("below, bytes_", [("", b"\2"), ("<backingStore/>", b"\0")])
+def test_a_chain_that_the_xml_has_is_read_by_qemu_only(lab, layers, below, bytes_):
+    """libvirt obeys the XML, whatever the image's header says."""
+    top, _base, other = layers
+    is_read_by_qemu_only(
+        lab, disk_xml("qcow2", top, below=below or backing(other)),
+        "a disk with other images below it in the domain's XML than in its own header", bytes_ * MiB,
+    )
+
+
+def test_a_chain_that_the_xml_has_as_the_header_does(lab, layers, directory):
+    top, base, _other = layers
+    os.symlink(base, f"{base}.link")
+    for below in (backing(base), backing(f"{base}.link", below="<backingStore/>")):
+        vm = lab.domain(extra_xml=disk_xml("qcow2", top, below=below), start=False)
+        backup(lab, vm, "full", lab.new_directory("set"))
+        vm.remove()
+    vm = lab.domain(extra_xml=disk_xml("qcow2", top, below=backing(base, "raw")), start=False)
+    assert backup(lab, vm, "copy", directory, check=False).returncode == 1
+    vm.remove()
+
+
 def test_image_files_without_libvirt(lab, directory):
     image = lab.path("disk with space.qcow2")
     run("qemu-img", "create", "-q", "-f", "qcow2", image, "64M")
