@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import stat
 
 from vnb import chain, domxml, heads
 from vnb.errors import Error
@@ -51,6 +52,7 @@ class Plan:
                 self.endpoint.path, f"the path is too long for a socket ({SUN_PATH} bytes at most): see --socket"
             )
         self.sources = {disk.name: disk for disk in chosen}
+        self.saved = self._saved_images()
         self.images_then = self._images_then() if self.parent else {}
         self.disks = [self._disk(disk) for disk in chosen]
         self.scratch = {disk.name: self._scratch(disk) for disk in chosen} if source.kind == "running" else {}
@@ -214,6 +216,9 @@ class Plan:
             "level": "full",
             "image": {"format": disk.format, "path": disk.path, "type": disk.type},
         }
+        inode = _inode(disk.path) if self.source.is_local else None
+        if inode is not None:
+            found["image"]["inode"] = inode
         without = _no_bitmap_because(disk, self.source.is_local)
         if without and self.level != "copy" and not self.options["raw"]:
             raise Error(disk.name, f"{without}: --raw takes it in full each time, --exclude {disk.name} leaves it out")
@@ -240,15 +245,33 @@ class Plan:
         then = self.images_then.get(disk.name)
         if then is not None and not self._is_among(then, self.source.layers_now(disk)):
             return f"its image is another one than {then}, which it was at {self.parent}"
+        other = self._whose_file(disk)
+        if other is not None:
+            return f"its image is the file that {other} had at {self.parent}"
         return None
+
+    def _saved_images(self):
+        """{disk name: image map} of the parent's segment, as far as the ledger has it."""
+        if self.known is None:
+            return {}
+        with contextlib.closing(self.known):
+            return {disk["name"]: disk.get("image", {}) for disk in self.known.open().disks}
 
     def _images_then(self):
         """{disk name: what named its image at the parent}, as far as libvirt or the ledger knows."""
         found = self.source.images_then(self.parent)
-        if not found and self.known is not None and self.source.kind != "images":
-            with contextlib.closing(self.known):
-                found = {disk["name"]: disk.get("image", {}).get("path") for disk in self.known.open().disks}
+        if not found and self.source.kind != "images":
+            found = {name: image.get("path") for name, image in self.saved.items()}
         return found
+
+    def _whose_file(self, disk):
+        """The name of the other disk whose file at the parent is now among this one's images, or None: by inodes."""
+        then = {name: image["inode"] for name, image in self.saved.items() if _is_inode(image.get("inode"))}
+        if disk.name not in then or not self.source.is_local:
+            return None
+        now = [inode for inode in map(_inode, self.source.layers_now(disk)) if inode is not None]
+        own = then.pop(disk.name)
+        return next((name for name, other in then.items() if are_moved(now, own, other)), None)
 
     def _is_among(self, image, layers):
         if image in layers:
@@ -282,6 +305,32 @@ class Plan:
                 f"{self.source.name}: {disk.name}: the scratch directory {directory} has {free} bytes left, "
                 f"the disk has {used} bytes of data"
             )
+
+
+def _inode(path):
+    """What tells an image file from others, whatever its path ([st_dev, st_ino]); None where it is no file of ours."""
+    try:
+        found = os.stat(path)
+    except (OSError, TypeError, ValueError):
+        return None
+    # A device's node is made anew whenever the host starts, its number is the next one that is free.
+    return [found.st_dev, found.st_ino] if stat.S_ISREG(found.st_mode) else None
+
+
+def _is_inode(found):
+    return isinstance(found, list) and len(found) == 2
+
+
+def are_moved(now, own, other):
+    """
+    Whether a disk has, now, the file of another disk. now: inodes of its images; own, other: of both disks, then.
+
+    A file system's st_dev may change when it is mounted again, so the numbers alone have to do; except where both disks
+    had the same one, as the only files of two file systems do.
+    """
+    if own in now:
+        return False
+    return other in now or (other[1] != own[1] and other[1] in [number for _, number in now])
 
 
 def _no_bitmap_because(disk, is_local):

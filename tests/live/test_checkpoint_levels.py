@@ -291,6 +291,33 @@ def test_images_that_have_changed_places_are_taken_in_full(lab, vm, directory, r
     assert "full in this" not in done.stderr
 
 
+@pytest.mark.parametrize("running", [True, False])
+@pytest.mark.parametrize("ledger", [True, False])
+def test_files_that_have_changed_places_under_the_same_paths(lab, vm, directory, running, ledger):
+    """Neither libvirt nor the paths know of it; the heads in the state directory do as the set does."""
+    def take(level):
+        options = f"--level {level}" + (f" --ledger {directory}" if ledger else "")
+        return lab.sh(f"vnb-checkpoint run {vm.name} {options} -- '{STORE.format(set=directory)}'").stderr
+
+    vm.write("vdb", 20 * MiB, MiB, pattern=0x55)
+    take("full")
+    vm.destroy()
+    one, other = vm.disks["vda"].path, vm.disks["vdb"].path
+    os.rename(one, f"{one}.away")
+    os.rename(other, one)
+    os.rename(f"{one}.away", other)
+    if running:
+        vm.start()
+        vm.write("vda", 30 * MiB, MiB, pattern=0x66)
+    said = take("inc")
+    for name, other in (("vda", "vdb"), ("vdb", "vda")):
+        assert f"{vm.name}: {name}: full in this increment: its image is the file that {other} had at " in said
+    if not running:
+        vm.start()
+    restores(lab, directory, vm.reference())
+    assert "full in this" not in take("inc")
+
+
 def test_images_that_have_changed_places_after_a_redefine(lab, vm, directory):
     """libvirt does not know any more which images its checkpoint was of, but the set does."""
     backup(lab, vm, "full", directory)

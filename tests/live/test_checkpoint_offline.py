@@ -364,6 +364,34 @@ def test_a_bitmap_that_does_not_record_is_of_no_use(lab, two_images, directory):
     restores(lab, directory, {name: raw_copy(lab, image) for name, image in two_images.items()})
 
 
+def exchange(one, other):
+    """What is at one path is at the other, and the other way round."""
+    os.rename(one, f"{one}.away")
+    os.rename(other, one)
+    os.rename(f"{one}.away", other)
+
+
+def test_files_that_have_changed_places_under_the_same_paths(lab, two_images, directory):
+    """Their bitmaps have one name, and each tells of the changes of the other disk."""
+    def take():
+        said = image_backup(lab, two_images, "inc", directory).stderr
+        restores(lab, directory, {name: raw_copy(lab, image) for name, image in two_images.items()})
+        return said
+
+    image_backup(lab, two_images, "full", directory)
+    full = tip(lab, directory)
+    exchange(*two_images.values())
+    said = take()
+    for name, other in (("vda", "vdb"), ("vdb", "vda")):
+        assert f"{name}: full in this increment: its image is the file that {other} had at {full}" in said
+    write(two_images["vda"], 3, 2 * MiB, MiB)
+    assert "full in this" not in take()
+    # A new file with all that was in the old one is no other disk's.
+    run("cp", two_images["vda"], f"{two_images['vda']}.new")
+    os.rename(f"{two_images['vda']}.new", two_images["vda"])
+    assert "full in this" not in take()
+
+
 def test_an_image_in_use_is_refused(lab, vm, directory):
     image = vm.disks["vda"].path
     done = lab.sh(f"vnb-checkpoint begin --image vda={image} --level full --ledger {directory} | cat", check=False)
