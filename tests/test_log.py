@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -77,6 +78,33 @@ def test_run_that_is_no_name(name):
     assert (status, err.splitlines()[0]) == (
         2, "vnb-cat: VNB_RUN: is not a name of at most 255 printable characters",
     )
+
+
+def writes(*argv, **environment):
+    """What a command writes to standard error, each write(2) by itself: a socket keeps them apart."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with theirs:
+            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=theirs, env={**os.environ, **environment})
+        found = []
+        while part := ours.recv(1 << 20):
+            found.append(part.decode())
+    process.wait(60)
+    return found
+
+
+@pytest.mark.parametrize("encoding", ["UTF-8", "ASCII"])
+@pytest.mark.parametrize("format_", ["text", "json"])
+@pytest.mark.parametrize("length", [1, 3000])
+def test_a_line_is_one_write(format_, length, encoding):
+    """Else the lines of commands that run at once get into each other, and an end goes to another's line."""
+    said = writes("vnb-cat", "/" + "\N{SNOWMAN}" * length, VNB_LOG_FORMAT=format_, PYTHONIOENCODING=encoding)
+    assert len(said) == 1 and said[0].count("\n") == 1 and said[0].endswith("\n")
+
+
+def test_all_lines_of_a_usage_are_one_write():
+    (said,) = writes("vnb-cat", "--loud")
+    assert said.startswith("vnb-cat: unknown option --loud\nUsage:\n")
 
 
 def fork(directory):

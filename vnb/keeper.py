@@ -483,7 +483,7 @@ class Keeper:
     def log(self, text):
         """A line for whoever looks into the log; also for the starter, while there is one."""
         with contextlib.suppress(OSError):  # a file system that is full is no reason to leave the guest alone
-            print(time.strftime("%Y-%m-%dT%H:%M:%S"), text, file=sys.stderr)
+            sys.stderr.write(f'{time.strftime("%Y-%m-%dT%H:%M:%S")} {text}\n')
         if self.starter is not None:
             self.starter.tell(text)
 

@@ -177,8 +177,10 @@ def _send(priority, text):
 def _write(text):
     hidden = terminal.hidden() if _Chosen.line is None else _Chosen.line.hidden()
     # Nobody is left to be told when this fails, and what came before is told by the exit status.
-    with contextlib.suppress(OSError), hidden:
-        print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError), hidden as erase:
+        # In one write(2): standard error is shared, and what others say must not come between a line and its end.
+        sys.stderr.write(f"{erase}{text}\n")
+        sys.stderr.flush()
 
 
 def show_line(line):

@@ -138,11 +138,11 @@ class Progress:
 
     @contextlib.contextmanager
     def hidden(self):
-        """Not in the way while this lasts: see vnb.log."""
+        """Not in the way while this lasts; gives what has to be written in front of a line. See vnb.log."""
         with self._lock:
             if self._bar is not None:
                 self._bar.clear()
-            yield
+            yield ""
 
     def _show(self):
         """Start the thread."""

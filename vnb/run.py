@@ -119,7 +119,7 @@ def _fail(error, debug):
     if debug:
         import traceback
 
-        traceback.print_exc()
+        sys.stderr.write(traceback.format_exc())
     try:
         sys.stdout.flush()  # what was printed before it failed comes first
     except OSError:

@@ -9,7 +9,6 @@ a lock is of a process, even where the open file is shared, and it ends with the
 import contextlib
 import fcntl
 import os
-import sys
 
 ERASE = "\r\x1b[K"  # to the line's start, and what is in it goes: ECMA-48, as all terminals in use have it
 
@@ -31,10 +30,15 @@ def release():
 
 @contextlib.contextmanager
 def hidden():
-    """Erase what another process shows in the terminal's last line, which that one draws again some time later."""
+    """
+    Gives what has to be written in front of a line (str), in the same write.
+
+    It erases what another process shows in the terminal's last line, which that one draws again some time later.
+    """
+    erase = ""
     if os.isatty(2):
         if claim():
             release()
         else:
-            sys.stderr.write(ERASE)
-    yield
+            erase = ERASE
+    yield erase
