@@ -14,6 +14,9 @@ import servers
 from lab import Disk, MiB, marked, wait_for
 from mapping import mapped
 
+from vnb.errors import Error
+from vnb.tempdir import temporary_directory
+
 NOBODY = 65534
 SECRET = "vNc-Key8"  # noqa: S105 - of nothing
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
@@ -210,6 +213,92 @@ def test_a_temporary_directory_of_another_user(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "a"))  # as sudo -E leaves it: passed over
     servers.command("vnb-map", "--run", "true", tmp_path / "set").ok()
     assert os.listdir(tmp_path / "a") == os.listdir(tmp_path / "c") == []
+
+
+def ours_below(directory):
+    """A directory of ours, and private, below another one."""
+    (directory / "sub").mkdir(0o700, parents=True)
+    return directory / "sub"
+
+
+@FAULT
+@pytest.mark.parametrize("how", ["owner", "above", "all", "group", "link", "link above"])
+def test_a_temporary_directory_below_one_of_another_user(tmp_path, monkeypatch, how):
+    """Who can rename what leads to it can put another in its place, however private it is itself."""
+    import makers
+
+    makers.make_set(str(tmp_path / "set"), [{"vda": "64k:A"}])
+    weak = tmp_path / "weak"
+    if how in ("link", "link above"):
+        ours = ours_below(tmp_path / "good")
+        weak.symlink_to(ours if how == "link" else ours.parent)
+        os.chown(weak, NOBODY, NOBODY, follow_symlinks=False)
+        path = weak if how == "link" else weak / "sub"
+    elif how == "above":
+        path = ours_below(given_away(weak) / "between")
+    else:
+        path = ours_below(weak)
+        os.chown(weak, NOBODY if how == "owner" else 0, NOBODY)
+        os.chmod(weak, {"owner": 0o755, "all": 0o777, "group": 0o775}[how])
+    monkeypatch.setenv("TMPDIR", str(path))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    through = "" if how == "link" else f", through {weak}"
+    servers.command("vnb-map", "--run", "true", tmp_path / "set").failed(
+        f"vnb-map: {path}: another user can replace what is made in it{through}: "
+        "set TMPDIR to a directory of your own"
+    )
+    assert list(path.iterdir()) == []
+    # As sudo -E leaves it: passed over.
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    servers.command("vnb-map", "--run", "true", tmp_path / "set").ok()
+
+
+@FAULT
+@pytest.mark.parametrize("how", ["sticky", "group of root", "link", "chain", "upwards"])
+def test_a_temporary_directory_that_nobody_else_can_replace(tmp_path, monkeypatch, how):
+    """What is usual: below /tmp, by links of ours or of root's, with the umask of users who have their own group."""
+    import makers
+
+    makers.make_set(str(tmp_path / "set"), [{"vda": "64k:A"}])
+    path = ours_below(tmp_path / "good")
+    if how in ("sticky", "group of root"):
+        os.chmod(path.parent, 0o1777 if how == "sticky" else 0o775)
+    if how in ("link", "chain"):
+        (tmp_path / "a").symlink_to("good")
+        (tmp_path / "b").symlink_to(tmp_path / "a")
+        path = tmp_path / ("a" if how == "link" else "b") / "sub"
+    if how == "upwards":
+        (tmp_path / "good/up").symlink_to("../good/./sub/..")
+        path = tmp_path / "good/up/sub"
+    monkeypatch.setenv("TMPDIR", str(path))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    servers.command("vnb-map", "--run", "true", tmp_path / "set").ok()
+
+
+@FAULT
+@pytest.mark.parametrize("gid, mode, accepted", [(NOBODY, 0o775, True), (1, 0o775, False), (1, 0o755, True)])
+def test_a_temporary_directory_of_a_user_with_a_group_of_his_own(gid, mode, accepted):
+    """Who is alone in it lets it write everywhere, by umask; no other group may."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="vnb-test.", dir="/var/tmp") as home:
+        os.chown(home, NOBODY, gid)
+        os.chmod(home, mode)
+        child = os.fork()
+        if child == 0:
+            status = 70
+            try:
+                os.setgroups([])
+                os.setgid(NOBODY)
+                os.setuid(NOBODY)
+                tempfile.tempdir = home
+                status = 0 if temporary_directory() == home else 1
+            except Error:
+                status = 2
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (0 if accepted else 2)
 
 
 @FAULT
