@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """vnb-apply --update: a copy is at one point with all its disks, whatever happens."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import subprocess
 
 import applied
 import makers
@@ -13,8 +15,10 @@ import samples
 from applied import refused, restored, same, segments_of
 
 from vnb import stream
-from vnb.place import Recipe
-from vnb.standby import Standby
+from vnb.errors import Error
+from vnb.imagedir import ImageDirectory
+from vnb.place import Recipe, StandbyImage
+from vnb.standby import Replay, Standby
 from vnb.writer import Buffers
 
 PLAN = [
@@ -203,6 +207,105 @@ def test_disk_that_comes_as_a_whole(tmp_path, format_):
     update(second, copy, format_=format_)
     assert same(copy / f"vda.{format_}", format_, b"C" * 65536 + bytes(65536), tmp_path)
     assert same(copy / f"vdb.{format_}", format_, b"D" * 4096 + b"B" * 61440, tmp_path)
+
+
+IN_USE = "is in use: another process has its locks"
+HOW = pytest.mark.parametrize("second, known", [
+    ({"vda": "4k:C", "vdb": "4k:D"}, ["vda", "vdb"]),  # written where it is
+    ({"vda": "4k:C", "vdb": "64k:. 4k:D"}, ["vda", "vdb"]),  # and grows first
+    ({"vda": "4k:C", "vdb": "64k:D"}, ["vda"]),  # comes as a whole, and is replaced
+], ids=["in place", "grows", "whole"])
+
+
+@FORMATS
+@HOW
+def test_image_that_a_machine_runs_on(tmp_path, format_, second, known):
+    """Nothing is written beneath it, nor is it taken away from it; the other disk stays at its point, too."""
+    copy = tmp_path / "copy"
+    content = segments_of([{"vda": "64k:A", "vdb": "64k:B"}])[0]
+    after = segments_of([{"vda": "64k:.", "vdb": "64k:."}, second], known=known)[1]
+    update(content, copy, format_=format_)
+    before = stamps(copy)
+    with applied.qemu_nbd(tmp_path, "-f", format_, copy / f"vdb.{format_}"):
+        line = refused(after, "--update", "--format", format_, copy)
+        assert line == f"{copy}/vdb.{format_}: {IN_USE}"
+        assert stamps(copy) == before
+    update(after, copy, format_=format_)
+    assert same(copy / f"vda.{format_}", format_, b"C" * 4096 + b"A" * 61440, tmp_path)
+
+
+def test_data_file_that_is_in_use(tmp_path):
+    """Where the bytes of the guest are."""
+    copy = tmp_path / "copy"
+    first, second = segments_of([{"vda": "64k:A"}, {"vda": "4k:B"}])
+    options = ["-o", "data_file=on,data_file_raw=on"]
+    update(first, copy, *options)
+    before = stamps(copy)
+    with applied.qemu_nbd(tmp_path, "-f", "raw", copy / "vda.data"):
+        assert refused(second, "--update", *options, copy) == f"{copy}/vda.data: {IN_USE}"
+    assert stamps(copy) == before
+    update(second, copy, *options)
+
+
+@FORMATS
+def test_disk_that_comes_back_while_a_machine_runs_on_it(tmp_path, format_):
+    plan = [{"vda": "64k:A", "vdb": "64k:B"}, {"vda": "64k:C"}, {"vda": "64k:.", "vdb": "64k:E"}]
+    segments = segments_of(plan)
+    copy = tmp_path / "copy"
+    for segment in segments[:2]:
+        assert applied.apply(segment, "--update", "--format", format_, copy).returncode == 0
+    with applied.qemu_nbd(tmp_path, "-f", format_, copy / f"vdb.{format_}"):
+        assert refused(segments[2], "--update", "--format", format_, copy) == f"{copy}/vdb.{format_}: {IN_USE}"
+    update(segments[2], copy, format_=format_)
+    assert same(copy / f"vdb.{format_}", format_, b"E" * 65536, tmp_path)
+
+
+@pytest.mark.parametrize("second", ["64k:B", "64k:. 64k:B"])
+def test_existing_target_that_a_machine_runs_on(tmp_path, second):
+    """It does not grow either."""
+    copy, file = tmp_path / "copy", tmp_path / "file"
+    file.write_bytes(bytes(65536))
+    segments = segments_of([{"vda": "64k:A"}, {"vda": second}])
+    options = ["--disk", f"vda=raw:{file}"]
+    update(segments[0], copy, *options)
+    with applied.qemu_nbd(tmp_path, "-f", "raw", file):
+        assert refused(segments[1], "--update", *options, copy) == f"raw:{file}: {IN_USE}"
+    assert file.read_bytes() == b"A" * 65536
+    update(segments[1], copy, *options)
+
+
+def test_machine_that_is_started_meanwhile(tmp_path, monkeypatch):
+    """While the new image of a disk that comes as a whole is made: the old one stays, and the next run replaces it."""
+    copy = tmp_path / "copy"
+    first = segments_of([{"vda": "64k:A"}])[0]
+    second = segments_of([{}, {"vda": "64k:B"}], known=[])[1]
+    run(first, copy)
+    finish = Replay.finish
+    with contextlib.ExitStack() as machine:
+        def start(replay):
+            finish(replay)
+            machine.enter_context(applied.qemu_nbd(tmp_path, "-f", "raw", copy / "vda.raw"))
+
+        monkeypatch.setattr(Replay, "finish", start)
+        with pytest.raises(Error) as raised:
+            run(second, copy)
+        assert str(raised.value) == f"{copy}/vda.raw: {IN_USE}"
+        assert (copy / "vda.raw").read_bytes() == b"A" * 65536
+    monkeypatch.undo()
+    run(second, copy)
+    assert (copy / "vda.raw").read_bytes() == b"B" * 65536
+
+
+def test_no_machine_starts_on_a_raw_copy_that_is_written(tmp_path):
+    path = tmp_path / "vda.raw"
+    path.write_bytes(bytes(65536))
+    with ImageDirectory(str(tmp_path)) as directory:
+        target = StandbyImage(directory, "vda", Recipe("raw"), ["vda.raw"]).open(65536)
+        argv = ["qemu-io", "-f", "raw", "-c", "write 0 512", path]
+        done = subprocess.run(argv, capture_output=True, check=False)
+        assert b'Failed to get "write" lock' in done.stderr
+        target.close()
+        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
 
 
 def test_other_options(tmp_path, segments):

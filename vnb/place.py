@@ -67,7 +67,7 @@ class NewImage:
     A new image in a vnb.imagedir.ImageDirectory. name (str): the disk. recipe (Recipe).
 
     It is there under its final name when the directory has published file_names.
-    replaces (bool): what has these names now may be replaced.
+    replaces (bool): what has these names now may be replaced, unless it is in use.
     """
 
     fresh = True
@@ -129,11 +129,18 @@ class NewImage:
         self._make_empty(final)
         qemu.compress(self._path, final, self.name, self._recipe.format, self._settings)
 
+    def refuse_in_use(self):
+        """Raise Error if one of the files that it will replace is in use: what is written there would be lost."""
+        for file_name in self.file_names:
+            _refuse_in_use_at(self._directory.final(file_name))
+
     def __str__(self):
         return self.file_names[0]
 
     def _refuse_existing(self, file_name):
-        if not self._replaces:
+        if self._replaces:
+            _refuse_in_use_at(self._directory.final(file_name))
+        else:
             self._directory.refuse_existing(file_name)
 
     def _make_empty(self, path):
@@ -155,13 +162,15 @@ class StandbyImage(NewImage):
     """
     An image that was made before and is written where it is, or is made anew if the disk comes as a whole.
 
-    files (list of str): the names of its files.
+    files (list of str): the names of its files. Raises Error if one is in use.
     """
 
     def __init__(self, directory, name, recipe, files):
         super().__init__(directory, name, recipe, replaces=True)
         self._made = self.file_names
         self._outside = files[1:]
+        for file_name in self._outside:
+            self._refuse_existing(file_name)
         self._path = directory.final(self.file_names[0])
         self.file_names = []  # nothing to publish
         self.fresh = False
@@ -179,7 +188,13 @@ class StandbyImage(NewImage):
             return super().open(size)
         keep = self._recipe.preallocate
         if self._format == "raw":
-            return target.Raw(_open(self._path, os.O_WRONLY, self._path), self.name, keep=keep)
+            fd = _open(self._path, os.O_RDWR, self._path)
+            try:
+                _refuse_in_use(fd, self._path)
+            except BaseException:
+                os.close(fd)
+                raise
+            return target.Raw(fd, self.name, keep=keep)
         outside = [self._directory.final(name) for name in self._outside]
         path = os.path.abspath(self._path)
         return qemu.Image(self.name, path, self._path, self._format, keep=keep, outside=outside)
@@ -288,9 +303,7 @@ class RawFile(Existing):
         try:
             if stat.S_ISBLK(mode) and any(fcntl.ioctl(fd, _BLKROGET, bytes(4))):
                 raise Error(self.text, os.strerror(errno.EROFS))
-            if _has_loop_device(os.fstat(fd)):
-                raise Error(self.text, "is in use: a loop device is on it")
-            self._refuse_in_use(fd)
+            _refuse_in_use(fd, self.text)
             if not self._certain and os.pread(fd, len(_QCOW2_MAGIC), 0) == _QCOW2_MAGIC:
                 raise Error(self.text, f"starts as qcow2 images do: say qcow2:{self._path} or raw:{self._path}")
             self._check(os.lseek(fd, 0, os.SEEK_END), size)
@@ -306,22 +319,45 @@ class RawFile(Existing):
         """Make it larger, if it is a file and not large enough."""
         found = os.stat(self._path)
         if stat.S_ISREG(found.st_mode) and found.st_size < size:
+            self.open(0).close()
             _grow(self._path, "raw", size, self.name)
 
-    def _refuse_in_use(self, fd):
-        """Raise Error if QEMU has it open in a way that does not go with writing; keep QEMU out as it keeps us."""
-        try:
-            for first in (_QEMU_DOES, _QEMU_DENIES):
-                for what in (_QEMU_WRITE, _QEMU_RESIZE):
-                    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _lock(fcntl.F_RDLCK, first + what))
-            for byte in (_QEMU_DOES + _QEMU_WRITE, _QEMU_DENIES + _QEMU_WRITE):
-                found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, byte))
-                if struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK:
-                    raise Error(self.text, "is in use: another process has its locks")
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise Error(self.text, "is in use: another process has its locks") from None
-            # A file system without locks: QEMU does without them there, too.
+
+def _refuse_in_use(fd, text):
+    """
+    Raise Error if a file is used in a way that does not go with writing; keep QEMU out of it as it keeps us.
+
+    fd (int): open for reading at least, which has the locks as long as it is open. text (str): what the user typed.
+    """
+    if _has_loop_device(os.fstat(fd)):
+        raise Error(text, "is in use: a loop device is on it")
+    try:
+        for first in (_QEMU_DOES, _QEMU_DENIES):
+            for what in (_QEMU_WRITE, _QEMU_RESIZE):
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _lock(fcntl.F_RDLCK, first + what))
+        for byte in (_QEMU_DOES + _QEMU_WRITE, _QEMU_DENIES + _QEMU_WRITE):
+            found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, byte))
+            if struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK:
+                raise Error(text, "is in use: another process has its locks")
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise Error(text, "is in use: another process has its locks") from None
+        # A file system without locks: QEMU does without them there, too.
+
+
+def _refuse_in_use_at(path):
+    """Raise Error if there is a file, and it is in use now."""
+    try:
+        # Not to wait for whoever may open the other end of a FIFO. A link is replaced, not what it leads to.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return
+        raise os_error(path, error) from None
+    try:
+        _refuse_in_use(fd, path)
+    finally:
+        os.close(fd)
 
 
 def _has_loop_device(found):

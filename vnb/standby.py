@@ -328,6 +328,9 @@ class Replay(Restore):
     def publish(self):
         """Give the new images their names; the old ones are of no use any more."""
         if self._directory is not None:
+            for disk in self.disks.values():
+                if disk.place.file_names:
+                    disk.place.refuse_in_use()  # a machine may have been started on it meanwhile
             self._directory.replace(self.file_names())
 
     def make_place(self, name):
