@@ -144,6 +144,11 @@ class Place:
         limit = chance.choice([f"-n {chance.randint(6, 24)}", f"-v {chance.randint(200, 500) * KiB}"])
         return self._ended(self._start(f"ulimit {limit}\n{script}"), f"ulimit {limit}")
 
+    def meanwhile(self, script, disturb):
+        """Run a script, and have a function of its process (Popen) do something that it names; as killed()."""
+        process = self._start(script)
+        return self._ended(process, disturb(process))
+
     def _injected(self, script, stage, group, fault, number):
         """Run a script with a fault, as strace(1) has them, injected into a call of a stage."""
         only = "".join(f"-P {path} " for path in self.only.get(stage, ()))

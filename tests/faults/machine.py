@@ -10,8 +10,10 @@ A machine without a guest: an image that is written to as by one, its backup set
 No code of ours makes the truth. Since no guest holds the image, a backup takes a third of a second.
 """
 
+import copy
 import json
 import shutil
+from pathlib import Path
 
 from lab import KiB, MiB, compare, run
 
@@ -51,6 +53,14 @@ class Machine:
             commands += ["-c", f"{what.format(self.chance.randrange(1, 256))} {offset} {length}"]
         run("qemu-io", "-f", "qcow2", "-d", "unmap", *commands, self.image)
 
+    def elsewhere(self, set_, chance):
+        """This machine, with another set, which is a copy, and chances; what becomes of it this one does not know."""
+        other = copy.copy(self)
+        other.chance, other.set, other.truths = chance, set_, dict(self.truths)
+        other.script = self.script.replace(str(self.set), str(set_))
+        shutil.copytree(self.set, set_)
+        return other
+
     def truth(self):
         """A raw copy of the image as it is."""
         self._copies += 1
@@ -64,7 +74,7 @@ class Machine:
         self.place.sh(self.script)
         self.saved(truth)
         assert [name.name for name in self.set.iterdir() if not name.name.endswith(".vnb")] == []
-        assert list(self.place.directory.glob("state/jobs/*/job.json")) == []
+        assert list(Path(self.place.env["VNB_STATE_DIR"]).glob("jobs/*/job.json")) == []
         assert self.bitmaps() <= set(self.truths)
 
     def saved(self, truth):
