@@ -102,7 +102,9 @@ class Power:
             if (after := names(watched)) != before:
                 before, count = after, count - 1
         self.disk.cut()
-        return f"the power was cut: {when}, {moment if when == 'moment' else count}"
+        return "the power was cut " + {
+            "moment": f"after {moment:.3f} seconds", "name": "when names had changed", "end": "at the end",
+        }[when]
 
 
 def names(directory):
