@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -154,3 +155,42 @@ def nbdkit(tmp_path, *arguments):
     finally:
         process.kill()
         process.wait()
+
+
+STEPS = ("fsync", "rename", "link", "unlink", "pwrite", "write", "writev", "mkdir", "rmdir", "truncate")
+
+
+def killed_at(count, function, *arguments, prepare=None):
+    """
+    Call a function in a child process that is killed at its count-th call that changes what is on a disk; whether it
+    lived. There is no cleaning up. prepare (callable or None): called there first.
+    """
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            if prepare is not None:
+                prepare()
+            _kill_at(count)
+            function(*arguments)
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(pid, 0)
+    assert status in (0, signal.SIGKILL), status
+    return status == 0
+
+
+def _kill_at(count):
+    calls = [0]
+
+    def fatal(function):
+        def call(*arguments, **options):
+            calls[0] += 1
+            if calls[0] == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+        return call
+
+    for name in STEPS:
+        setattr(os, name, fatal(getattr(os, name)))

@@ -375,22 +375,6 @@ def test_no_room_for_the_spool(tmp_path):
         assert stamps(copy) == before
 
 
-def killed_at(monkeypatch, count):
-    """Let the process end at the count-th call that changes what is on a disk, without any cleaning up."""
-    calls = [0]
-
-    def fatal(function):
-        def call(*arguments, **options):
-            calls[0] += 1
-            if calls[0] == count:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **options)
-        return call
-
-    for name in ("fsync", "rename", "link", "unlink", "pwrite", "write", "writev", "mkdir", "rmdir", "truncate"):
-        monkeypatch.setattr(os, name, fatal(getattr(os, name)))
-
-
 def run(content, directory):
     """Update within this process."""
     buffers = Buffers()
@@ -402,24 +386,8 @@ def run(content, directory):
         standby.check_reached()
 
 
-def run_killed(content, directory, count, monkeypatch):
-    """Update within a child process that is killed at the count-th change; whether it lived."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            killed_at(monkeypatch, count)
-            run(content, directory)
-            status = 0
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(pid, 0)
-    assert status in (0, signal.SIGKILL), status
-    return status == 0
-
-
 @pytest.mark.parametrize("start, end", [(0, 1), (1, 2), (2, 4)])
-def test_killed_at_every_step(tmp_path, segments, monkeypatch, start, end):
+def test_killed_at_every_step(tmp_path, segments, start, end):
     """
     A copy at point start-1 is to be brought to point end-1, and killed at each change on its way.
 
@@ -437,7 +405,7 @@ def test_killed_at_every_step(tmp_path, segments, monkeypatch, start, end):
         if start:
             # Times are part of the state.
             shutil.copytree(base, copy)
-        lived = run_killed(content, copy, count, monkeypatch)
+        lived = applied.killed_at(count, run, content, copy)
         if not lived:
             unfinished += (copy / ".vnb-apply.spool").exists()
             consistent(copy)
@@ -461,13 +429,13 @@ def consistent(copy):
         assert (copy / f"{name}.raw").read_bytes() == content
 
 
-def test_recover_reads_nothing(tmp_path, segments, monkeypatch):
+def test_recover_reads_nothing(tmp_path, segments):
     """For whoever needs the copy now, and has no stream at hand."""
     copy = tmp_path / "copy"
     update(segments[0], copy, format_="raw")
     count = 1
     while not (copy / ".vnb-apply.spool").exists():
-        assert not run_killed(segments[1], copy, count, monkeypatch)
+        assert not applied.killed_at(count, run, segments[1], copy)
         count += 1
     done = applied.apply(b"not read", "--update", "--recover", "--format", "raw", copy)
     assert (done.returncode, done.stderr) == (

@@ -6,14 +6,20 @@ A directory of images, where a new image has its final name when it is whole, an
     DIR/.vnb-apply.1f0c5ab2.partial/        what one process is making now
         lock                                locked as long as that process lives
         vda.qcow2
+        .names                              JSON, while several get their final names: {name: what the file is like}
 
 A directory of one's own, with a lock beside the images and not on them: where flock(2) is made of the same locks
 that QEMU takes (NFS), a lock of ours on the image would keep QEMU out.
+
+Several images get their names one after the other, by link(2): those that have one are still in the directory, too.
+Who finds .names there, and one of these that has no final name, takes the others' names away again. Where there are no
+links they are moved, and told by their sizes and times.
 """
 
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import secrets
 import shutil
@@ -24,6 +30,7 @@ from vnb.errors import Error, os_error
 _PREFIX = ".vnb-apply."
 _SUFFIX = ".partial"
 _LOCK = "lock"
+_NAMES = ".names"
 
 
 class ImageDirectory:
@@ -91,19 +98,47 @@ class ImageDirectory:
         """
         Give images their final names, all or none, and make that durable. The images themselves are durable already.
 
-        Nothing is replaced. Raises Error.
+        Nothing is replaced. If we are killed meanwhile, the next one in this directory sees to it. Raises Error.
         """
-        named = []
+        file_name = None
+        workspace = -1
+        stamps = {}
         try:
+            workspace = os.open(self._workspace, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stamps = {name: _stamp(os.stat(name, dir_fd=workspace)) for name in file_names}
+            if len(stamps) > 1:
+                self._announce(stamps, workspace)
             for file_name in file_names:
-                self._name(file_name, named)
+                self._name(file_name)
             sync_directory(self.path)
+            self._forget_names()
         except BaseException as error:
-            for other in named:
-                os.unlink(self.final(other))
+            with contextlib.suppress(OSError):  # what we have got here for is what matters
+                _take_names_back(self.path, workspace, stamps)
+                self._forget_names()
             if isinstance(error, OSError):
-                raise os_error(self.final(file_name) if file_names else self.path, error) from None
+                raise os_error(self.final(file_name) if file_name else self.path, error) from None
             raise
+        finally:
+            if workspace != -1:
+                os.close(workspace)
+
+    def _announce(self, stamps, workspace):
+        """Tell what is to get a final name, durably; the images' names in the workspace are durable, too, then."""
+        fd = os.open(_NAMES, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=workspace)
+        try:
+            text = memoryview(json.dumps(stamps).encode())
+            while text:
+                text = text[os.write(fd, text):]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.fsync(workspace)
+        sync_directory(self.path)
+
+    def _forget_names(self):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self._workspace, _NAMES))
 
     def replace(self, file_names):
         """Give images their final names, whatever had these before, and make that durable. Raises Error."""
@@ -114,7 +149,7 @@ class ImageDirectory:
         except OSError as error:
             raise os_error(self.final(file_name) if file_names else self.path, error) from None
 
-    def _name(self, file_name, named):
+    def _name(self, file_name):
         partial, final = self.partial(file_name), self.final(file_name)
         try:
             os.link(partial, final)
@@ -124,7 +159,6 @@ class ImageDirectory:
             # A file system without links: the gap between these two calls can't be closed there.
             self.refuse_existing(file_name)
             os.rename(partial, final)
-        named.append(file_name)
 
     def _begin(self):
         """Make the workspace and lock it. Somebody who cleans up may take it for abandoned before it is locked."""
@@ -135,7 +169,11 @@ class ImageDirectory:
 
 
 def remove_abandoned(directory):
-    """Remove what killed processes left in a directory. What a living one makes is locked. Raises OSError."""
+    """
+    Remove what killed processes left in a directory. What a living one makes is locked. Raises OSError.
+
+    Images that one of them was to publish together have their final names all, or none of them has.
+    """
     for name in os.listdir(directory):
         if not (name.startswith(_PREFIX) and name.endswith(_SUFFIX)):
             continue
@@ -146,10 +184,67 @@ def remove_abandoned(directory):
             try:
                 # There may be none: its maker was killed before that, or it was being removed.
                 if os.fstat(fd).st_uid == os.geteuid() and (lock := lock_file(_LOCK, os.O_CREAT, fd)) is not None:
-                    shutil.rmtree(workspace, ignore_errors=True)
-                    os.close(lock)
+                    try:
+                        _end_publishing(directory, fd)
+                        shutil.rmtree(workspace, ignore_errors=True)
+                    finally:
+                        os.close(lock)
             finally:
                 os.close(fd)
+
+
+def _end_publishing(directory, workspace):
+    """
+    What a killed process gave final names to keeps them if that is all, else loses them. Raises OSError.
+
+    workspace (int): a descriptor of the directory that it left.
+    """
+    try:
+        fd = os.open(_NAMES, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=workspace)
+        with open(fd, encoding="utf-8") as file:
+            stamps = json.load(file)
+    except (FileNotFoundError, ValueError, RecursionError):
+        return  # it had named nothing: this is written, wholly, before
+    if isinstance(stamps, dict) and not all(_is_named(file_name, workspace) for file_name in stamps):
+        _take_names_back(directory, workspace, stamps)
+
+
+def _is_named(file_name, workspace):
+    """Whether a file in the workspace has got another name, which may have been changed since, or was moved."""
+    found = _found(file_name, workspace)
+    return found is None or found.st_nlink > 1
+
+
+def _take_names_back(directory, workspace, stamps):
+    """
+    Take the final names of files away from them, and make that durable. Raises OSError.
+
+    stamps (dict): {name: what _stamp() said before it was named}. What is something else now is left alone: it is
+    another's, or somebody has begun to use it.
+    """
+    for file_name, stamp in stamps.items():
+        final = os.path.join(directory, os.path.basename(file_name))
+        named, here = _found(final), _found(file_name, workspace)
+        if named is None or _stamp(named) != stamp:
+            continue
+        if here is None:
+            os.rename(final, file_name, dst_dir_fd=workspace)
+        elif os.path.samestat(named, here):
+            os.unlink(final)
+    sync_directory(directory)
+
+
+def _stamp(found):
+    """What of a file (os.stat() of it) stays the same when it is linked or moved, and changes when it is written."""
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _found(path, directory=None):
+    """os.stat() of a file, not of what a link leads to; None if there is none. directory: see lock_file()."""
+    try:
+        return os.stat(path, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
 
 
 def lock_file(path, flags=0, directory=None):
