@@ -12,8 +12,12 @@ A round that fails says how to have it again, alone: VNB_SEED=1 VNB_ROUND=3. A t
 as one round; one that tries several faults in a round says rounds.fault() for each. Tests with the same text are one
 line of the table.
 
+A test that is guided by what it found in the rounds before has none that is the same alone. What fails there is in a
+file, and its failure says how to have that again: VNB_INPUT=FILE. See fuzzing.py.
+
 VNB_SOAK=MINUTES: rounds go on until this time is over, which the tests have in proportion to their `share` (default 1;
 a test with parameters has it for each). `make soak` does that, and puts what was tried into the README.
+Inputs that reach what none before them has are kept by a soak, see kept.py.
 """
 
 import datetime

@@ -2,10 +2,12 @@
 """
 Commands fed with hostile input, in forks of this process, guided by the lines of vnb that they reach.
 
-An input that reaches a line none before it has reached is kept and changed further. All comes from a seed, and a run
-that fails leaves its input in a directory that the failure names.
+An input that reaches a line none before it has reached is kept and changed further, in all rounds of a test; what is
+kept outlives it, see kept.py. All comes from a seed; but what a round does depends on those before it, so a run that
+fails leaves its input in a file that the failure names: VNB_INPUT=FILE tries this one alone.
 """
 
+import collections
 import mmap
 import os
 import re
@@ -17,8 +19,10 @@ import types
 import zlib
 from pathlib import Path
 
+import msgpack
 import samples
 import servers
+from kept import Kept, name_of
 
 import vnb
 from vnb.errors import StreamError
@@ -27,32 +31,30 @@ MiB = 1 << 20
 MEMORY = 160 * MiB  # more than this process has: what the largest frames take, decoded, is less
 ADDRESS_SPACE = 1024 * MiB  # more than this process has
 LINES = 1 << 16  # of the map of lines that were reached
+INPUTS = 40  # of a round
+VARIED = 0.2  # of the inputs are sound, as far as the target knows what is: what is refused early reaches little
+ACCEPTED = 0.1  # of the inputs at least have to end with status 0, once there were MANY
+MANY = 400
 PACKAGE = os.path.dirname(vnb.__file__)
 TARGET = "target"  # the one directory that a run may write into
 
 
 class Reached:
-    """Which lines of vnb were reached, over all runs."""
+    """Which lines of vnb a run has reached."""
 
     def __init__(self):
         self._now = mmap.mmap(-1, LINES)  # shared with forks
-        self._ever = 0
 
     def trace(self):
         """Have this process, a fork, write down what it reaches from now on."""
         sys.settrace(self._call)
         threading.settrace(self._call)
 
-    def news(self):
-        """Whether something was reached that never was, since this was asked the last time."""
-        now = int.from_bytes(self._now[:], "little")
+    def lines(self):
+        """The lines (set of int) that were reached since this was asked the last time."""
+        found = {match.start() for match in re.finditer(b"\1", self._now)}
         self._now[:] = bytes(LINES)
-        found = now & ~self._ever
-        self._ever |= now
-        return found != 0
-
-    def __len__(self):
-        return bin(self._ever).count("1")
+        return found
 
     def _call(self, frame, _event, _argument):
         code = frame.f_code
@@ -72,38 +74,81 @@ class Target:
     """
     A command and how it is fed.
 
-    name (str); module; argv (list of str). corpus: sound inputs, of any kind. change: function (chance, input) -> a
-    hostile one, made of it. place: function (input, directory) -> its standard input (bytes),
-    once what the command reads is in the directory, where it will run and may write into target/ alone.
+    name (str); module; argv (list of str). corpus: sound inputs, of any kind that msgpack knows. change: function
+    (chance, input) -> a hostile one, made of it. place: function (input, directory) -> its standard input (bytes),
+    once what the command reads is in the directory, where it will run and may write into target/ alone. vary: function
+    (chance, input of the corpus) -> another sound one.
     """
 
-    def __init__(self, name, module, argv, corpus, change, place):
+    def __init__(self, name, module, argv, corpus, change, place, vary=lambda _, input_: input_):
         self.name = name
         self.module = module
         self.argv = argv
         self.corpus = corpus
         self.change = change
         self.place = place
+        self.vary = vary
 
-    def fuzz(self, directory, chance, inputs):
-        """Run it on so many hostile inputs, by chance (random.Random). directory (Path). Returns lines reached."""
-        reached = Reached()
-        kept = list(self.corpus)
-        for input_ in kept:
-            self._run(input_, directory, reached)
-            reached.news()
-        for _ in range(inputs):
-            input_ = self.change(chance, chance.choice(kept[-8:] if chance.random() < 0.5 else kept))
-            self._run(input_, directory, reached)
-            if reached.news():
-                kept.append(input_)
-        return len(reached)
+    def packed(self, input_):
+        """An input as bytes, for a file."""
+        return input_ if isinstance(input_, bytes) else msgpack.packb(input_, unicode_errors="surrogateescape")
 
-    def _run(self, input_, directory, reached):
-        here = directory / "run"
+    def unpacked(self, content):
+        """The input that packed() made these bytes of."""
+        if isinstance(self.corpus[0], bytes):
+            return content
+        return msgpack.unpackb(content, unicode_errors="surrogateescape", strict_map_key=False)
+
+
+class Fuzzer:
+    """
+    Runs a Target in a directory (Path), again and again. kept (Kept): what was found before.
+
+    statuses (Counter): how the runs have ended.
+    """
+
+    def __init__(self, target, directory, kept=None):
+        self.kept = Kept() if kept is None else kept
+        self.statuses = collections.Counter()
+        self._target = target
+        self._directory = directory
+        self._reached = Reached()
+
+    def fuzz(self, rounds, inputs=INPUTS):
+        """Try what is kept, and then so many inputs in each of the Rounds."""
+        for input_ in self._target.corpus:
+            self.kept.known |= self._run(input_, rounds)
+        for content in self.kept.earlier:
+            self.kept.add(content, self._run(self._target.unpacked(content), rounds))
+        for chance in rounds:
+            for _ in range(inputs):
+                input_ = self._next(chance)
+                lines = self._run(input_, rounds)
+                self.kept.add(self._target.packed(input_), lines)
+        accepted, tried = self.statuses[0], self.statuses.total()
+        assert tried < MANY or accepted >= tried * ACCEPTED, f"only {accepted} of {tried} inputs were not refused"
+
+    def again(self, path, rounds):
+        """Try the input in a file alone."""
+        self._run(self._target.unpacked(Path(path).read_bytes()), rounds)
+
+    def _next(self, chance):
+        if chance.random() < VARIED:
+            return self._target.vary(chance, chance.choice(self._target.corpus))
+        found = self.kept.recent() if chance.random() < 0.5 else self.kept.all()
+        at = chance.randrange(len(found) + len(self._target.corpus))
+        input_ = self._target.corpus[at - len(found)] if at >= len(found) else self._target.unpacked(found[at])
+        return self._target.change(chance, input_)
+
+    def _run(self, input_, rounds):
+        """Run it on an input, which is a fault of these Rounds; the lines that it reached (set)."""
+        rounds.fault()
+        target, reached = self._target, self._reached
+        here = self._directory / "run"
+        shutil.rmtree(here, ignore_errors=True)
         here.mkdir()
         (here / TARGET).mkdir(0o700)
-        stdin = self.place(input_, here)
+        stdin = target.place(input_, here)
         before = tree(here)
         base = resident()
 
@@ -114,16 +159,22 @@ class Target:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             reached.trace()
 
-        done = servers.forked(self.name, self.module, *self.argv, stdin=stdin, prepare=prepare)
-        fault = fault_of(self.name, done, base)
+        done = servers.forked(target.name, target.module, *target.argv, stdin=stdin, prepare=prepare)
+        fault = fault_of(target.name, done, base)
         if fault is None and tree(here) != before:
             fault = f"it wrote outside its target: {sorted(tree(here).symmetric_difference(before))}"
         if fault is None and done.status and (left := finished(here / TARGET)):
             fault = f"it failed, and left {left}"
         if fault is not None:
             (here / "stdin").write_bytes(stdin)
-            raise AssertionError(f"{' '.join([self.name, *self.argv])} < stdin, in {here}: {fault}")
-        shutil.rmtree(here)
+            content = target.packed(input_)
+            path = self._directory / f"input-{name_of(content)}"
+            path.write_bytes(content)
+            rounds.input = path
+            raise AssertionError(f"{' '.join([target.name, *target.argv])} < stdin, in {here}: {fault}\n"
+                                 f"VNB_INPUT={path} has it again")
+        self.statuses[done.status] += 1
+        return reached.lines()
 
 
 def fault_of(name, done, base=0):

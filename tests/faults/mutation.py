@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-Hostile variants of sound input, by chance (a random.Random): the same seed gives the same ones.
+Variants of sound input, hostile or sound, by chance (a random.Random): the same seed gives the same ones.
 
 A stream is taken apart into frames, one of them is changed, and sums, counts, digest, index and tail are made to fit
 again: what is wrong with it then is not what a checksum finds.
@@ -13,8 +13,8 @@ import struct
 import msgpack
 from xxhash import xxh3_64_intdigest
 
+from vnb import codec, stream
 from vnb import frame as f
-from vnb import stream
 
 NUMBERS = [
     0, 1, 2, 7, 255, 256, 4095, 4096, 4097, 65535, 65536, 1 << 20, (4 << 20) + 1, (1 << 31) - 1, 1 << 31, (1 << 32) - 1,
@@ -135,6 +135,71 @@ def mutated_stream(chance, content, others):
             return stream_of(changed, spared if chance.random() < 0.5 else None)
         except (ValueError, TypeError, OverflowError, struct.error):
             continue  # nothing that msgpack can say
+
+
+def varied_stream(chance, content):
+    """A variant of a sound stream (bytes) that is sound, too: other data, states, codecs, and what nobody knows."""
+    stays = chance.random() < 0.5  # what the index says of it, but for sizes, which stream_of() sees to
+    frames, states = [], (f.ZERO, f.HOLE)
+    for fields, payload in frames_of(content):
+        fields, kind = _copy(fields), fields[0]
+        if kind == "vnb":
+            states = (f.DATA, f.ZERO, f.HOLE) if fields[2]["stage"] == "extents" else (f.ZERO, f.HOLE)
+        if kind in ("vnb", "disk") and chance.random() < 0.3:
+            fields[2]["+x"] = chance.choice([None, True, 0, (1 << 64) - 1, "x", [], [[]], {"": {}}, ["x"] * 100])
+        elif kind in ("data", "extent") and chance.random() < 0.1:
+            frames.append([["+note", chance.choice(NUMBERS)], chance.choice([None, b"", b"x" * 5])])
+        if kind == "data":
+            frames += _varied_data(chance, fields, payload, stays)
+        elif kind == "extent" and not stays:
+            frames += _varied_extents(chance, fields, states)
+        elif kind == "file":
+            frames.append([fields, chance.randbytes(len(payload)) if chance.random() < 0.2 else payload])
+        elif kind != "index" or stays:
+            frames.append([fields, payload])
+    return stream_of(frames)
+
+
+def _varied_data(chance, fields, payload, stays):
+    """Frames for the range of a data frame."""
+    _, disk, offset, length, _, _ = fields
+    if chance.random() < 0.3:
+        return [[fields, payload]]
+    if not stays and chance.random() < 0.3:
+        return [[["extent", disk, [offset, length, chance.choice([f.ZERO, f.HOLE])]], None]]
+    cut = chance.randrange(1, length) if not stays and length > 1 and chance.random() < 0.5 else length
+    found = []
+    for at, size in ((0, cut), (cut, length - cut)):
+        if size:
+            plain = chance.choice([bytes(size), b"x" * size, chance.randbytes(size)])
+            name, packed = codec.compressor(chance.choice(["none", "lz4", "zstd"]))(plain)
+            found.append([["data", disk, offset + at, size, name, xxh3_64_intdigest(plain)], bytes(packed)])
+    return found
+
+
+def _varied_extents(chance, fields, states):
+    """Frames for the extents of a frame."""
+    _, disk, runs = fields
+    found = []
+    for offset, length, state in zip(runs[0::3], runs[1::3], runs[2::3]):
+        cut = chance.randrange(1, length) if length > 1 and chance.random() < 0.5 else length
+        for at, size in ((offset, cut), (offset + cut, length - cut)):
+            if size:
+                found += [at, size, chance.choice([state, *states])]
+    if len(found) > 3 and chance.random() < 0.5:
+        return [[["extent", disk, found[:3]], None], [["extent", disk, found[3:]], None]]
+    return [[["extent", disk, found], None]]
+
+
+def varied_json(chance, lines):
+    """Lines of JSON (list of str) that say the same in another way."""
+    found = []
+    for line in lines:
+        fields = list(json.loads(line).items())
+        chance.shuffle(fields)
+        ascii_, spaces = chance.random() < 0.5, chance.choice([None, (",", ":"), (" , ", " : ")])
+        found.append(json.dumps(dict(fields), ensure_ascii=ascii_, separators=spaces))
+    return found
 
 
 def _change(chance, frames, others):

@@ -11,6 +11,7 @@ import limit
 
 SEED = os.environ.get("VNB_SEED", "1")
 ONLY = os.environ.get("VNB_ROUND")  # this round alone, to see again what happened in it
+INPUT = os.environ.get("VNB_INPUT")  # this file alone, of a test that tries inputs
 SOAK_SECONDS = float(os.environ.get("VNB_SOAK", "0")) * 60
 
 
@@ -20,6 +21,8 @@ class Rounds:
 
     name (str): the test; count (int): how many, or None where seconds say how long. number (int or None): the one that
     runs; is_soak (bool): seconds count. faults (int): what was tried, a round or what fault() was called for.
+
+    input (str or None): the path of what failed, where a round depends on those before it: alone it would be another.
     """
 
     def __init__(self, name, count=None, seconds=0, seed=SEED, only=ONLY):
@@ -29,6 +32,7 @@ class Rounds:
         self.is_soak = count is None
         self.seconds = seconds
         self.number = None
+        self.input = None
         self._numbers = itertools.count() if count is None else range(count)
         if only is not None:
             self._numbers = [int(only)]
@@ -49,7 +53,9 @@ class Rounds:
         self.faults += 1
 
     def again(self):
-        """What to say to have the round again that failed (str)."""
+        """What to say to have the round again that failed (str), or the input."""
+        if self.input is not None:
+            return f"VNB_INPUT={self.input}"
         return f"VNB_SEED={self.seed} VNB_ROUND={self.number}"
 
 

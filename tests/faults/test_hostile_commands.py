@@ -10,12 +10,15 @@ import shutil
 import sys
 from pathlib import Path
 
+import fuzzing
+import kept
 import mutation
 import pytest
 import samples
 import servers
 import test_import
-from fuzzing import TARGET, Target, program
+from fuzzing import TARGET, Fuzzer, Target, program
+from rounds import INPUT, Rounds
 
 from vnb import (
     apply,
@@ -36,11 +39,11 @@ from vnb.errors import Error
 from vnb.ledger import Ledger
 from vnb.state import JobDirectory
 
-INPUTS = 40  # of one round
 FAULT = pytest.mark.fault(
-    f"hostile input to a command: streams, sets, XML, JSON, files of virtnbdbackup; {INPUTS} of them",
-    holds="status 0, 1 or 2, lines of its own, bounded memory, nothing outside its target", share=0.05,
+    "hostile input to a command: streams, sets, XML, JSON, files of virtnbdbackup",
+    holds="status 0, 1 or 2, lines of its own, bounded memory, nothing outside its target", share=0.3,
 )
+EARLIER = kept.load()
 REAL = {path.stem: path.read_bytes() for path in sorted(Path(__file__).with_name("corpus").glob("*.vnb"))}
 CHAIN = REAL["full"] + REAL["inc"]
 SAVED = [CHAIN, REAL["full"], REAL["copy"], samples.every_kind(required=False)]
@@ -49,7 +52,7 @@ OTHERS = [frame for content in (samples.every_kind(), *REAL.values()) for frame 
 
 def of_stream(name, module, *argv, corpus=SAVED):
     """A Target that reads a stream."""
-    return Target(name, module, argv, corpus, change_stream, lambda content, _: content)
+    return Target(name, module, argv, corpus, change_stream, lambda content, _: content, mutation.varied_stream)
 
 
 def of_set(name, module, *argv, target="set"):
@@ -60,7 +63,7 @@ def of_set(name, module, *argv, target="set"):
         (directory / target / "a.vnb").write_bytes(content)
         return b""
 
-    return Target(name, module, argv, [CHAIN, REAL["copy"]], change_stream, place)
+    return Target(name, module, argv, [CHAIN, REAL["copy"]], change_stream, place, mutation.varied_stream)
 
 
 def change_stream(chance, content):
@@ -77,7 +80,10 @@ def lines():
         lines[at] = mutation.mutated_json(chance, lines[at])
         return "\n".join(lines).encode(errors="surrogateescape")
 
-    return Target("vnb-dump", dump, ["--from-json"], corpus, change, lambda content, _: content)
+    def vary(chance, content):
+        return "\n".join(mutation.varied_json(chance, content.decode().splitlines())).encode()
+
+    return Target("vnb-dump", dump, ["--from-json"], corpus, change, lambda content, _: content, vary)
 
 
 def imported(directory):
@@ -118,7 +124,11 @@ def copy(directory):
         (path / ".vnb-apply.state").write_text(state, errors="surrogateescape")
         return content
 
-    return Target("vnb-apply", apply, [*argv, f"{TARGET}/.copy"], [(state, REAL["inc"]), (state, CHAIN)], change, place)
+    def vary(chance, input_):
+        return input_[0], mutation.varied_stream(chance, input_[1])
+
+    corpus = [(state, REAL["inc"]), (state, CHAIN)]
+    return Target("vnb-apply", apply, [*argv, f"{TARGET}/.copy"], corpus, change, place, vary)
 
 
 def record():
@@ -193,20 +203,32 @@ TARGETS = {
 }
 
 
+def fuzz(target, name, directory, rounds):
+    """Try what was kept for a target of this name, and more; a soak keeps what it has found."""
+    found = kept.Kept(EARLIER[name])
+    fuzzer = Fuzzer(target, directory, found)
+    if INPUT:
+        fuzzer.again(INPUT, rounds)
+        return
+    fuzzer.fuzz(rounds)
+    if rounds.is_soak:
+        kept.store(name, found.least())
+
+
 @FAULT
 @pytest.mark.parametrize("target", TARGETS)
 def test_command(tmp_path, rounds, target):
-    for chance in rounds:
-        TARGETS[target](tmp_path).fuzz(tmp_path, chance, INPUTS)
+    fuzz(TARGETS[target](tmp_path), target, tmp_path, rounds)
 
 
 @FAULT
 @pytest.mark.parametrize("name, module, stage", [("vnb-extents", extents, "disks"), ("vnb-read", read, "extents")])
 def test_command_with_a_server(tmp_path, rounds, name, module, stage):
     with servers.nbdkit("memory", "256K") as server:
-        content = mutation.with_uri(REAL[stage], server.uri)
-        for chance in rounds:
-            of_stream(name, module, corpus=[content]).fuzz(tmp_path, chance, INPUTS)
+        # A kept input finds the server of any run: it names a link beside the directory of a run.
+        (tmp_path / "s").symlink_to(server.uri.partition("socket=")[2])
+        content = mutation.with_uri(REAL[stage], "nbd+unix:///?socket=../s")
+        fuzz(of_stream(name, module, corpus=[content]), name, tmp_path, rounds)
 
 
 def fail(how):
@@ -231,13 +253,15 @@ def fail(how):
     ("left", "it failed, and left"), ("terminal", "no line of its own"), ("silent", "it failed without a word"),
 ])
 def test_what_is_not_right_is_seen(tmp_path, how, said):
+    rounds = Rounds("x", count=1)
     with pytest.raises(AssertionError) as caught:
-        of_stream("x", program("", lambda _: fail(how))).fuzz(tmp_path, random.Random(1), 1)
+        Fuzzer(of_stream("x", program("", lambda _: fail(how))), tmp_path).fuzz(rounds)
     assert said in str(caught.value)
+    assert rounds.again() == f"VNB_INPUT={rounds.input}" and rounds.input.read_bytes() == SAVED[0]
 
 
-def test_what_reaches_more_is_kept(tmp_path):
-    """From a 0 step by step to a 3: by chance alone it would take longer."""
+def steps(corpus=b"0"):
+    """From a 0 step by step to a 3, which fails: by chance alone it would take longer."""
     def main(_args):
         content = sys.stdin.read()
         if content >= "1":
@@ -250,6 +274,53 @@ def test_what_reaches_more_is_kept(tmp_path):
     def change(chance, content):
         return str(max(0, min(int(content) + chance.choice([-1, 1]), 3))).encode()
 
-    target = Target("x", program("", main), [], [b"0"], change, lambda content, _: content)
+    return Target("x", program("", main), [], [corpus], change, lambda content, _: content)
+
+
+def test_what_reaches_more_is_kept_over_all_rounds(tmp_path):
     with pytest.raises(AssertionError, match="ZeroDivisionError"):
-        target.fuzz(tmp_path, random.Random(1), 60)
+        Fuzzer(steps(), tmp_path).fuzz(Rounds("x", count=60), inputs=1)
+
+
+def test_a_run_begins_with_what_was_kept_and_an_input_alone_is_tried_again(tmp_path):
+    found = kept.Kept()
+    fuzzer = Fuzzer(steps(), tmp_path, found)
+    (tmp_path / "input").write_bytes(b"3")
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        fuzzer.again(tmp_path / "input", Rounds("x", count=1))
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        Fuzzer(steps(), tmp_path, kept.Kept([b"2", b"3"])).fuzz(Rounds("x", count=0))
+
+
+def test_the_smallest_inputs_are_kept_and_none_that_can_be_missed(tmp_path):
+    found = kept.Kept()
+    found.known = {1}
+    for content, lines in ((b"long", {1, 2, 3}), (b"ab", {1, 2}), (b"c", {3}), (b"d", {1}), (b"larger", {4, 5}),
+                           (b"less", {4}), (bytes(kept.LARGEST + 1), {9})):
+        found.add(content, lines)
+    assert found.least() == [b"c", b"ab", b"larger"]
+    assert found.recent() == [b"long", b"larger"]
+    archive = tmp_path / "kept.tar.xz"
+    kept.store("a", found.least(), archive)
+    kept.store("b", [b"x"], archive)
+    kept.store("a", [b"c"], archive)
+    assert kept.load(archive) == {"a": [b"c"], "b": [b"x"]}
+
+
+def test_where_all_is_refused_that_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzzing, "MANY", 20)
+
+    def main(_args):
+        raise Error("x", "no")
+
+    with pytest.raises(AssertionError, match="only 0 of 20 inputs were not refused"):
+        Fuzzer(of_stream("x", program("", main), corpus=[b"x"]), tmp_path).fuzz(Rounds("x", count=1), inputs=19)
+
+
+@pytest.mark.parametrize("content", [CHAIN, REAL["copy"], samples.every_kind(required=False)])
+def test_what_is_varied_is_sound(content):
+    """And it is not the same again and again."""
+    made = {mutation.varied_stream(random.Random(seed), content) for seed in range(30)}
+    assert len(made) > 20
+    for variant in made:
+        assert samples.read(variant)
