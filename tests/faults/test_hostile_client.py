@@ -4,6 +4,7 @@
 import contextlib
 import signal
 import socket
+from pathlib import Path
 
 import makers
 import mutation
@@ -15,9 +16,14 @@ from servers import DEADLINE
 PLAN = [{"vda": "64k:? 64k:A 100k:- 17:B 513:?"}, {"vda": "10k:. 3:C 60k:0 100k:. 5:D"}]
 REQUESTS = 200  # of one round
 FAULT = pytest.mark.fault(
-    f"a client of vnb-map asks for any range, or sends what is no request; {REQUESTS} times",
-    holds="the bytes of the disk, or an error; others are served on", share=0.1,
+    "a request to vnb-map for any range, or what is no request",
+    holds="the bytes of the disk, or an error; others are served on", share=0.3,
 )
+WRITES = pytest.mark.fault(
+    "a request to `vnb-map --writable` that writes, zeroes or trims any range, with any flags",
+    holds="what a model has is read back, by others too; the set is as it was, byte for byte", share=0.3,
+)
+KNOWN = {"write": nbd.CMD_FLAG_FUA, "zero": nbd.CMD_FLAG_FUA | nbd.CMD_FLAG_NO_HOLE, "trim": nbd.CMD_FLAG_FUA}
 
 
 @pytest.fixture
@@ -32,9 +38,36 @@ def served(tmp_path, monkeypatch):
         uri = f"nbd+unix:///vda?socket={tmp_path}/s"
         yield uri, tmp_path / "s", image
         assert connected(uri).pread(len(image), 0) == image
-        assert map_.process.poll() is None
-        status, said = map_.end()
-        assert status == -signal.SIGTERM and all(line.startswith("vnb-map: ") for line in said.splitlines()), said
+        check_end(map_)
+
+
+def check_end(map_):
+    """It serves to its end, and has said nothing but lines of its own."""
+    assert map_.process.poll() is None
+    status, said = map_.end()
+    assert status == -signal.SIGTERM and all(line.startswith("vnb-map: ") for line in said.splitlines()), said
+
+
+@pytest.fixture
+def writable(tmp_path, monkeypatch):
+    """(URI, its bytes) of vda in a vnb-map that takes writes; its set stays as it is."""
+    runtime = tmp_path / "runtime"
+    runtime.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    paths = makers.make_set(str(tmp_path / "set"), PLAN, spec="lz4")
+    before = [Path(path).read_bytes() for path in paths]
+    with mapped("--writable", "--disk", "vda", "--socket", tmp_path / "s", tmp_path / "set") as map_:
+        yield map_.lines[0], bytes(makers.images(PLAN)[-1]["vda"])
+        check_end(map_)
+    assert sorted(map(str, (tmp_path / "set").iterdir())) == sorted(paths)
+    assert [Path(path).read_bytes() for path in paths] == before
+
+
+def any_range(chance, size):
+    """(offset, length), within a disk of this size or not."""
+    near = chance.choice([0, 64 << 10, 10 << 10, size, chance.randrange(size)])
+    offset = max(0, chance.choice([near, near + 1, near - 1, near - 512, *mutation.NUMBERS]))
+    return offset, chance.choice([0, 1, 2, 511, 4096, 70_001, size, size + 1, 1 << 25, (1 << 25) + 1])
 
 
 def connected(uri):
@@ -52,9 +85,8 @@ def test_any_range(rounds, served):
     for chance in rounds:
         client = connected(uri)
         for _ in range(REQUESTS):
-            near = chance.choice([0, 64 << 10, 10 << 10, size, chance.randrange(size)])
-            offset = max(0, chance.choice([near, near + 1, near - 1, near - 512, *mutation.NUMBERS]))
-            length = chance.choice([0, 1, 2, 511, 4096, 70_001, size, size + 1, 1 << 25, (1 << 25) + 1])
+            rounds.fault()
+            offset, length = any_range(chance, size)
             is_inside = 0 < length <= size - offset
             try:
                 if chance.random() < 0.3:
@@ -66,6 +98,45 @@ def test_any_range(rounds, served):
                 assert not is_inside, (offset, length)
                 if client.aio_is_dead() or client.aio_is_closed():
                     client = connected(uri)
+
+
+@WRITES
+def test_any_write(rounds, writable):
+    uri, image = writable
+    model = bytearray(image)
+    size = len(model)
+    for chance in rounds:
+        client = connected(uri)
+        for _ in range(REQUESTS):
+            rounds.fault()
+            offset, length = any_range(chance, size)
+            if chance.random() < 0.5:  # else most are outside
+                offset = chance.randrange(size)
+                length = chance.randint(1, min(size - offset, chance.choice([1, 600, 70_001])))
+            offset = min(offset, (1 << 63) - 1)
+            flags = chance.choice([0, 0, nbd.CMD_FLAG_FUA, nbd.CMD_FLAG_NO_HOLE, chance.randrange(1 << 16)])
+            is_inside = 0 < length <= size - offset
+            what = chance.choice(["write", *KNOWN])
+            content = bytes(length) if what == "zero" else chance.randbytes(1) * length
+            before = bytes(model[offset : offset + length])
+            try:
+                if what == "write":
+                    client.pwrite(content, offset, flags)
+                elif what == "zero":
+                    client.zero(length, offset, flags)
+                else:
+                    client.trim(length, offset, flags)
+                    # What was trimmed may read as it did, or as zeroes; from now on it is that.
+                    content = client.pread(length, offset)
+                    assert all(new in (0, old) for new, old in zip(content, before))
+                assert is_inside, (what, offset, length, flags)
+                model[offset : offset + length] = content
+            except nbd.Error:
+                is_known = not flags & ~KNOWN[what] and (what != "zero" or client.can_zero())  # nbdkit 1.32 can't
+                assert not (is_inside and is_known), (what, offset, length, flags)
+                if client.aio_is_dead() or client.aio_is_closed():
+                    client = connected(uri)
+        assert client.pread(size, 0) == connected(uri).pread(size, 0) == model
 
 
 @FAULT
@@ -86,6 +157,7 @@ def test_what_is_no_request(rounds, served):
     _, path, _ = served
     for chance in rounds:
         for _ in range(REQUESTS // 4):
+            rounds.fault()
             with socket.socket(socket.AF_UNIX) as client:
                 client.connect(str(path))
                 option = b"\0\0\0\3IHAVEOPT\0\0\0\1\0\0\0\3vda"
