@@ -77,14 +77,14 @@ def noise(length, seed=0):
     return random.Random(seed).randbytes(length)
 
 
-def backup(directory, compressed=False, disks=("vda",)):
-    """A full backup and two increments; returns {checkpoint: {disk: bytes}}."""
+def backup(directory, compressed=False, disks=("vda",), sizes=(70_000, 200_000), chunk=64 << 10):
+    """A full backup and two increments, of so many bytes; returns {checkpoint: {disk: bytes}}."""
     directory.mkdir(exist_ok=True)
     image = {disk: bytearray(SIZE) for disk in disks}
     states = {}
     for number, disk in ((number, disk) for number in range(3) for disk in disks):
         level = "full" if number == 0 else f"inc.{CPT}.{number}"
-        changes = [(4096 * (9 * number + 1), noise(200_000 if number else 70_000, number)), (SIZE - 100, b"z" * 100)]
+        changes = [(4096 * (9 * number + 1), noise(sizes[number > 0], number)), (SIZE - 100, b"z" * 100)]
         extents = changes
         if number == 0:
             first, second = changes
@@ -92,7 +92,7 @@ def backup(directory, compressed=False, disks=("vda",)):
             extents = [(0, first[0]), first, (end, second[0] - end), second]
         for offset, content in changes:
             image[disk][offset : offset + len(content)] = content
-        data_file(directory / f"{disk}.{level}.data", meta(disk, number, compressed=compressed), extents)
+        data_file(directory / f"{disk}.{level}.data", meta(disk, number, compressed=compressed), extents, chunk)
         states.setdefault(f"{CPT}.{number}", {})[disk] = bytes(image[disk])
         (directory / f"vmconfig.{CPT}.{number}.xml").write_text(DOMAIN)
     (directory / "vm.cpt").write_text(json.dumps(list(states)))

@@ -15,8 +15,9 @@ from pathlib import Path
 from xxhash import xxh3_64_hexdigest
 
 ARCHIVE = Path(__file__).with_name("corpus") / "kept.tar.xz"
-MOST = 100  # inputs of a target
-LARGEST = 64 << 10  # bytes of an input
+LIMIT = 230 << 10  # bytes of the archive: what is in git stays there
+MOST = 60  # inputs of a target in it
+LARGEST = 64 << 10  # bytes of one of them
 RECENT = 8
 
 
@@ -36,8 +37,6 @@ class Kept:
 
     def add(self, content, lines):
         """Keep an input that has reached these lines, if it is of use."""
-        if len(content) > LARGEST:
-            return
         lines = lines - self.known
         new = lines - self._smallest.keys()
         smaller = {line for line in lines - new if len(content) < len(self._smallest[line])}
@@ -56,8 +55,8 @@ class Kept:
         return list(self._recent)
 
     def least(self):
-        """What is kept and cannot be left out, the smallest first: without any of these, lines would be missing."""
-        found = sorted(self.all(), key=lambda content: (len(content), content))
+        """For an archive, the smallest first, those without any of which lines would be missing."""
+        found = sorted((content for content in self.all() if len(content) <= LARGEST), key=lambda one: (len(one), one))
         count = collections.Counter(line for content in found for line in self._lines[content])
         for content in reversed(list(found)):
             if all(count[line] > 1 for line in self._lines[content]):
@@ -86,13 +85,20 @@ def load(archive=ARCHIVE):
 
 
 def store(target, contents, archive=ARCHIVE):
-    """Put these inputs (list of bytes) into an archive, in the place of what it has for a target."""
+    """Put these inputs (list of bytes) into an archive, as far as they have room, for what it has for a target."""
     found = {**load(archive), target: contents}
     new = archive.with_suffix(".new")
-    with tarfile.open(new, "w:xz", preset=9, format=tarfile.PAX_FORMAT) as tar:
+    _write(new, found)
+    while new.stat().st_size > LIMIT and found[target]:
+        found[target] = found[target][: len(found[target]) * 3 // 4]
+        _write(new, found)
+    new.replace(archive)
+
+
+def _write(path, found):
+    with tarfile.open(path, "w:xz", preset=9, format=tarfile.PAX_FORMAT) as tar:
         for name in sorted(found):
             for content in found[name]:
                 member = tarfile.TarInfo(f"{name}/{name_of(content)}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    new.replace(archive)

@@ -91,7 +91,7 @@ def imported(directory):
     corpus = []
     for compressed in (False, True):
         path = directory / f"corpus-{compressed}"
-        test_import.backup(path, compressed=compressed)
+        test_import.backup(path, compressed=compressed, sizes=(700, 2000), chunk=512)
         corpus.append({file.name: file.read_bytes() for file in path.iterdir()})
 
     def place(files, directory):
@@ -224,11 +224,13 @@ def test_command(tmp_path, rounds, target):
 @FAULT
 @pytest.mark.parametrize("name, module, stage", [("vnb-extents", extents, "disks"), ("vnb-read", read, "extents")])
 def test_command_with_a_server(tmp_path, rounds, name, module, stage):
-    with servers.nbdkit("memory", "256K") as server:
+    # With more threads nbdkit 1.32 aborts when a client dies: then nothing is tried any more.
+    with servers.nbdkit("--threads=1", "memory", "256K") as server:
         # A kept input finds the server of any run: it names a link beside the directory of a run.
         (tmp_path / "s").symlink_to(server.uri.partition("socket=")[2])
         content = mutation.with_uri(REAL[stage], "nbd+unix:///?socket=../s")
         fuzz(of_stream(name, module, corpus=[content]), name, tmp_path, rounds)
+        assert server.process.poll() is None, server.log.read_text()
 
 
 def fail(how):
@@ -299,12 +301,15 @@ def test_the_smallest_inputs_are_kept_and_none_that_can_be_missed(tmp_path):
                            (b"less", {4}), (bytes(kept.LARGEST + 1), {9})):
         found.add(content, lines)
     assert found.least() == [b"c", b"ab", b"larger"]
-    assert found.recent() == [b"long", b"larger"]
+    assert found.recent() == [b"long", b"larger", bytes(kept.LARGEST + 1)]
     archive = tmp_path / "kept.tar.xz"
     kept.store("a", found.least(), archive)
     kept.store("b", [b"x"], archive)
     kept.store("a", [b"c"], archive)
     assert kept.load(archive) == {"a": [b"c"], "b": [b"x"]}
+    kept.store("b", [b"y", *(random.Random(seed).randbytes(kept.LARGEST) for seed in range(4))], archive)
+    assert [len(content) for content in kept.load(archive)["b"]] == [1, kept.LARGEST, kept.LARGEST]
+    assert archive.stat().st_size < kept.LIMIT
 
 
 def test_where_all_is_refused_that_is_said(tmp_path, monkeypatch):
