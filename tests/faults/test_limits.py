@@ -106,7 +106,9 @@ def restore_qcow2(here, status):
 @case("vnb-cat set | vnb-apply --format raw --update copy", FILES, SIZES)
 def update(here, status):
     """The copy is at a point, or says that it is not finished; the next run brings it to the last point."""
-    if not (here / "copy" / ".vnb-apply.spool").exists():
+    if (here / "copy" / ".vnb-apply.spool").exists():
+        assert status != 0
+    else:
         state = (here / "copy" / ".vnb-apply.state").read_text()
         reached, = (number for number, point in enumerate(POINTS) if f'"point": "{point}"' in state)
         assert reached == len(POINTS) - 1 or status != 0
