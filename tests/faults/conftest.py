@@ -9,8 +9,8 @@ Tests of what happens when something goes wrong: each says what is tried, and wh
 
 VNB_SEED (default 1) decides what happens: the same seed, the same course of events, as far as moments can be repeated.
 A round that fails says how to have it again, alone: VNB_SEED=1 VNB_ROUND=3. A test without the fixture `rounds` counts
-as one round; one that tries several faults in a round says rounds.fault() for each. Tests with the same text are one
-line of the table.
+as one round; one that tries several faults in a round, or one that may have no effect, as what it was to hit had ended,
+says rounds.fault() for each. Only what had an effect is counted. Tests with the same text are one line of the table.
 
 A test that is guided by what it found in the rounds before has none that is the same alone. What fails there is in a
 file, and its failure says how to have that again: VNB_INPUT=FILE. See fuzzing.py.
@@ -73,7 +73,7 @@ def pytest_runtest_makereport(item, call):
     what, holds = mark.args[0], mark.kwargs["holds"]
     tally = item.config.stash[TALLIES].setdefault(what, Tally(what, holds))
     if call.when != "teardown":  # what fails then was counted
-        tally.tried += max(rounds.faults, 1) if rounds else 1
+        tally.tried += max(rounds.faults, int(report.failed)) if rounds else 1
     tally.failed += report.failed
     if report.failed and rounds is not None:
         report.sections.append(("the same again", rounds.again()))

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-A machine without a guest: an image that is written to as by one, its backup set, and the truth.
+A machine without a guest: two images that are written to as by one, its backup set, and the truth.
 
     machine = Machine(place, chance)
     machine.write()                     # by qemu-io
     machine.back_up()                   # a full, then increments
-    machine.check_points()              # each one restores to what the disk was then, copied by qemu-img
+    machine.check_points()              # each one restores to what the disks were then, copied by qemu-img
 
-No code of ours makes the truth. Since no guest holds the image, a backup takes a third of a second.
+No code of ours makes the truth. Since no guest holds the images, a backup takes a third of a second.
 """
 
 import copy
@@ -17,41 +17,44 @@ from pathlib import Path
 
 from lab import KiB, MiB, compare, run
 
-SIZE = 8 * MiB
+SIZES = {"vda": 8 * MiB, "vdb": 2 * MiB}
 
 
 class Machine:
     """
     place (disturbing.Place); chance (random.Random): of what is written; compress (str): what vnb-pack is told.
 
-    image, set (Path); truths (dict): a raw image for each point that was saved.
+    images (dict): the Path of each disk's; set (Path); truths (dict): {disk: raw image} for each point that was saved.
     """
 
     def __init__(self, place, chance, compress="-z"):
         self.place = place
         self.chance = chance
-        self.image = place.directory / "vda.qcow2"
+        self.images = {name: place.directory / f"{name}.qcow2" for name in SIZES}
         self.set = place.directory / "set"
         self.truths = {}
         self._copies = 0
+        images = " ".join(f"--image {name}={path}" for name, path in self.images.items())
         self.script = (
-            f"vnb-checkpoint run --image vda={self.image} --level auto --ledger {self.set} -- "
+            f"vnb-checkpoint run {images} --level auto --ledger {self.set} -- "
             f"'vnb-extents | vnb-read | vnb-pack {compress} -o {self.set}'"
         )
-        run("qemu-img", "create", "-q", "-f", "qcow2", self.image, SIZE)
+        for name, path in self.images.items():
+            run("qemu-img", "create", "-q", "-f", "qcow2", path, SIZES[name])
         self.write()
 
     def write(self):
-        """Some writes, by chance: data, zeroes, and what is given back."""
-        commands = []
-        for _ in range(self.chance.randint(2, 6)):
-            length = self.chance.choice([512, 4 * KiB, 64 * KiB, 300 * KiB, MiB])
-            offset = self.chance.randrange(0, SIZE - length, 512)
-            what = self.chance.choice(
-                ["write -P {}", "write -P {}", "write -P {}", "write -z", "write -z -u", "discard"]
-            )
-            commands += ["-c", f"{what.format(self.chance.randrange(1, 256))} {offset} {length}"]
-        run("qemu-io", "-f", "qcow2", "-d", "unmap", *commands, self.image)
+        """Some writes to each disk, by chance: data, zeroes, and what is given back."""
+        for name, path in self.images.items():
+            commands = []
+            for _ in range(self.chance.randint(2, 6)):
+                length = self.chance.choice([512, 4 * KiB, 64 * KiB, 300 * KiB, MiB])
+                offset = self.chance.randrange(0, SIZES[name] - length, 512)
+                what = self.chance.choice(
+                    ["write -P {}", "write -P {}", "write -P {}", "write -z", "write -z -u", "discard"]
+                )
+                commands += ["-c", f"{what.format(self.chance.randrange(1, 256))} {offset} {length}"]
+            run("qemu-io", "-f", "qcow2", "-d", "unmap", *commands, path)
 
     def elsewhere(self, set_, chance):
         """This machine, with another set, which is a copy, and chances; what becomes of it this one does not know."""
@@ -62,11 +65,12 @@ class Machine:
         return other
 
     def truth(self):
-        """A raw copy of the image as it is."""
+        """Raw copies of the images as they are."""
         self._copies += 1
-        path = self.place.directory / f"truth{self._copies}.raw"
-        run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", self.image, path)
-        return path
+        copies = {name: self.place.directory / f"truth{self._copies}-{name}.raw" for name in self.images}
+        for name, path in self.images.items():
+            run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, copies[name])
+        return copies
 
     def back_up(self):
         """A backup that has to work; and afterwards nothing of one before that did not may be left."""
@@ -92,9 +96,12 @@ class Machine:
         return sorted(name.name.rsplit(".", 2)[0] for name in self.set.glob("[!.]*.vnb"))
 
     def bitmaps(self):
-        """The names (set) of the bitmaps in the image."""
-        info = json.loads(run("qemu-img", "info", "--output=json", self.image))
-        return {bitmap["name"] for bitmap in info["format-specific"]["data"].get("bitmaps", ())}
+        """The names (set) of the bitmaps in the images."""
+        found = set()
+        for path in self.images.values():
+            info = json.loads(run("qemu-img", "info", "--output=json", path))
+            found |= {bitmap["name"] for bitmap in info["format-specific"]["data"].get("bitmaps", ())}
+        return found
 
     def check_points(self, points=None):
         """All points, or these, restore byte for byte."""
@@ -105,9 +112,10 @@ class Machine:
         """A point of a set, this machine's or one made from it, restores byte for byte."""
         target = self.place.directory / "restored"
         self.place.sh(f"vnb-cat --until {point} {set_} | vnb-apply --format raw {target}")
-        self.check_image(target / "vda.raw", point)
+        self.check_images([target / f"{name}.raw" for name in self.images], point)
         shutil.rmtree(target)
 
-    def check_image(self, image, point):
-        """An image, whose format its name says, is what the disk was at a point, byte for byte."""
-        compare(self.truths[point], image, image.suffix[1:])
+    def check_images(self, images, point):
+        """Images, whose disks and formats their names say, are what the disks were at a point, byte for byte."""
+        for image in images:
+            compare(self.truths[point][image.stem], image, image.suffix[1:])

@@ -13,6 +13,7 @@ SEED = os.environ.get("VNB_SEED", "1")
 ONLY = os.environ.get("VNB_ROUND")  # this round alone, to see again what happened in it
 INPUT = os.environ.get("VNB_INPUT")  # this file alone, of a test that tries inputs
 SOAK_SECONDS = float(os.environ.get("VNB_SOAK", "0")) * 60
+MANY = 12  # faults: of fewer it is by chance how many have an effect
 
 
 class Rounds:
@@ -20,8 +21,8 @@ class Rounds:
     Yields a random.Random for each round of a test: the same for the same seed, test and number.
 
     name (str): the test; count (int): how many, or None where seconds say how long. number (int or None): the one that
-    runs; is_soak (bool): seconds count. faults (int): what was tried, a round or what fault() was called for.
-
+    runs; is_soak (bool): seconds count. faults (int): what was tried and had an effect, a round or what fault() was
+    called for; misses (int): what had none. Where that is more than half of many, a soak says so: it has tested little.
     input (str or None): the path of what failed, where a round depends on those before it: alone it would be another.
     """
 
@@ -29,6 +30,7 @@ class Rounds:
         self.name = name
         self.seed = seed
         self.faults = 0
+        self.misses = 0
         self.is_soak = count is None
         self.seconds = seconds
         self.number = None
@@ -44,13 +46,16 @@ class Rounds:
                 break
             limit.renew()
             self.number = number
-            before = self.faults
+            before = self.faults + self.misses
             yield random.Random(f"{self.seed} {self.name} {number}")
-            self.faults += self.faults == before
+            self.faults += self.faults + self.misses == before
+        if self.is_soak and self.faults + self.misses >= MANY:
+            assert self.faults > self.misses, f"{self.name}: only {self.faults} had an effect, {self.misses} had none"
 
-    def fault(self):
-        """One more was tried, in a round of several."""
-        self.faults += 1
+    def fault(self, hit=True):
+        """One more was tried, in a round of several; hit (bool): it had an effect, and counts."""
+        self.faults += hit
+        self.misses += not hit
 
     def again(self):
         """What to say to have the round again that failed (str), or the input."""

@@ -6,6 +6,7 @@ import random
 
 import pytest
 from disturbing import Place
+from lab import KiB
 from machine import Machine
 
 from vnb import stream
@@ -13,40 +14,56 @@ from vnb import stream
 STAGES = (("vnb-checkpoint",), ("vnb-extents", "vnb-read", "vnb-pack", "qemu-nbd", "qemu-img"))
 HOLDS = "each saved point restores byte for byte, the next increment is right; no partial file, bitmap, server or job"
 FAULTS = 4
+NEEDS = {"-n": 16, "-v": 340 * KiB}  # of a backup, about; a soak measures it
 
 
-@pytest.fixture(scope="module")
-def calls():
-    """The system calls of a backup's parts, see Place.profile()."""
-    with Place() as place:
-        machine = Machine(place, random.Random(0))
-        machine.back_up()
-        machine.write()
-        return place.profile(machine.script, *STAGES)
+@pytest.fixture
+def usual():
+    """A function that says what is Usual for an increment; is_ours: whose state alone counts, see state_of()."""
+    def measured(*stages, is_ours=False):
+        with Place() as place:
+            machine = Machine(place, random.Random(0))
+            machine.back_up()
+            only = {"vnb-checkpoint": state_of(place)} if is_ours else None
+            return place.usual(machine.script, *stages, before=machine.write, times=2, only=only)
+
+    return measured
 
 
 @pytest.mark.fault(
-    "SIGKILL, SIGTERM, SIGINT or SIGPIPE to a part of a backup of an image: `run`, keeper, a stage, qemu-nbd, qemu-img",
+    "SIGKILL, SIGTERM or SIGINT to a part of a backup of an image, `run`, keeper, a stage, qemu-nbd, qemu-img, or a "
+    "reader that goes away",
     holds=HOLDS, share=4,
 )
-def test_a_backup_that_is_killed(rounds, calls):
-    disturbed(rounds, calls, Place.killed)
+def test_a_backup_that_is_killed(rounds, usual):
+    found = usual(*STAGES)
+    disturbed(rounds, lambda place, script, chance: place.killed(script, chance, found))
 
 
 @pytest.mark.fault(
     "ENOSPC, EIO, EROFS or EDQUOT in a write, fsync, rename, unlink ... of a part of a backup of an image",
     holds=HOLDS, share=3,
 )
-def test_a_backup_whose_system_calls_fail(rounds, calls):
-    ours = {key: count for key, count in calls.items() if not key[0].startswith("qemu-")}
-    disturbed(rounds, ours, Place.failed)
+def test_a_backup_whose_system_calls_fail(rounds, usual):
+    found = usual(("vnb-checkpoint",), ("vnb-extents", "vnb-read", "vnb-pack"), is_ours=True)
+
+    def fail(place, script, chance):
+        return place.failed(script, chance, found, {"vnb-checkpoint": state_of(place)})
+
+    disturbed(rounds, fail)
 
 
 @pytest.mark.fault(
     "few file descriptors or little memory for all of a backup of an image: ulimit -n, -v", holds=HOLDS,
 )
 def test_a_backup_with_limits(rounds):
-    disturbed(rounds, None, Place.limited)
+    needs = NEEDS
+    if rounds.is_soak:
+        with Place() as place:
+            machine = Machine(place, random.Random(0))
+            machine.back_up()
+            needs = place.needs(machine.script)
+    disturbed(rounds, lambda place, script, chance: place.limited(script, chance, needs))
 
 
 @pytest.mark.fault(
@@ -92,18 +109,17 @@ def state_of(place):
     return [job, *(job / name for name in ("job.json", "job.json.new", "lock", "control", "keeper.log"))]
 
 
-def disturbed(rounds, calls, disturb):
-    """Back up again and again; disturb: a function of Place that runs a backup, and does something to it."""
+def disturbed(rounds, disturb):
+    """Back up again and again; disturb: is told place, script and chance, runs a backup and does something to it."""
     for chance in rounds:
         with Place() as place:
             machine = Machine(place, chance)
             machine.back_up()
-            place.only["vnb-checkpoint"] = state_of(place)
             for _ in range(FAULTS if rounds.is_soak else 2):
-                rounds.fault()
                 machine.write()
                 truth = machine.truth()
-                with disturb(place, machine.script, chance, calls) as ended:
+                with disturb(place, machine.script, chance) as ended:
+                    rounds.fault(ended.hit)
                     assert machine.saved(truth) or ended.status != 0
                     machine.write()
                     machine.back_up()

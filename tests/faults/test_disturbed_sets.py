@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Restore, update of a standby, prune and merge: killed at any moment, in any part, or with system calls that fail."""
 
+import functools
 import random
 import shutil
 
@@ -10,7 +11,7 @@ from machine import Machine
 
 from vnb import backupset
 
-DISTURBED = "a signal to a part, or ENOSPC, EIO, EROFS or EDQUOT in a system call, of"
+DISTURBED = "a signal to a part, a reader that goes away, or ENOSPC, EIO, EROFS or EDQUOT in a system call, of"
 disturbances = pytest.mark.parametrize("disturb", [Place.killed, Place.failed], ids=lambda disturb: disturb.__name__)
 POINTS = 5
 
@@ -52,19 +53,21 @@ def named(directory):
 @disturbances
 def test_a_restore(saved, work, rounds, disturb, format_):
     script = f"vnb-cat {saved.set} | vnb-apply --format {format_} {work}"
-    calls = saved.place.profile(script, ("vnb-cat", "vnb-apply"))
-    shutil.rmtree(work)
+    usual = saved.place.usual(
+        script, ("vnb-cat", "vnb-apply"), before=lambda: shutil.rmtree(work, ignore_errors=True)
+    )
     last = list(saved.truths)[-1]
     for chance in rounds:
-        with disturb(saved.place, script, chance, calls) as ended:
-            assert named(work) or ended.status != 0
-            if not named(work):
+        shutil.rmtree(work)
+        with disturb(saved.place, script, chance, usual) as ended:
+            rounds.fault(ended.hit)
+            saved.check_images(named(work), last)
+            if len(named(work)) < len(saved.images):
+                assert ended.status != 0
                 saved.place.sh(script)
                 assert hidden(work) == set()
-            image, = named(work)
-            saved.check_image(image, last)
-        shutil.rmtree(work)
-    work.mkdir()
+                assert len(named(work)) == len(saved.images)
+                saved.check_images(named(work), last)
 
 
 @pytest.mark.fault(
@@ -79,24 +82,30 @@ def test_an_update(saved, work, rounds, disturb, format_):
     update = f"vnb-apply --update --format {format_} {work}"
     script = f"vnb-cat {saved.set} | {update}"
 
+    images = [work / f"{name}.{format_}" for name in saved.images]
+
     def at(number):
         """Have a copy that is at this point."""
         shutil.rmtree(work, ignore_errors=True)
         saved.place.sh(f"vnb-cat --until {points[number]} {saved.set} | {update}")
 
-    at(0)
-    calls = saved.place.profile(script, ("vnb-cat", "vnb-apply"))
+    @functools.lru_cache
+    def usual(number):
+        return saved.place.usual(script, ("vnb-cat", "vnb-apply"), before=lambda: at(number))
+
     for chance in rounds:
         number = chance.randrange(len(points) - 1)
+        from_there = usual(number)
         at(number)
-        with disturb(saved.place, script, chance, calls) as ended:
+        with disturb(saved.place, script, chance, from_there) as ended:
+            rounds.fault(ended.hit)
             state = (work / ".vnb-apply.state").read_text()
             if not (work / ".vnb-apply.spool").exists():
                 reached, = (point for point in points if f'"point": "{point}"' in state)
-                saved.check_image(work / f"vda.{format_}", reached)
+                saved.check_images(images, reached)
                 assert ended.status != 0 or reached == points[-1]
             saved.place.sh(script)
-            saved.check_image(work / f"vda.{format_}", points[-1])
+            saved.check_images(images, points[-1])
             assert hidden(work) == {".vnb-apply.state", ".vnb-apply.lock"}
 
 
@@ -108,12 +117,16 @@ def test_an_update(saved, work, rounds, disturb, format_):
 def test_a_prune(saved, work, rounds, disturb):
     points = list(saved.truths)
     script = f"vnb-prune --keep-last 2 {work}"
-    shutil.copytree(saved.set, work)
-    calls = saved.place.profile(script, ("vnb-prune",))
-    for chance in rounds:
-        shutil.rmtree(work)
+
+    def before():
+        shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(saved.set, work)
-        with disturb(saved.place, script, chance, calls) as ended:
+
+    usual = saved.place.usual(script, ("vnb-prune",), before=before)
+    for chance in rounds:
+        before()
+        with disturb(saved.place, script, chance, usual) as ended:
+            rounds.fault(ended.hit)
             saved.place.sh(f"vnb-verify {work}")
             for point in points[-2:]:
                 saved.check_restored(work, point)
@@ -133,10 +146,13 @@ def test_a_prune(saved, work, rounds, disturb):
 def test_a_merge(saved, work, rounds, disturb):
     last = list(saved.truths)[-1]
     script = f"vnb-cat --merge {saved.set} | vnb-pack --compress zstd -o {work}"
-    calls = saved.place.profile(script, ("vnb-cat", "vnb-pack"))
+    usual = saved.place.usual(
+        script, ("vnb-cat", "vnb-pack"), before=lambda: shutil.rmtree(work, ignore_errors=True)
+    )
     for chance in rounds:
         shutil.rmtree(work)
-        with disturb(saved.place, script, chance, calls) as ended:
+        with disturb(saved.place, script, chance, usual) as ended:
+            rounds.fault(ended.hit)
             assert named(work) or ended.status != 0
             if not named(work):
                 saved.place.sh(script)

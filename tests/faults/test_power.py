@@ -74,8 +74,9 @@ def test_a_restore(saved, format_):
     """The directory is new, too: a name in it is worth nothing without its own."""
     target = saved.place.directory / "a" / "b"
     script = f"vnb-cat {saved.set} | vnb-apply --format {format_} {target}"
-    trace = traced(saved.place, script, lambda path: path == f"{target}/vda.{format_}")
-    assert (trace.faults, trace.committed) == ([], 1)
+    final = [f"{target}/{name}.{format_}" for name in saved.images]
+    trace = traced(saved.place, script, lambda path: path in final)
+    assert (trace.faults, trace.committed) == ([], 2)
 
 
 @power
@@ -86,7 +87,8 @@ def test_an_update(saved, format_):
     first = next(iter(saved.truths))
     update = f"vnb-apply --update --format {format_} {target}"
     saved.place.sh(f"vnb-cat --until {first} {saved.set} | {update}")
-    final = [f"{target}/{name}" for name in (".vnb-apply.state", ".vnb-apply.spool", f"vda.{format_}")]
+    images = [f"{name}.{format_}" for name in saved.images]
+    final = [f"{target}/{name}" for name in (".vnb-apply.state", ".vnb-apply.spool", *images)]
     trace = traced(saved.place, f"vnb-cat {saved.set} | {update}", lambda path: path in final)
     assert trace.faults == []
     assert trace.committed == 3 * (len(saved.truths) - 1)  # the spool; the state before it, and after all
@@ -95,8 +97,8 @@ def test_an_update(saved, format_):
 @power
 def test_an_image_written_to_in_place(saved):
     target = saved.place.directory / "disk.raw"
-    shutil.copy(saved.truths[next(iter(saved.truths))], target)
-    script = f"vnb-cat {saved.set} | vnb-apply --disk vda={target}"
+    shutil.copy(saved.truths[next(iter(saved.truths))]["vda"], target)
+    script = f"vnb-cat --disk vda {saved.set} | vnb-apply --disk vda={target}"
     trace = traced(saved.place, script, lambda path: path == str(target))
     assert trace.faults == []
 
