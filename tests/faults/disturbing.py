@@ -262,11 +262,11 @@ class Place:
         # The one byte more says that there was more to read.
         reader = f"(head -c {count}; head -c 1 | cmp -s - /dev/null || touch {sign})"
         parts = script.split(" | ")
+        writer = parts[number].rpartition("'")[2]
         parts.insert(number + 1, reader)
         try:
             return self._ended(
-                self._start(" | ".join(parts)), f"{parts[number]}: its reader goes away after {count} bytes",
-                sign.exists,
+                self._start(" | ".join(parts)), f"{writer}: its reader goes away after {count} bytes", sign.exists,
             )
         finally:
             sign.unlink(missing_ok=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A running machine, whose backup is killed in any part, or that something happens to in the middle of it."""
+"""A running machine, whose backup is killed in any part, at any time, or that something happens to meanwhile."""
 
 import os
 import random
@@ -11,24 +11,27 @@ from pathlib import Path
 
 import libvirt
 import pytest
-from backups import backup, restores, tip
+from backups import STORE, backup, restores, tip
 from disturbing import check_said
 from lab import Disk, MiB, wait_for
 
-SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGPIPE")
-VICTIMS = ("vnb-checkpoint", "vnb-extents", "vnb-read", "vnb-pack")
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
+STAGES = ("vnb-extents", "vnb-read", "vnb-pack")
 SIZE = 32 * MiB
+HOLDS = "no job, paused guest, process, socket or scratch is left; each point restores; the next increment is right"
 # So slow that there is a middle. Each stage is there from the start.
 SLOW = "vnb-extents | vnb-read | (head -c 300000; sleep 0.5; cat) | vnb-pack -z -o {set}"
+CUT = "vnb-extents | vnb-read | (sleep {seconds:.3f}; head -c {bytes}) | vnb-pack -z -o {{set}}"  # its reader goes away
+BEGINNING = 0.8  # seconds from the start of `run` to the end of a short backup, about
 
 
 class Life:
-    """A machine, its set, and references: [(point, {disk: raw image})]."""
+    """A machine, a new one or vm, its set, and references: [(point, {disk: raw image})]."""
 
-    def __init__(self, lab, chance):
+    def __init__(self, lab, chance, vm=None):
         self.lab = lab
         self.chance = chance
-        self.vm = lab.domain(Disk("vda", SIZE), Disk("vdb", SIZE, discard=True))
+        self.vm = vm or lab.domain(Disk("vda", SIZE), Disk("vdb", SIZE, discard=True))
         self.set = lab.new_directory("set")
         self.points = []
         self.write()
@@ -44,21 +47,65 @@ class Life:
     def back_up(self):
         """A backup that has to work."""
         backup(self.lab, self.vm, "auto", self.set)
-        self.points.append((tip(self.lab, self.set), self.vm.reference()))
+        self.points.append((tip(self.lab, self.set), self.reference()))
 
-    def start(self):
-        """A backup in the background (Popen), when its command runs; what it is to save is taken note of."""
-        self.begun = self.vm.reference()
+    def reference(self):
+        """What the machine has now."""
+        return self.vm.reference()
+
+    def start(self, store=SLOW, at_once=False):
+        """A backup in the background (Popen), when its command runs, or at once; what it is to save is noted."""
+        self.begun = self.reference()
         process = subprocess.Popen(
             ["bash", "-c", f"exec vnb-checkpoint run {self.vm.name} --level auto --ledger {self.set} -- "
-             f"'{SLOW.format(set=self.set)}'"],
+             f"'{store.format(set=self.set)}'"],
             env=self.lab.env, cwd=self.lab.directory, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )
-        wait_for(lambda: self.pids("vnb-pack") or process.poll() is not None, "the command")
+        if not at_once:
+            wait_for(lambda: self.pids("vnb-pack") or process.poll() is not None, "the command")
         return process
 
     def pids(self, program):
         return sorted(pid for pid, line in self.lab.processes().items() if f"/{program} " in f"{line} ")
+
+    def running(self, process, *whom):
+        """
+        Who of these runs now, {name: process ids}: "run", its "keeper", "both", and stages.
+
+        Who is not there yet is waited for, until the backup ends; {} then.
+        """
+        def found():
+            own, keepers = [process.pid] if process.poll() is None else [], self.pids("vnb-checkpoint")
+            keepers = [pid for pid in keepers if pid not in own]
+            pids = {"run": own, "keeper": keepers, "both": own + keepers if own and keepers else []}
+            pids.update({stage: self.pids(stage) for stage in STAGES if stage in whom})
+            return {name: pids[name] for name in whom if pids[name]}
+
+        wait_for(lambda: found() or process.poll() is not None, "somebody to kill")
+        return found()
+
+    def kill(self, process, names, signal_name):
+        """Kill one of these by chance, or "both"; False where nobody runs any more."""
+        found = self.running(process, *names)
+        if not found:
+            return False
+        name = self.chance.choice(sorted(found))
+        if name != "both":
+            return kill(self.chance.choice(found[name]), signal_name)
+        self.kill_both(process)
+        return True
+
+    def kill_both(self, process):
+        """Kill `run`, its keeper, also one that is forked just then, and the command; then `recover` ends the job."""
+        while pids := self.pids("vnb-checkpoint"):
+            for pid in pids:
+                kill(pid, "SIGKILL")
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # none is left of it
+        process.wait()
+        self.lab.sh(f"vnb-checkpoint recover {self.vm.name} --ledger {self.set}")
 
     def check(self, process):
         """The end of a backup that something has happened to: nothing is left, and all goes on."""
@@ -73,13 +120,17 @@ class Life:
         self.write()
         self.back_up()
         for point, reference in self.points[-2:]:
-            restores(self.lab, self.set, reference, point)
+            self.restores(reference, point)
+
+    def restores(self, reference, point):
+        """A point restores to what reference() said then."""
+        restores(self.lab, self.set, reference, point)
 
     def end(self):
         """All points restore, and the machine is removed."""
         self.lab.sh(f"vnb-verify {self.set}")
         for point, reference in self.points:
-            restores(self.lab, self.set, reference, point)
+            self.restores(reference, point)
         self.vm.remove()
 
 
@@ -98,21 +149,40 @@ def life(lab, request):
 
 
 @pytest.mark.fault(
-    "SIGKILL, SIGTERM, SIGINT or SIGPIPE to a part of a backup of a running machine: `run`, its keeper, each stage",
-    holds="no job, paused guest, process, socket or scratch is left; each point restores; the next increment is right",
-    rounds=1, share=6,
+    "SIGKILL, SIGTERM or SIGINT to a part of a backup of a running machine, `run`, its keeper, each stage, or a reader "
+    "that goes away",
+    holds=HOLDS, rounds=1, share=4,
 )
 def test_a_part_is_killed(life, rounds):
     for chance in rounds:
         each = life(chance)
         for _ in range(4 if rounds.is_soak else 2):
-            rounds.fault()
             each.write()
-            process = each.start()
-            pids = each.pids(chance.choice(VICTIMS))
-            time.sleep(chance.uniform(0, 0.8))
-            if pids:
-                kill(chance.choice(pids), chance.choice(SIGNALS))
+            if chance.random() < 0.25:
+                process = each.start(CUT.format(seconds=chance.uniform(0, 0.5), bytes=chance.randrange(4096)))
+                rounds.fault()
+            else:
+                process = each.start()
+                time.sleep(chance.uniform(0, BEGINNING) * chance.random())  # the first stages end soon
+                rounds.fault(each.kill(process, ("run", "keeper", *STAGES), chance.choice(SIGNALS)))
+            each.check(process)
+        each.end()
+
+
+@pytest.mark.fault(
+    "SIGKILL, SIGTERM or SIGINT to `run`, its keeper, a stage, or SIGKILL to `run` and keeper, while a job of a "
+    "running machine begins",
+    holds=f"{HOLDS}, after `recover` where nobody else could end the job", rounds=1, share=6,
+)
+def test_a_begin_is_killed(life, rounds):
+    for chance in rounds:
+        each = life(chance)
+        for _ in range(6 if rounds.is_soak else 3):
+            each.write()
+            process = each.start(STORE, at_once=True)
+            time.sleep(chance.uniform(0.03, BEGINNING))
+            whom = chance.choice([("run",), ("keeper",), ("both",), ("both",), STAGES])
+            rounds.fault(each.kill(process, whom, chance.choice(SIGNALS)))
             each.check(process)
         each.end()
 
@@ -127,20 +197,18 @@ def test_run_and_keeper_are_killed(life, rounds):
         each.write()
         process = each.start()
         time.sleep(chance.uniform(0, 0.4))
-        for pid in each.pids("vnb-checkpoint"):
-            kill(pid, "SIGKILL")
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        each.lab.sh(f"vnb-checkpoint recover {each.vm.name} --ledger {each.set}")
+        rounds.fault(each.kill(process, ["both"], "SIGKILL"))
         each.check(process)
         each.end()
 
 
 def kill(pid, name):
+    """Send a process a signal; False where it was faster."""
     try:
         os.kill(pid, getattr(signal, name))
     except ProcessLookupError:
-        return  # it was faster
+        return False
+    return True
 
 
 def reset(each):

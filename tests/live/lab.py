@@ -315,8 +315,14 @@ class Domain:
         return {name: f"{target}/{name}.raw" for name in names}
 
     def has_job(self):
-        """True while a backup job runs."""
-        return self.is_active() and self.handle.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE
+        """True while a backup job runs, or begins, or ends."""
+        try:
+            return self.is_active() and self.handle.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE
+        except libvirt.libvirtError as error:
+            # "backup job data missing": libvirt knows that it has one, and not yet, or no more, how far it is.
+            if error.get_error_code() == libvirt.VIR_ERR_INTERNAL_ERROR:
+                return True
+            raise
 
     def checkpoints(self):
         """The names of its checkpoints, sorted."""
