@@ -2,136 +2,19 @@
 """A running machine, whose backup is killed in any part, at any time, or that something happens to meanwhile."""
 
 import os
-import random
 import re
-import signal
 import subprocess
 import time
 from pathlib import Path
 
 import libvirt
 import pytest
-from backups import STORE, backup, restores, tip
-from disturbing import check_said
+from backups import STORE
 from lab import Disk, MiB, wait_for
+from life import HOLDS, SIGNALS, SIZE, SLOW, STAGES, Life
 
-SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
-STAGES = ("vnb-extents", "vnb-read", "vnb-pack")
-SIZE = 32 * MiB
-HOLDS = "no job, paused guest, process, socket or scratch is left; each point restores; the next increment is right"
-# So slow that there is a middle. Each stage is there from the start.
-SLOW = "vnb-extents | vnb-read | (head -c 300000; sleep 0.5; cat) | vnb-pack -z -o {set}"
 CUT = "vnb-extents | vnb-read | (sleep {seconds:.3f}; head -c {bytes}) | vnb-pack -z -o {{set}}"  # its reader goes away
 BEGINNING = 0.8  # seconds from the start of `run` to the end of a short backup, about
-
-
-class Life:
-    """A machine, a new one or vm, its set, and references: [(point, {disk: raw image})]."""
-
-    def __init__(self, lab, chance, vm=None):
-        self.lab = lab
-        self.chance = chance
-        self.vm = vm or lab.domain(Disk("vda", SIZE), Disk("vdb", SIZE, discard=True))
-        self.set = lab.new_directory("set")
-        self.points = []
-        self.write()
-        self.back_up()
-
-    def write(self):
-        """What a guest may do to its disks."""
-        for name in self.vm.disks:
-            length = self.chance.choice([4096, 65536, MiB])
-            self.vm.write_random(name, self.chance.randrange(0, SIZE - length, 512), length, self.chance.random())
-            self.vm.zero(name, self.chance.randrange(0, SIZE - length, 512), length, self.chance.random() < 0.5)
-
-    def back_up(self):
-        """A backup that has to work."""
-        backup(self.lab, self.vm, "auto", self.set)
-        self.points.append((tip(self.lab, self.set), self.reference()))
-
-    def reference(self):
-        """What the machine has now."""
-        return self.vm.reference()
-
-    def start(self, store=SLOW, at_once=False):
-        """A backup in the background (Popen), when its command runs, or at once; what it is to save is noted."""
-        self.begun = self.reference()
-        process = subprocess.Popen(
-            ["bash", "-c", f"exec vnb-checkpoint run {self.vm.name} --level auto --ledger {self.set} -- "
-             f"'{store.format(set=self.set)}'"],
-            env=self.lab.env, cwd=self.lab.directory, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        )
-        if not at_once:
-            wait_for(lambda: self.pids("vnb-pack") or process.poll() is not None, "the command")
-        return process
-
-    def pids(self, program):
-        return sorted(pid for pid, line in self.lab.processes().items() if f"/{program} " in f"{line} ")
-
-    def running(self, process, *whom):
-        """
-        Who of these runs now, {name: process ids}: "run", its "keeper", "both", and stages.
-
-        Who is not there yet is waited for, until the backup ends; {} then.
-        """
-        def found():
-            own, keepers = [process.pid] if process.poll() is None else [], self.pids("vnb-checkpoint")
-            keepers = [pid for pid in keepers if pid not in own]
-            pids = {"run": own, "keeper": keepers, "both": own + keepers if own and keepers else []}
-            pids.update({stage: self.pids(stage) for stage in STAGES if stage in whom})
-            return {name: pids[name] for name in whom if pids[name]}
-
-        wait_for(lambda: found() or process.poll() is not None, "somebody to kill")
-        return found()
-
-    def kill(self, process, names, signal_name):
-        """Kill one of these by chance, or "both"; False where nobody runs any more."""
-        found = self.running(process, *names)
-        if not found:
-            return False
-        name = self.chance.choice(sorted(found))
-        if name != "both":
-            return kill(self.chance.choice(found[name]), signal_name)
-        self.kill_both(process)
-        return True
-
-    def kill_both(self, process):
-        """Kill `run`, its keeper, also one that is forked just then, and the command; then `recover` ends the job."""
-        while pids := self.pids("vnb-checkpoint"):
-            for pid in pids:
-                kill(pid, "SIGKILL")
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # none is left of it
-        process.wait()
-        self.lab.sh(f"vnb-checkpoint recover {self.vm.name} --ledger {self.set}")
-
-    def check(self, process):
-        """The end of a backup that something has happened to: nothing is left, and all goes on."""
-        _, said = process.communicate(timeout=120)
-        assert self.lab.leftovers(patience=60) == []
-        check_said(said, "a backup")
-        assert self.vm.state() == libvirt.VIR_DOMAIN_RUNNING
-        found = {name.rsplit(".", 2)[0] for name in os.listdir(self.set) if not name.startswith(".")}
-        new = found - {point for point, _ in self.points}
-        assert len(new) == 1 if process.returncode == 0 else len(new) <= 1, said
-        self.points += [(point, self.begun) for point in new]
-        self.write()
-        self.back_up()
-        for point, reference in self.points[-2:]:
-            self.restores(reference, point)
-
-    def restores(self, reference, point):
-        """A point restores to what reference() said then."""
-        restores(self.lab, self.set, reference, point)
-
-    def end(self):
-        """All points restore, and the machine is removed."""
-        self.lab.sh(f"vnb-verify {self.set}")
-        for point, reference in self.points:
-            self.restores(reference, point)
-        self.vm.remove()
 
 
 @pytest.fixture
@@ -202,27 +85,18 @@ def test_run_and_keeper_are_killed(life, rounds):
         each.end()
 
 
-def kill(pid, name):
-    """Send a process a signal; False where it was faster."""
-    try:
-        os.kill(pid, getattr(signal, name))
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def reset(each):
     """The guest is reset: its disks stay as they are."""
     each.vm.handle.reset()
 
 
 def resize(each):
-    """A disk grows while it is read."""
+    """A disk grows."""
     each.vm.handle.blockResize("vda", SIZE + 8 * MiB, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
 
 
 def detach(each):
-    """A disk is pulled out."""
+    """A disk is pulled out; without a guest that lets it go it stays, where it is not refused."""
     each.vm.handle.detachDeviceFlags(each.vm.disks["vdb"].xml(), libvirt.VIR_DOMAIN_AFFECT_LIVE)
 
 
@@ -237,21 +111,59 @@ def pause(each):
     each.vm.resume()
 
 
-@pytest.mark.fault(
-    "in the middle of a backup the guest is reset, a disk grows or is detached, libvirtd is killed, somebody pauses",
-    holds="the backup is right, or fails as a whole; the guest runs; each point restores, the next increment is right",
-)
-@pytest.mark.parametrize("event", [reset, resize, detach, restart_libvirtd, pause], ids=lambda event: event.__name__)
-def test_something_happens(life, event):
-    each = life(random.Random(event.__name__))
-    each.write()
+def crash(each):
+    """QEMU dies."""
+    each.vm.kill()
+
+
+def at_the_begin(each):
+    process = each.start(SLOW, at_once=True)
+    time.sleep(each.chance.uniform(0.03, BEGINNING))
+    return process
+
+
+def in_the_middle(each):
     process = each.start()
-    try:
-        event(each)
-    except libvirt.libvirtError as error:
-        assert re.search("in use|in active block job", str(error))  # a disk that is backed up may be QEMU's to refuse
-    each.check(process)
-    each.end()
+    time.sleep(each.chance.uniform(0, 0.5))
+    return process
+
+
+def at_the_commit(each):
+    """Just before it, or in it."""
+    process = each.start()
+    wait_for(lambda: not each.pids("vnb-pack"), "the end of the command")
+    time.sleep(each.chance.uniform(0, 0.1))
+    return process
+
+
+@pytest.mark.fault(
+    "while a backup begins, in its middle, while it is committed: the guest is reset, a disk grows or is detached, "
+    "libvirtd or QEMU is killed, somebody pauses",
+    holds="the backup is right, or fails as a whole; the guest runs; each point restores, the next increment is right",
+    share=0.5,
+)
+@pytest.mark.parametrize(
+    "event", [reset, resize, detach, restart_libvirtd, pause, crash], ids=lambda event: event.__name__,
+)
+def test_something_happens(life, rounds, event):
+    moments = [in_the_middle, at_the_commit]
+    if event is not resize:  # how large the disk is at the point would depend on who is first
+        moments.append(at_the_begin)
+    for chance in rounds:
+        each = life(chance)
+        each.write()
+        process = chance.choice(moments)(each)
+        rounds.fault(process.poll() is None)
+        try:
+            event(each)
+        except libvirt.libvirtError as error:
+            # A disk that is backed up may be QEMU's to refuse.
+            assert re.search("in use|in active block job", str(error)), str(error)
+        if not each.vm.is_active():
+            assert each.lab.leftovers(patience=60) == []
+            each.vm.start()
+        each.check(process)
+        each.end()
 
 
 @pytest.mark.fault(
