@@ -3,6 +3,7 @@
 
 import datetime
 import random
+import shutil
 
 import pytest
 from disturbing import Place
@@ -84,6 +85,51 @@ def test_a_clock_that_goes_back():
         assert [path.name.split(".")[-2] for path in sorted(machine.set.iterdir())] == ["full", "inc", "inc"]
         assert place.sh(f"vnb-cat --point {machine.set}").strip() == list(machine.truths)[-1]
         machine.check_points()
+
+
+@pytest.mark.skipif(shutil.which("faketime") is None, reason="faketime is not installed")
+@pytest.mark.fault(
+    "the clock is set back, by an hour to a year: between two backups, and in the middle of one",
+    holds="the next increment starts from the last point, is the latest, and each point restores byte for byte",
+)
+def test_a_clock_that_is_set_back(rounds):
+    for chance in rounds:
+        with Place() as place:
+            clock = place.directory / "clock"
+            place.env.update({
+                "LD_PRELOAD": place.sh("faketime -m -f +0 printenv LD_PRELOAD").strip(),
+                "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            })
+
+            def seconds(place=place):
+                return int(place.sh("date +%s"))
+
+            back = chance.choice([3600, 86400, 365 * 86400])
+            clock.write_text("+0\n")
+            machine = Machine(place, chance)
+            machine.back_up()
+            usual = machine.script
+            midway = usual.replace("vnb-read |", f"vnb-read | (echo -{2 * back} > {clock}; cat) |")
+            for script in (usual, midway, usual):
+                machine.write()
+                if script == usual:
+                    clock.write_text(f"-{back}\n")
+                before = seconds()
+                machine.script = script
+                machine.back_up()
+                assert script == usual or seconds() < before  # else this tests nothing
+                assert place.sh(f"vnb-cat --point {machine.set}").strip() == list(machine.truths)[-1]
+            assert [line.split()[0] for line in listed(machine)] == list(machine.truths)
+            assert [line.split()[1] for line in listed(machine)] == ["full", "inc", "inc", "inc"]
+            created = [line.split()[2] for line in listed(machine)]
+            assert created == sorted(set(created))
+            machine.check_points()
+
+
+def listed(machine):
+    """What vnb-dump says of each point."""
+    _, *lines = machine.place.sh(f"vnb-dump --list {machine.set}").partition("\n\n")[0].splitlines()
+    return lines
 
 
 def rewrite(path, **changes):

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The table in the README is what a soak run tried; rounds can be had again."""
 
+import contextlib
 import json
 
 import limit
 import pytest
 import table
-from rounds import Rounds
+from rounds import MANY, Rounds
 
 FAULT = {"what": "a", "holds": "b", "tried": 3, "failed": 0}
 RESULTS = {"seed": "7", "asked": 5, "began": "2026-01-31T12:00:00Z", "minutes": 6, "versions": {"vnb": "1.0"}}
@@ -37,6 +38,25 @@ def test_the_same_seed_gives_the_same_chances(numbers):
 def test_a_round_alone_is_as_among_the_others(numbers, monkeypatch):
     all_ = numbers("a", count=4)
     assert [chance.random() for chance in Rounds("a", count=4, only="2")] == all_[2:3]
+
+
+def test_what_had_no_effect_does_not_count(monkeypatch):
+    monkeypatch.setattr(limit, "renew", lambda: None)
+    rounds = Rounds("a", count=3, only=None)
+    for number, _ in enumerate(rounds):
+        if number > 0:
+            rounds.fault(number == 1)
+    assert (rounds.faults, rounds.misses) == (2, 1)
+
+
+@pytest.mark.parametrize("hits, is_enough", [(MANY // 2, False), (MANY // 2 + 1, True)])
+def test_a_soak_that_mostly_misses_fails(monkeypatch, hits, is_enough):
+    monkeypatch.setattr(limit, "renew", lambda: None)
+    rounds = Rounds("a", seconds=0, only=None)
+    with contextlib.nullcontext() if is_enough else pytest.raises(AssertionError, match="had none"):
+        for _ in rounds:
+            for number in range(MANY):
+                rounds.fault(number < hits)
 
 
 def test_by_time_there_is_one_round_at_least(numbers):
