@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A running machine, whose backup is killed in any part, at any time, or that something happens to meanwhile."""
 
-import os
 import re
-import subprocess
 import time
-from pathlib import Path
 
 import libvirt
 import pytest
 from backups import STORE
-from lab import Disk, MiB, wait_for
+from lab import MiB, wait_for
 from life import HOLDS, SIGNALS, SIZE, SLOW, STAGES, Life
 
 CUT = "vnb-extents | vnb-read | (sleep {seconds:.3f}; head -c {bytes}) | vnb-pack -z -o {{set}}"  # its reader goes away
@@ -164,51 +161,3 @@ def test_something_happens(life, rounds, event):
             each.vm.start()
         each.check(process)
         each.end()
-
-
-@pytest.mark.fault(
-    "machines backed up at once, again and again, while their disks are written",
-    holds="all sets verify; no process, socket, scratch or file is left; memory and descriptors of libvirtd stay flat",
-    rounds=1, share=6,
-)
-def test_many_at_once(lab, rounds):
-    for chance in rounds:
-        machines = [lab.domain(Disk("vda", SIZE)) for _ in range(10 if rounds.is_soak else 2)]
-        sets = [lab.new_directory("set") for _ in machines]
-        try:
-            used = []
-            end = time.monotonic() + (rounds.seconds if rounds.is_soak else 0)
-            while len(used) < 3 or time.monotonic() < end:
-                rounds.fault()
-                used.append(all_at_once(lab, machines, sets, chance))
-            for directory in sets:
-                lab.sh(f"vnb-verify {directory}")
-            # What libvirtd takes for the first time it keeps, in each of its threads.
-            descriptors, memory = zip(*used[1:])
-            assert descriptors[-1] <= max(descriptors[:2]) + 8
-            assert memory[-1] <= max(memory[:2]) + 64 * MiB
-        finally:
-            for vm in machines:
-                vm.remove()
-
-
-def all_at_once(lab, machines, sets, chance):
-    """Back up all while they are written to; how many descriptors, and bytes of memory, libvirtd has afterwards."""
-    running = [
-        subprocess.Popen(
-            ["vnb-checkpoint", "run", vm.name, "--level", "auto", "--ledger", directory, "--",
-             SLOW.format(set=directory)], env=lab.env, cwd=lab.directory, stderr=subprocess.PIPE, text=True,
-            executable=lab.env["PATH"].partition(":")[0] + "/vnb-checkpoint",
-        ) for vm, directory in zip(machines, sets)
-    ]
-    while any(process.poll() is None for process in running):
-        chance.choice(machines).write_random("vda", chance.randrange(0, SIZE - 65536, 512), 65536, chance.random())
-    for process in running:
-        _, said = process.communicate()
-        assert process.returncode == 0, said
-    assert lab.leftovers() == []
-    for vm in machines:
-        assert vm.state() == libvirt.VIR_DOMAIN_RUNNING
-    process = Path("/proc", str(lab.libvirtd_pid()))
-    resident_pages = int((process / "statm").read_text().split()[1])
-    return len(os.listdir(process / "fd")), resident_pages * os.sysconf("SC_PAGE_SIZE")

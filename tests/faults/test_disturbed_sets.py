@@ -42,7 +42,7 @@ def hidden(directory):
 
 def named(directory):
     """The images, or segments, with a final name in a directory, if that is there."""
-    return [path for path in directory.glob("*") if not path.name.startswith(".")]
+    return sorted(path for path in directory.glob("*") if not path.name.startswith("."))
 
 
 @pytest.mark.fault(

@@ -15,20 +15,18 @@ import limit
 import pytest
 from backups import restores
 from lab import Disk, MiB
+from life import SIZE, SLOW
 
-SIZE = 32 * MiB
 LEAST = 3  # times that all are backed up
 WRITE_SECONDS = 0.05  # between writes to a disk
 ASK_SECONDS = 0.1  # between questions about the disks: monitoring asks less often, but of more machines
-# So slow that all are in the middle of it at once.
-STORE = "vnb-extents | vnb-read | (head -c 300000; sleep 0.5; cat) | vnb-pack -z -o {set}"
 
 
 @pytest.mark.fault(
     "machines backed up at once, again and again, while their disks are written and asked about",
     holds="all sets verify, the last points restore; no process, socket, scratch or file is left; memory and "
     "descriptors of libvirtd and of each QEMU stay flat",
-    rounds=1, share=7,
+    rounds=1, share=12,
 )
 def test_many_at_once(lab, rounds):
     for chance in rounds:
@@ -86,7 +84,7 @@ def back_up(lab, machines, sets):
     running = [
         subprocess.Popen(
             ["vnb-checkpoint", "run", vm.name, "--level", "auto", "--ledger", directory, "--",
-             STORE.format(set=directory)], env=lab.env, cwd=lab.directory, stderr=subprocess.PIPE, text=True,
+             SLOW.format(set=directory)], env=lab.env, cwd=lab.directory, stderr=subprocess.PIPE, text=True,
             executable=lab.env["PATH"].partition(":")[0] + "/vnb-checkpoint",
         ) for vm, directory in zip(machines, sets)
     ]

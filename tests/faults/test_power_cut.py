@@ -39,8 +39,14 @@ def saved():
         for _ in range(POINTS):
             machine.write()
             machine.back_up()
-        shutil.copyfile(machine.image, place.directory / "kept")
+        for path in machine.images.values():
+            shutil.copyfile(path, kept(path))
         yield machine
+
+
+def kept(path):
+    """Where an image is as it was."""
+    return path.with_suffix(".kept")
 
 
 class Power:
@@ -80,9 +86,10 @@ class Power:
             yield chance, prepared, ended
 
     def _prepared(self, prepare, chance):
-        """Have a new file system, the image as it was, and all of that safe."""
+        """Have a new file system, the images as they were, and all of that safe."""
         self.close()
-        shutil.copyfile(self.place.directory / "kept", self.saved.image)
+        for path in self.saved.images.values():
+            shutil.copyfile(kept(path), path)
         self.disk = self._stack.enter_context(FileSystem(self.kind, self.place.directory))
         self.place.env["VNB_STATE_DIR"] = str(self.disk.path / "state")
         found = prepare(self.disk.path, chance)
@@ -137,7 +144,8 @@ def test_a_backup(power, rounds):
     def prepare(path, chance):
         machine = power.saved.elsewhere(path / "set", chance)
         if chance.random() < 0.3:
-            run("qemu-img", "convert", "-O", "qcow2", power.place.directory / "kept", machine.image)  # no bitmaps
+            for image in machine.images.values():
+                run("qemu-img", "convert", "-O", "qcow2", kept(image), image)  # no bitmaps
             shutil.rmtree(machine.set)
             machine.truths = {}
         machine.write()
@@ -160,14 +168,14 @@ def test_a_prune(power, rounds):
 
     for _, machine, ended in power.cuts(rounds, prepare):
         with ended:
-            kept = list(machine.truths)[-2:]
-            assert set(kept) <= set(machine.points())
+            last = list(machine.truths)[-2:]
+            assert set(last) <= set(machine.points())
             assert ended.status != 0 or len(named(machine.set)) == 2
-            machine.check_points(kept)
+            machine.check_points(last)
             power.place.sh(f"vnb-prune --keep-last 2 {machine.set}")
             assert len(named(machine.set)) == 2
             assert hidden(machine.set) <= {backupset.PRUNED}
-            machine.truths = {point: machine.truths[point] for point in kept}
+            machine.truths = {point: machine.truths[point] for point in last}
             machine.write()
             machine.back_up()
             machine.check_points()
@@ -204,12 +212,14 @@ def test_a_restore(power, rounds):
 
     for _, (target, format_), ended in power.cuts(rounds, prepare):
         with ended:
-            assert named(target) or ended.status != 0
-            if not named(target):
+            images = [target / f"{name}.{format_}" for name in power.saved.images]
+            power.saved.check_images(named(target), last)
+            assert named(target) == images or ended.status != 0
+            if named(target) != images:
                 power.place.sh(f"vnb-cat {power.saved.set} | vnb-apply --format {format_} {target}")
                 assert hidden(target) == set()
-            image, = named(target)
-            power.saved.check_image(image, last)
+                power.saved.check_images(images, last)
+                assert named(target) == images
 
 
 @cuts
@@ -229,12 +239,12 @@ def test_an_update(power, rounds):
         with ended:
             reached = point_of(target, points)
             if not (target / ".vnb-apply.spool").exists():
-                for image in named(target):  # where it has its name, and the state says no point yet, it is the first
-                    power.saved.check_image(image, reached or points[0])
+                # Where they have their names, and the state says no point yet, it is the first.
+                power.saved.check_images(named(target), reached or points[0])
             assert ended.status != 0 or reached == points[-1]
             power.place.sh(script)
-            image, = named(target)
-            power.saved.check_image(image, points[-1])
+            assert len(named(target)) == len(power.saved.images)
+            power.saved.check_images(named(target), points[-1])
             assert hidden(target) == {".vnb-apply.state", ".vnb-apply.lock"}
 
 
