@@ -38,11 +38,12 @@ def test_an_increment_of_an_export_alone():
     """All that vnb-extents knows of the parent is its name."""
     with Place() as place:
         machine = Machine(place, random.Random(0))
-        run("qemu-img", "bitmap", "--add", machine.image, "b")
+        image = machine.images["vda"]
+        run("qemu-img", "bitmap", "--add", image, "b")
         socket, pid = place.directory / "s", place.directory / "pid"
         said = place.sh(
             f"qemu-nbd --fork --persistent --pid-file {pid} --read-only --shared 8 --socket {socket} "
-            f"--bitmap b {machine.image}\n"
+            f"--bitmap b {image}\n"
             f"vnb-extents --dirty b --parent vnb.main.29990131T120000.000Z.abcdef 'nbd+unix:///?socket={socket}' | "
             f"vnb-dump --json; kill $(cat {pid})"
         )
