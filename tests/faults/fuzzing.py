@@ -37,6 +37,7 @@ ACCEPTED = 0.1  # of the inputs at least have to end with status 0, once there w
 MANY = 400
 PACKAGE = os.path.dirname(vnb.__file__)
 TARGET = "target"  # the one directory that a run may write into
+FAILED = Path(samples.ROOT) / "build" / "inputs"  # of those that failed: pytest's directories are soon gone
 
 
 class Reached:
@@ -104,14 +105,16 @@ class Fuzzer:
     """
     Runs a Target in a directory (Path), again and again. kept (Kept): what was found before.
 
+    failed (Path): a directory for inputs that fail.
     statuses (Counter): how the runs have ended.
     """
 
-    def __init__(self, target, directory, kept=None):
+    def __init__(self, target, directory, kept=None, failed=FAILED):
         self.kept = Kept() if kept is None else kept
         self.statuses = collections.Counter()
         self._target = target
         self._directory = directory
+        self._failed = failed
         self._reached = Reached()
 
     def fuzz(self, rounds, inputs=INPUTS):
@@ -168,7 +171,8 @@ class Fuzzer:
         if fault is not None:
             (here / "stdin").write_bytes(stdin)
             content = target.packed(input_)
-            path = self._directory / f"input-{name_of(content)}"
+            self._failed.mkdir(parents=True, exist_ok=True)
+            path = self._failed / name_of(content)
             path.write_bytes(content)
             rounds.input = path
             raise AssertionError(f"{' '.join([target.name, *target.argv])} < stdin, in {here}: {fault}\n"

@@ -41,7 +41,7 @@ from vnb.state import JobDirectory
 
 FAULT = pytest.mark.fault(
     "hostile input to a command: streams, sets, XML, JSON, files of virtnbdbackup",
-    holds="status 0, 1 or 2, lines of its own, bounded memory, nothing outside its target", share=0.3,
+    holds="status 0, 1 or 2, lines of its own, bounded memory, nothing outside its target", share=0.8,
 )
 EARLIER = kept.load()
 REAL = {path.stem: path.read_bytes() for path in sorted(Path(__file__).with_name("corpus").glob("*.vnb"))}
@@ -257,7 +257,7 @@ def fail(how):
 def test_what_is_not_right_is_seen(tmp_path, how, said):
     rounds = Rounds("x", count=1)
     with pytest.raises(AssertionError) as caught:
-        Fuzzer(of_stream("x", program("", lambda _: fail(how))), tmp_path).fuzz(rounds)
+        Fuzzer(of_stream("x", program("", lambda _: fail(how))), tmp_path, failed=tmp_path).fuzz(rounds)
     assert said in str(caught.value)
     assert rounds.again() == f"VNB_INPUT={rounds.input}" and rounds.input.read_bytes() == SAVED[0]
 
@@ -281,17 +281,16 @@ def steps(corpus=b"0"):
 
 def test_what_reaches_more_is_kept_over_all_rounds(tmp_path):
     with pytest.raises(AssertionError, match="ZeroDivisionError"):
-        Fuzzer(steps(), tmp_path).fuzz(Rounds("x", count=60), inputs=1)
+        Fuzzer(steps(), tmp_path, failed=tmp_path).fuzz(Rounds("x", count=60), inputs=1)
 
 
 def test_a_run_begins_with_what_was_kept_and_an_input_alone_is_tried_again(tmp_path):
-    found = kept.Kept()
-    fuzzer = Fuzzer(steps(), tmp_path, found)
+    fuzzer = Fuzzer(steps(), tmp_path, failed=tmp_path)
     (tmp_path / "input").write_bytes(b"3")
     with pytest.raises(AssertionError, match="ZeroDivisionError"):
         fuzzer.again(tmp_path / "input", Rounds("x", count=1))
     with pytest.raises(AssertionError, match="ZeroDivisionError"):
-        Fuzzer(steps(), tmp_path, kept.Kept([b"2", b"3"])).fuzz(Rounds("x", count=0))
+        Fuzzer(steps(), tmp_path, kept.Kept([b"2", b"3"]), tmp_path).fuzz(Rounds("x", count=0))
 
 
 def test_the_smallest_inputs_are_kept_and_none_that_can_be_missed(tmp_path):
