@@ -207,6 +207,8 @@ def told_if_failed(function):
 
 def tell(error):
     """Say once what went wrong."""
+    if isinstance(error, MemoryError):
+        error = Error(None, "out of memory")
     expected = isinstance(error, Error)
     line = f"vnb-map: {error}" if expected else "".join(traceback.format_exception(error)).rstrip()
     with lock:

@@ -73,6 +73,10 @@ def outcome(name, module, argv):
         return _fail(Error(error.filename, error.strerror or str(error)), debug)
     except MemoryError:
         return _fail(Error(None, "out of memory"), debug)
+    except RuntimeError as error:
+        if str(error) != "can't start new thread":  # Python has no class for it
+            raise
+        return _fail(Error(None, "out of memory, or too many processes: cannot start a thread"), debug)
     except Interrupted as interrupted:
         if interrupted.signum != signal.SIGINT:
             log.error(f"ended by {signal.Signals(interrupted.signum).name}")
