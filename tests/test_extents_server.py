@@ -9,6 +9,8 @@ import pytest
 import samples
 from servers import DEADLINE, command, nbdkit, needs_nbdkit, needs_qemu, planned, qemu_img, qemu_io, qemu_nbd, stalled
 
+from vnb import export
+from vnb.errors import Interrupted
 from vnb.frame import DATA, HOLE, MAX_EXTENTS, ZERO
 
 KiB, MiB = 1 << 10, 1 << 20
@@ -293,3 +295,19 @@ def test_wrong_usage(arguments, reason):
     assert (done.status, done.out) == (2, b"")
     assert done.err.splitlines()[0] == f"vnb-extents: {reason}"
     assert done.err.splitlines()[1] == "Usage:"
+
+
+def test_a_signal_in_the_middle_of_libnbds_callback(capfd):
+    """It is not printed there, nor taken for a fault of the server."""
+    class Interrupting(list):
+        def __bool__(self):
+            raise Interrupted(signal.SIGTERM)
+
+    with planned(600, [[600, 0]]) as server:
+        connection = export.Connection(server.uri, "disk", export.BASE_ALLOCATION)
+        question = connection.ask(0, 600)
+        question._entries = Interrupting()
+        with pytest.raises(Interrupted):
+            question.answer()
+        connection.close()
+    assert capfd.readouterr().err == ""

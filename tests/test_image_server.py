@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The qemu-nbd that serves an image for a backup, when it does not."""
 
+import json
+import os
+import subprocess
 import sys
 
 import applied
@@ -64,3 +67,20 @@ def test_it_has_ended_and_said_why(tmp_path, qemu_nbd):
     qemu_nbd("#!/bin/sh\necho 'qemu-nbd: Failed to get \"write\" lock' >&2\nexit 1\n")
     with pytest.raises(Error, match='^vda: Failed to get "write" lock$'):
         serve(tmp_path)
+
+
+@pytest.mark.parametrize("count", range(8, 40, 2))
+def test_few_descriptors(tmp_path, count):
+    """A job that could not begin is ended: that needs some of what its first half has taken."""
+    images = [f"--image {name}={tmp_path / name}" for name in ("vda", "vdb")]
+    for name in ("vda", "vdb"):
+        qemu.create(str(tmp_path / name), name, "qcow2", 1 << 20, {})
+    command = f"vnb-checkpoint run {' '.join(images)} --level full -- 'cat > /dev/null'"
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -n {count}; exec {command}"], env={**os.environ, "VNB_STATE_DIR": str(tmp_path)},
+        capture_output=True, text=True, timeout=20, check=False,
+    )
+    assert done.returncode in (0, 1)
+    assert ("Too many open files" in done.stderr) >= done.returncode
+    for path in tmp_path.glob("jobs/*/job.json"):
+        assert json.loads(path.read_text())["phase"] == "ended"

@@ -268,10 +268,13 @@ class Question:
         self.connection = connection
         self.offset = offset
         self._entries = []
+        self._raised = None
         self._request = connection.status(offset, length, self._extent)
 
     def answer(self):
         wait(self._request, [self.connection])
+        if self._raised is not None:
+            raise self._raised
         entries, self._entries = self._entries, None
         if not entries or 0 in entries[0::2]:
             raise Error(
@@ -280,9 +283,12 @@ class Question:
         return entries
 
     def _extent(self, context, offset, entries, error):
-        # A second list for one context would be against the protocol: it is not known what it goes on from.
-        if context == self.connection.context and offset == self.offset and not error.value and not self._entries:
-            self._entries = entries
+        try:
+            # A second list for one context would be against the protocol: it is not known what it goes on from.
+            if context == self.connection.context and offset == self.offset and not error.value and not self._entries:
+                self._entries = entries
+        except BaseException as raised:
+            self._raised = raised  # a signal: libnbd would print it, and take it for a failure of the request
 
 
 class Walk:

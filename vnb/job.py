@@ -8,14 +8,16 @@ that began it, or after its death the next command.
 
 import contextlib
 import json
+import os
 
 from vnb import backupset, domxml, qemuimg
-from vnb.errors import Error
+from vnb.errors import Error, os_error
 from vnb.ledger import Ledger
 from vnb.plan import Plan
 from vnb.pool import AT_ONCE, Ordered
 from vnb.source import source_of, thaw
 
+SPARE = 16  # descriptors: what qemu-img, ssh or a connection to libvirt take for a moment, twice
 KEPT_CHECKPOINTS = 2  # the newest ones, beside the last full's: a lost increment can be taken once more
 
 
@@ -36,11 +38,20 @@ class Job:
         self.note = note
         self.warn = warn or note
         self.files = []
-        self.held = None  # a source whose connection keeps the domain alive that it started
+        self._spare = []  # descriptors, to be closed when the job is to end
+        self.held = None  # the source that the job was begun with, and with it a domain that was started for it
 
     @property
     def head(self):
         return self.record["head"]
+
+    def reserve(self):
+        """Have descriptors that whoever ends the job will need: where there are no more, it must not begin. Error."""
+        try:
+            for _ in range(SPARE):
+                self._spare.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            raise os_error(self.head["domain"], error) from None
 
     def intend(self, what, value=True):
         """Write down, before it is done, what has to be undone whatever happens."""
@@ -74,8 +85,7 @@ class Job:
         begun_with = self.ledger()  # the checkpoint says that it is of that
         if begun_with.own and not begun_with.holds(self.head):
             begun_with.record(self.head, self.record["disks"])
-        with contextlib.closing(source_of(self.record)) as source:
-            source.end(self)
+        with self._ended() as source:
             self._drop_old(source, ledger)
         self._forget()
 
@@ -86,8 +96,7 @@ class Job:
         reason (str or None): why, kept for whoever asks later.
         """
         if self.record["phase"] != "ended":
-            with contextlib.closing(source_of(self.record)) as source:
-                source.end(self)
+            with self._ended() as source:
                 if self.head["checkpoint"] is not None:
                     if self._is_saved():
                         self.note(f"{self.head['point']} is in {self.record['ledger']}: its checkpoint stays")
@@ -101,6 +110,17 @@ class Job:
             self.record.update(phase="ended", reason=reason)
             with self._over():
                 self.directory.save(self.record)
+
+    @contextlib.contextmanager
+    def _ended(self):
+        """The source, by a connection made now, when the job has ended and all that it started."""
+        while self._spare:
+            os.close(self._spare.pop())
+        if self.held is not None:
+            self.held.let_go()
+        with contextlib.closing(source_of(self.record)) as source:
+            source.end(self)
+            yield source
 
     def thaw(self):
         """Thaw the guest if we may have frozen it; True when there is nothing left to thaw."""
@@ -199,6 +219,8 @@ def begin(directory, source, options, note, warn):
         if estimate < options["threshold"]:
             raise BelowThreshold(f"{source.name}: {estimate} bytes to back up, less than {options['threshold']}")
     job = Job(directory, plan.record(), note, warn)
+    job.held = source
+    job.reserve()
     left = directory.load()
     if left is not None:
         job.record["frozen"] = left["frozen"]  # a job before may have frozen the guest: it is for us now to thaw it
@@ -211,7 +233,6 @@ def begin(directory, source, options, note, warn):
     except BaseException:
         job.abort()
         raise
-    job.held = source
     return job
 
 

@@ -62,6 +62,12 @@ class Running:
     def close(self):
         self.domain.close()
 
+    def let_go(self):
+        """End what start() has begun beside the job: to end that may need what it takes, as descriptors."""
+        if self.forward is not None:
+            self.forward.child.end()
+            self.forward = None
+
     def refuse_if_busy(self):
         running = self.domain.running_job()
         if running is not None:
@@ -316,6 +322,11 @@ class _Offline:
 
     def close(self):
         """Nothing is held."""
+
+    def let_go(self):
+        """See Running."""
+        while self._servers:
+            self._servers.pop().end()
 
     def layers_of(self, disk):
         if disk.name not in self._layers:

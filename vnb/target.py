@@ -126,6 +126,7 @@ class Nbd:
         self._requests = {}  # number: (whether it zeroes, first cluster, last cluster) of those in flight
         self._number = 0
         self._failed = None
+        self._raised = None
         self._zero_flags = nbd.CMD_FLAG_NO_HOLE if keep else 0
         self._handle = nbd.NBD()
         try:
@@ -172,11 +173,14 @@ class Nbd:
         number = self._number
 
         def completed(error):
-            self.in_flight -= 1
-            del self._requests[number]
-            if error.value and self._failed is None:
-                self._failed = (error.value, offset)
-            done()
+            try:
+                self.in_flight -= 1
+                del self._requests[number]
+                if error.value and self._failed is None:
+                    self._failed = (error.value, offset)
+                done()
+            except BaseException as raised:
+                self._raised = raised  # a signal: libnbd would print it, and take it for a failure of the request
             return 1  # nobody will ask for this request again
 
         try:
@@ -234,6 +238,8 @@ class Nbd:
         return (Lost if lost else Error)(self.name, _reason(error), where)
 
     def _check(self):
+        if self._raised is not None:
+            raise self._raised
         if self._failed is not None:
             number, offset = self._failed
             if number in (errno.ENOTCONN, errno.ESHUTDOWN):

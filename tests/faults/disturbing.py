@@ -39,7 +39,7 @@ ERRORS = ("ENOSPC", "EIO", "EROFS", "EDQUOT")
 LAST = 40  # calls of a kind that a fault may hit: those before are of a program that starts
 MOMENTS = 0.2  # how many are killed at a moment
 READERS = 0.2  # how many have a reader that goes away
-LIMITS = {"-n": (6, 38, 1), "-v": (200 * KiB, 712 * KiB, 16 * KiB)}  # of ulimit: least, most, how exactly
+LIMITS = {"-n": (6, 54, 1), "-v": (200 * KiB, 712 * KiB, 16 * KiB)}  # of ulimit: least, most, how exactly
 DEADLINE = 60
 
 

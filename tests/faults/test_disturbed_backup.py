@@ -15,7 +15,7 @@ from vnb import stream
 STAGES = (("vnb-checkpoint",), ("vnb-extents", "vnb-read", "vnb-pack", "qemu-nbd", "qemu-img"))
 HOLDS = "each saved point restores byte for byte, the next increment is right; no partial file, bitmap, server or job"
 FAULTS = 4
-NEEDS = {"-n": 16, "-v": 340 * KiB}  # of a backup, about; a soak measures it
+NEEDS = {"-n": 31, "-v": 340 * KiB}  # of a backup, about; a soak measures it
 
 
 @pytest.fixture
