@@ -26,7 +26,7 @@ ASK_SECONDS = 0.1  # between questions about the disks: monitoring asks less oft
     "machines backed up at once, again and again, while their disks are written and asked about",
     holds="all sets verify, the last points restore; no process, socket, scratch or file is left; memory and "
     "descriptors of libvirtd and of each QEMU stay flat",
-    rounds=1, share=12,
+    rounds=1, share=26,
 )
 def test_many_at_once(lab, rounds):
     for chance in rounds:

@@ -319,8 +319,9 @@ class Domain:
         try:
             return self.is_active() and self.handle.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE
         except libvirt.libvirtError as error:
-            # "backup job data missing": libvirt knows that it has one, and not yet, or no more, how far it is.
-            if error.get_error_code() == libvirt.VIR_ERR_INTERNAL_ERROR:
+            # "backup job data missing": libvirt knows that it has one, and not yet, or no more, how far it is. Or it is
+            # busy with what QEMU has said of it.
+            if error.get_error_code() in (libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_ERR_OPERATION_TIMEOUT):
                 return True
             raise
 
