@@ -16,6 +16,7 @@ from vnb.ledger import Ledger
 from vnb.plan import Plan
 from vnb.pool import AT_ONCE, Ordered
 from vnb.source import source_of, thaw
+from vnb.state import wait_for_children
 
 SPARE = 16  # descriptors: what qemu-img, ssh or a connection to libvirt take for a moment, twice
 KEPT_CHECKPOINTS = 2  # the newest ones, beside the last full's: a lost increment can be taken once more
@@ -118,6 +119,7 @@ class Job:
             os.close(self._spare.pop())
         if self.held is not None:
             self.held.let_go()
+        wait_for_children(self.record["owner"])
         with contextlib.closing(source_of(self.record)) as source:
             source.end(self)
             yield source

@@ -150,6 +150,7 @@ def _is_stdout_closed():
 def _die(signum):
     """End by this signal, so that a shell sees what happened, with nothing more on stdout."""
     _discard_stdout()
+    sys.unraisablehook = lambda _: None  # Python tells of a second one that comes just now
     signal.signal(signum, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signum])  # whoever started us may have left it blocked
     os.kill(os.getpid(), signum)

@@ -13,11 +13,15 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import socket
+import time
 
 from vnb.backupset import make_private_directory
 from vnb.durable import sync_directory
 from vnb.errors import Error, os_error
+
+CHILDREN_SECONDS = 30  # for what a dead keeper has started: qemu-img takes a moment, ssh gives up after half a minute
 
 
 def default_directory():
@@ -47,6 +51,35 @@ def is_dead(owner_):
     if owner_.get("boot") != boot_id():
         return True
     return start_of(owner_.get("pid")) != owner_.get("start")
+
+
+def wait_for_children(owner_):
+    """
+    Wait until nothing runs any more that a dead owner, a keeper, has started to change images or make files.
+
+    A qemu-img or an ssh goes on where its keeper was killed; they are in its session, servers have one of their own.
+    """
+    if owner_.get("host") != socket.gethostname() or owner_.get("boot") != boot_id() or not is_dead(owner_):
+        return
+    deadline = time.monotonic() + CHILDREN_SECONDS
+    while (pids := _of_session(owner_["pid"])) and (left := deadline - time.monotonic()) > 0:
+        with contextlib.suppress(ProcessLookupError):
+            fd = os.pidfd_open(pids[0])
+            try:
+                select.select([fd], [], [], left)
+            finally:
+                os.close(fd)
+
+
+def _of_session(session):
+    """The ids of the processes of a session that live."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
+            state, _parent, _group, its, *_ = file.read().rpartition(")")[2].split()
+            if int(its) == session and state not in "ZX":
+                found.append(int(name))
+    return found
 
 
 def boot_id():

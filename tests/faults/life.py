@@ -114,7 +114,8 @@ class Life:
     def check(self, process):
         """The end of a backup that something has happened to: nothing is left, and all goes on."""
         _, said = process.communicate(timeout=120)
-        assert self.lab.leftovers(patience=60) == []
+        left = self.lab.leftovers(patience=60)
+        assert left == [], (left, said)
         check_said(said, "a backup")
         self.check_guest()
         found = {name.rsplit(".", 2)[0] for name in os.listdir(self.set) if not name.startswith(".")}

@@ -352,6 +352,8 @@ def _copy(value):
 
 def mutated_backup(chance, files):
     """A hostile variant of a directory of virtnbdbackup, {name: bytes}: another file, header or name."""
+    if not files:
+        return {}
     files = dict(files)
     name = chance.choice(list(files))
     what = chance.random()

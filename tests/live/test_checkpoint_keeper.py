@@ -313,6 +313,23 @@ def test_a_scratch_is_made_by_us_or_else_by_libvirt(lab, vm, directory, qemu_img
     restores(lab, directory, vm.reference())
 
 
+def test_a_keeper_killed_while_scratch_is_made(lab, vm, directory):
+    """qemu-img goes on without it: what it makes then is removed all the same."""
+    path = lab.new_directory("path")
+    stub = os.path.join(path, "qemu-img")
+    with open(stub, "w") as file:
+        file.write(f'#!/bin/sh\ncase $1 in create) sleep 1;; esac\nexec {shutil.which("qemu-img")} "$@"\n')
+    os.chmod(stub, 0o700)
+    command = f"vnb-checkpoint run {vm.name} --level full --ledger {directory} -- true"
+    process = start(lab, f"PATH={path}:$PATH exec {command}")
+    wait_for(lambda: (record(lab, vm) or {}).get("scratch_made"), "the scratch to be made")
+    os.kill(record(lab, vm)["owner"]["pid"], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1, said
+    assert lab.leftovers() == []
+    backup(lab, vm, "full", directory)
+
+
 @pytest.fixture
 def small(lab):
     """A file system of 48 MiB, mounted before a domain starts: QEMU sees none that comes later."""
