@@ -71,6 +71,8 @@ def outcome(name, module, argv):
         return _fail(Error(None, error.strerror), debug)
     except OSError as error:
         return _fail(Error(error.filename, error.strerror or str(error)), debug)
+    except ImportError as error:
+        return _fail(Error(None, str(error)), debug)  # not installed, or no memory to load it
     except MemoryError:
         return _fail(Error(None, "out of memory"), debug)
     except RuntimeError as error:
