@@ -12,6 +12,7 @@ A running machine that is backed up again and again, whatever is done to its bac
 import os
 import signal
 import subprocess
+import time
 
 import libvirt
 from backups import backup, restores, tip
@@ -49,8 +50,10 @@ class Life:
         self.vm.zero(name, self.chance.randrange(0, SIZE - length, 512), length, self.chance.random() < 0.5)
 
     def back_up(self):
-        """A backup that has to work."""
+        """A backup that has to work; how long it took, a fault may come meanwhile."""
+        begin = time.monotonic()
         backup(self.lab, self.vm, "auto", self.set)
+        self.seconds = time.monotonic() - begin
         self.points.append((tip(self.lab, self.set), self.reference()))
 
     def reference(self):

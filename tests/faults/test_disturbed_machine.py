@@ -11,7 +11,6 @@ from lab import MiB, wait_for
 from life import HOLDS, SIGNALS, SIZE, SLOW, STAGES, Life
 
 CUT = "vnb-extents | vnb-read | (sleep {seconds:.3f}; head -c {bytes}) | vnb-pack -z -o {{set}}"  # its reader goes away
-BEGINNING = 0.8  # seconds from the start of `run` to the end of a short backup, about
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def test_a_part_is_killed(life, rounds):
                 rounds.fault()
             else:
                 process = each.start()
-                time.sleep(chance.uniform(0, BEGINNING) * chance.random())  # the first stages end soon
+                time.sleep(chance.uniform(0, each.seconds) * chance.random())  # the first stages end soon
                 rounds.fault(each.kill(process, ("run", "keeper", *STAGES), chance.choice(SIGNALS)))
             each.check(process)
         each.end()
@@ -60,7 +59,7 @@ def test_a_begin_is_killed(life, rounds):
         for _ in range(6 if rounds.is_soak else 3):
             each.write()
             process = each.start(STORE, at_once=True)
-            time.sleep(chance.uniform(0.03, BEGINNING))
+            time.sleep(chance.uniform(0.03, each.seconds))
             whom = chance.choice([("run",), ("keeper",), ("both",), ("both",), STAGES])
             rounds.fault(each.kill(process, whom, chance.choice(SIGNALS)))
             each.check(process)
@@ -115,7 +114,7 @@ def crash(each):
 
 def at_the_begin(each):
     process = each.start(SLOW, at_once=True)
-    time.sleep(each.chance.uniform(0.03, BEGINNING))
+    time.sleep(each.chance.uniform(0.03, each.seconds))
     return process
 
 
