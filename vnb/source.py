@@ -130,13 +130,13 @@ class Running:
             job.remember("servers", [pid, start_of(pid)])
         if self.domain.is_paused_by_error():
             job.intend("stuck")  # not for want of scratch, and not ours to resume
+        self._make_scratch(plan, job)  # before the guest has to wait for it
         paused = options["pause"] and not self.domain.is_paused
         if paused:
             job.intend("suspended", self.domain.id)
             self.domain.call("suspend")
         frozen = None
         try:
-            self._make_scratch(plan, job)
             if options["freeze"] is not None and not self.started:
                 frozen = self._freeze(options, job)
             begun = time.monotonic()
