@@ -55,10 +55,10 @@ def main(args):
     if not os.path.isdir(directory):
         raise Error(directory, os.strerror(errno.ENOTDIR if os.path.lexists(directory) else errno.ENOENT))
     if args["--dry-run"]:
-        show("".join(f"{line}\n" for line in report(make_plan(directory, counts))))
+        show("".join(f"{line}\n" for line in report(Plan(segments_of(directory), directory, counts, disks_now))))
         return
     with only_one(directory):
-        plan = make_plan(directory, counts)
+        plan = Plan(segments_of(directory), directory, counts, disks_now)
         for point in plan.left_alone:
             log.warn(f"{directory}: {point}: left alone: what it needs is not here")
         for run in plan.merges:
@@ -71,15 +71,8 @@ def main(args):
         remove(plan, directory)
 
 
-def make_plan(directory, counts):
-    """The Plan for a set. Raises Error."""
-    segments = segments_of(directory)
-    chain.check(segments, directory)
-    return Plan(segments, directory, counts, _present(chain.points(segments)[chain.latest(segments, directory)]))
-
-
-def _present(latest):
-    """The names (set of str) of the disks that the domain had at a segment's point, None where it does not say."""
+def disks_now(latest):
+    """The names (set of str) of the disks that the domain has by a set's latest segment, None where it does not say."""
     with contextlib.closing(latest):
         xml = latest.open().head.get("domain_xml")
     with contextlib.suppress(Error):
@@ -106,11 +99,11 @@ class Plan:
     merges (list of list of segment): each list, oldest first, becomes one segment for its last one's point.
     needed (set of segment): those that stay as they are. left_alone (list of str): points that can't be restored
     from this set; they count for nothing and nothing happens to them. counts (dict): period: how many.
-    present (set of str or None): names of the disks that the domain has, None where that is not known.
+    disks_now: a function of the latest segment, see disks_now().
     Raises Error for a set with a circle, or of two domains.
     """
 
-    def __init__(self, segments, name, counts, present=None):
+    def __init__(self, segments, name, counts, disks_now=lambda _: None):
         chain.check(segments, name)
         self.segments = segments
         self.by_point = chain.points(segments)
@@ -120,7 +113,7 @@ class Plan:
         self.left_alone = sorted(set(self.by_point) - set(restorable))
         points = [self.by_point[point] for point in restorable]
         self.kept = chosen(points, counts)
-        for reason, segment in always(points, present):
+        for reason, segment in always(points, disks_now):
             self.kept.setdefault(segment.head["point"], []).append(reason)
         self.held = self._held()
         self.merges = []
@@ -188,16 +181,16 @@ def chosen(segments, counts):
     return kept
 
 
-def always(segments, present=None):
+def always(segments, disks_now):
     """
     Yield (reason, segment) of what always stays.
 
     It is what the next backups need, of each chain the latest point and the parent-to-be; and of each disk that the
-    latest point does not have, though the domain does (present, see Plan), the last point with it.
+    latest point does not have, though the domain does (disks_now, see Plan), the last point with it.
     """
     latest = chain.points(segments)[chain.latest(segments, None)]
     yield "latest", latest
-    seen = {disk["name"] for disk in latest.disks}
+    seen, present = {disk["name"] for disk in latest.disks}, disks_now(latest)
     for segment in sorted(segments, key=age, reverse=True):
         for name in sorted({disk["name"] for disk in segment.disks} - seen):
             seen.add(name)

@@ -59,8 +59,8 @@ def wait_for_children(owner_):
 
     A qemu-img or an ssh goes on where its keeper was killed; they are in its session, servers have one of their own.
     """
-    if owner_.get("host") != socket.gethostname() or owner_.get("boot") != boot_id() or not is_dead(owner_):
-        return
+    if owner_.get("boot") != boot_id() or not is_dead(owner_):
+        return  # with another boot they are gone, too
     deadline = time.monotonic() + CHILDREN_SECONDS
     while (pids := _of_session(owner_["pid"])) and (left := deadline - time.monotonic()) > 0:
         with contextlib.suppress(ProcessLookupError):
