@@ -12,6 +12,7 @@ No code of ours makes the truth. Since no guest holds the images, a backup takes
 
 import copy
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -103,6 +104,12 @@ class Machine:
             found |= {bitmap["name"] for bitmap in info["format-specific"]["data"].get("bitmaps", ())}
         return found
 
+    def check_next(self):
+        """The next increment is right, and each point there is restores."""
+        self.write()
+        self.back_up()
+        self.check_points()
+
     def check_points(self, points=None):
         """All points, or these, restore byte for byte."""
         for point in self.truths if points is None else points:
@@ -119,3 +126,12 @@ class Machine:
         """Images, whose disks and formats their names say, are what the disks were at a point, byte for byte."""
         for image in images:
             compare(self.truths[point][image.stem], image, image.suffix[1:])
+
+
+def with_points(place, count):
+    """A Machine, the same each time, with a set of so many points."""
+    machine = Machine(place, random.Random(0))
+    for _ in range(count):
+        machine.write()
+        machine.back_up()
+    return machine

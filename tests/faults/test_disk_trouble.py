@@ -82,9 +82,7 @@ def test_no_room_for_a_backup(rounds, where):
                     if where == "set":
                         check_job(machine)
             with ended:
-                machine.write()
-                machine.back_up()
-                machine.check_points()
+                machine.check_next()
 
 
 @full
@@ -134,9 +132,7 @@ def test_an_error_of_the_file_system(rounds):
                 disk.again()
                 check_lines(ended)
                 assert machine.saved(truth) or ended.status != 0
-                machine.write()
-                machine.back_up()
-                machine.check_points()
+                machine.check_next()
 
 
 @read_only
@@ -168,6 +164,4 @@ def test_a_remount(rounds, when):
                 check_job(machine)
                 assert ended.status != 0 or when == "at a moment"
                 subprocess.run([*remount[:2], "remount,rw", remount[-1]], check=True)
-                machine.write()
-                machine.back_up()
-                machine.check_points()
+                machine.check_next()

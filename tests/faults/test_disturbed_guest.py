@@ -10,7 +10,6 @@ from guest import linux
 from lab import Disk, MiB, compare, run, wait_for
 from life import HOLDS, SIGNALS, SIZE, SLOW, STAGES, Life
 
-BEGINNING = 1.2  # seconds from the start of `run` to the end of a short backup, about: to freeze takes longer
 FROZEN = 0.1  # and how long it is frozen
 
 
@@ -83,7 +82,7 @@ def test_a_begin_with_an_agent_is_killed(lab, machine, rounds):
                 time.sleep(chance.uniform(0, FROZEN))
                 whom = chance.choice([("run",), ("keeper",), ("both",)])
             else:
-                time.sleep(chance.uniform(0.03, BEGINNING))
+                time.sleep(chance.uniform(0.03, each.seconds))
                 whom = chance.choice([("run",), ("keeper",), ("both",), STAGES])
             rounds.fault(each.kill(process, whom, chance.choice(SIGNALS)))
             each.check(process)
@@ -100,7 +99,7 @@ def test_a_guest_shuts_down(lab, machine, rounds):
         each = Guest(lab, chance, machine)
         each.write()
         process = each.start(SLOW, at_once=True)
-        time.sleep(chance.uniform(0, 2 * BEGINNING))
+        time.sleep(chance.uniform(0, 2 * each.seconds))
         rounds.fault(process.poll() is None)
         try:
             each.shut_down()

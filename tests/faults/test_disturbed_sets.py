@@ -2,12 +2,11 @@
 """Restore, update of a standby, prune and merge: killed at any moment, in any part, or with system calls that fail."""
 
 import functools
-import random
 import shutil
 
 import pytest
 from disturbing import Place
-from machine import Machine
+from machine import with_points
 
 from vnb import backupset
 
@@ -20,11 +19,7 @@ POINTS = 5
 def saved():
     """A Machine with a set of some points."""
     with Place() as place:
-        machine = Machine(place, random.Random(0))
-        for _ in range(POINTS):
-            machine.write()
-            machine.back_up()
-        yield machine
+        yield with_points(place, POINTS)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 from disturbing import DEADLINE, Place
 from filesystem import FileSystem, needs_root, private_mounts
 from lab import run
-from machine import Machine
+from machine import with_points
 from test_disturbed_sets import hidden, named
 
 from vnb import backupset
@@ -35,10 +35,7 @@ cuts = pytest.mark.fault(
 def saved():
     """A Machine with a set of some points, that is not changed; its image is the file `kept`."""
     with Place() as place:
-        machine = Machine(place, random.Random(0))
-        for _ in range(POINTS):
-            machine.write()
-            machine.back_up()
+        machine = with_points(place, POINTS)
         for path in machine.images.values():
             shutil.copyfile(path, kept(path))
         yield machine
@@ -155,9 +152,7 @@ def test_a_backup(power, rounds):
         with ended:
             assert set(machine.truths) <= set(machine.points())
             assert machine.saved(truth) or ended.status != 0
-            machine.write()
-            machine.back_up()
-            machine.check_points()
+            machine.check_next()
 
 
 @cuts
@@ -176,9 +171,7 @@ def test_a_prune(power, rounds):
             assert len(named(machine.set)) == 2
             assert hidden(machine.set) <= {backupset.PRUNED}
             machine.truths = {point: machine.truths[point] for point in last}
-            machine.write()
-            machine.back_up()
-            machine.check_points()
+            machine.check_next()
 
 
 @cuts
