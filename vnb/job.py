@@ -11,6 +11,7 @@ import json
 import os
 
 from vnb import backupset, domxml, qemuimg
+from vnb.clients import clients_of
 from vnb.errors import Error, os_error
 from vnb.ledger import Ledger
 from vnb.plan import Plan
@@ -39,12 +40,20 @@ class Job:
         self.note = note
         self.warn = warn or note
         self.files = []
+        self._clients = None
         self._spare = []  # descriptors, to be closed when the job is to end
         self.held = None  # the source that the job was begun with, and with it a domain that was started for it
 
     @property
     def head(self):
         return self.record["head"]
+
+    @property
+    def clients(self):
+        """The vnb.clients.Clients of its export, when the job has begun: until then other ports may be tried."""
+        if self._clients is None:
+            self._clients = clients_of(self.record["endpoint"], self.record["tcp"], self.record["sockets"])
+        return self._clients
 
     def reserve(self):
         """Have descriptors that whoever ends the job will need: where there are no more, it must not begin. Error."""

@@ -21,6 +21,7 @@ import time
 import traceback
 
 from vnb import job as jobs
+from vnb.clients import read_lists
 from vnb.errors import Error, Interrupted, UsageError, os_error
 from vnb.source import open_source, source_of
 from vnb.state import JobDirectory, is_dead, owner
@@ -575,7 +576,7 @@ class Keeper:
         now = time.monotonic()
         if now > self.deadline:
             self.end_if_running(f"its deadline of {self.options['deadline']} seconds has passed")
-        elif self.kept_alone and self._clients() == 0:
+        elif self._is_idle() and self.kept_alone:
             if now - self.last_client > self.options["idle"]:
                 self.end_if_running(f"nobody was connected for {self.options['idle']} seconds")
         else:
@@ -634,18 +635,14 @@ class Keeper:
         held.forward = self.job.held.forward
         self.job.held = held
 
-    def _clients(self):
-        """How many connections to the export there are: the kernel lists what was accepted on its sockets."""
-        if self.job.record["tcp"]:
-            return 1  # they may be on any host
-        wanted = {self.job.record["endpoint"], *self.job.record["sockets"]}
+    def _is_idle(self):
+        """Whether nobody is connected to the export, as far as that is known. Looks at each tick: to know how long."""
+        if self.job.record["tcp"] and not self.job.held.is_local:
+            return False
         try:
-            with open("/proc/net/unix", encoding="utf-8", errors="replace") as file:
-                # Fields: Num RefCount Protocol Flags Type St Inode Path; state 03 is connected.
-                found = [line.split(None, 7) for line in file]
+            return self.job.clients.look(read_lists(self.job.clients.is_tcp), time.monotonic()) == 0
         except OSError:
-            return 1  # there may be
-        return sum(1 for fields in found if len(fields) == 8 and fields[5] == "03" and fields[7].strip() in wanted)
+            return False
 
 
 def _end(job, what, ledger):

@@ -6,9 +6,11 @@ files by qemu-nbd. All have the same few methods, so that levels, ledgers and th
 
 import contextlib
 import os
+import shlex
 import time
 
 from vnb import domxml, heads, qemuimg, ssh
+from vnb.clients import LISTS, clients_of
 from vnb.endpoint import Tcp, Unix, parse_listen
 from vnb.errors import Error
 from vnb.pool import AT_ONCE, Ordered
@@ -237,7 +239,8 @@ class Running:
         domain.settle()
         if domain.is_active:
             stuck = domain.is_paused_by_error() and not record.get("stuck")
-            if domain.end_backup(record["endpoint"]) and stuck and domain.is_active:
+            ended = domain.end_backup(record["endpoint"], lambda: self._wait_for_clients(job))
+            if ended and stuck and domain.is_active:
                 domain.resume()  # its scratch was full, now it is gone
         _end_servers(record)
         _remove_files(job, self.host)
@@ -245,6 +248,25 @@ class Running:
             self._resume(job)
         if record["started"]:
             self._destroy(record["started"])
+
+    def _wait_for_clients(self, job):
+        """What vnb.clients says; on another host, by its lists."""
+        if self.host is None:
+            job.clients.shut_out()
+            return
+        endpoint, is_tcp = job.record["endpoint"], job.record["tcp"]
+        script = f"cat {shlex.join(LISTS[is_tcp])}"
+        if not is_tcp:
+            script = f"rm -f -- {shlex.quote(endpoint)}; {script}"
+
+        def read():
+            try:
+                return self.host.run(self.host.destination, "sh", "-c", script).decode(errors="replace")
+            except Error as error:
+                job.note(f"{error}: waiting for clients that may just have connected")
+                return None
+
+        clients_of(endpoint, is_tcp).wait_for_handshakes(read)
 
     def _destroy(self, started):
         """

@@ -7,6 +7,7 @@ import os
 import re
 
 from vnb import chain, domxml, qemuimg
+from vnb.clients import clients_of
 from vnb.errors import Error, UsageError
 from vnb.keeper import make_way, stay, who_runs
 from vnb.keeper import recover as recover_job
@@ -128,7 +129,7 @@ def _recover_job(domain, say):
         return
     if domain.is_local and (not boot_id().startswith(match["boot"]) or start_of(match["pid"]) is None):
         say(f"{domain.name}: ending the backup job of process {match['pid']}, which is dead")
-        domain.end_backup(socket)
+        domain.end_backup(socket, clients_of(socket, False).shut_out)
         return
     raise Error(
         domain.name, f"a backup job by process {match['pid']} is active: left alone (virsh domjobabort ends it)"

@@ -339,9 +339,11 @@ class Domain:
         """Whether paths in the domain's XML are paths of this host."""
         return _is_local(self.uri)
 
-    def end_backup(self, endpoint):
+    def end_backup(self, endpoint, get_ready):
         """
         End the backup job that listens at endpoint, and come back when it is gone; False where it was gone before.
+
+        get_ready: a function to be called before it is ended.
 
         A pull job has no other end than abort. Another one may begin the moment that ours is gone: it is not ours to
         end. A guest that is shutting down is waited for: libvirt answers nothing about its job until it is off.
@@ -356,6 +358,7 @@ class Domain:
                 if found not in (None, endpoint):
                     return asked
                 if found == endpoint and not asked:
+                    get_ready()
                     self.call("abortJob")
                     asked = True
                 failure = Error(self.what, f"the backup job is still there after {JOB_END_SECONDS} seconds")

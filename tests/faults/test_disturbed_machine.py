@@ -9,7 +9,6 @@ import pytest
 from backups import STORE
 from lab import MiB, wait_for
 from life import HOLDS, SIGNALS, SIZE, SLOW, STAGES, Life
-from rounds import SOAK_SECONDS
 
 CUT = "vnb-extents | vnb-read | (sleep {seconds:.3f}; head -c {bytes}) | vnb-pack -z -o {{set}}"  # its reader goes away
 
@@ -49,7 +48,6 @@ def test_a_part_is_killed(life, rounds):
         each.end()
 
 
-@pytest.mark.skipif(not SOAK_SECONDS, reason="QEMU may wait for good in nbd-server-stop: NOTES in vnb-checkpoint(1)")
 @pytest.mark.fault(
     "SIGKILL, SIGTERM or SIGINT to `run`, its keeper, a stage, or SIGKILL to `run` and keeper, while a job of a "
     "running machine begins",

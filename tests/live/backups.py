@@ -3,6 +3,7 @@
 
 import json
 import os
+import socket
 
 import libvirt
 from lab import compare
@@ -64,3 +65,16 @@ def record(lab, vm):
             return json.load(file)
     except FileNotFoundError:
         return None
+
+
+def in_handshake(job):
+    """A socket that is connected to the export of a job (its record), has heard the greeting, and does not answer."""
+    if job["tcp"]:
+        host, _, port = job["endpoint"].rpartition(":")
+        client = socket.create_connection((host, int(port)))
+    else:
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(job["endpoint"])
+    assert client.recv(8) == b"NBDMAGIC"
+    client.recv(1000)
+    return client

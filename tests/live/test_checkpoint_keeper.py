@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import libvirt
 import pytest
-from backups import STORE, backup, listed, record, restores, tip
+from backups import STORE, backup, in_handshake, listed, record, restores, tip
 from guest import linux
 from lab import Disk, MiB, wait_for
 
 from vnb.virt import Domain
 
+LISTEN = ["", "--nbd-listen 127.0.0.1"]
 # A stage that has its input and does not end by itself: tail follows what never grows.
 ENDLESS = "cat > /dev/null; exec tail -f /dev/null"
 
@@ -129,8 +130,9 @@ def test_a_guest_that_is_suspended_for_a_dead_keeper_is_resumed_if_it_still_is(l
     assert vm.state() == (libvirt.VIR_DOMAIN_RUNNING if since == "nothing" else state)
 
 
-def test_begin_abandoned_is_ended_when_nobody_was_connected(lab, vm, directory):
-    begin(lab, vm, directory, options="--idle 1s")
+@pytest.mark.parametrize("listen", LISTEN, ids=["unix", "tcp"])
+def test_begin_abandoned_is_ended_when_nobody_was_connected(lab, vm, directory, listen):
+    begin(lab, vm, directory, options=f"--idle 1s {listen}")
     wait_for(lambda: not vm.has_job(), "the end of the job")
     wait_for(lambda: record(lab, vm)["phase"] == "ended", "the record")
     assert vm.checkpoints() == []
@@ -151,8 +153,9 @@ def test_a_log_that_cannot_be_written_does_not_leave_the_job_alone(lab, vm, dire
     lab.sh(f"vnb-checkpoint abort {vm.name}")
 
 
-def test_a_client_that_is_connected_keeps_the_job(lab, vm, directory):
-    begin(lab, vm, directory, options="--idle 1s --deadline 4s")
+@pytest.mark.parametrize("listen", LISTEN, ids=["unix", "tcp"])
+def test_a_client_that_is_connected_keeps_the_job(lab, vm, directory, listen):
+    begin(lab, vm, directory, options=f"--idle 1s --deadline 4s {listen}")
     uri = record(lab, vm)["disks"][0]["source"]["uri"]
     client = subprocess.Popen(["nbdsh", "-u", uri, "-c", "input()"], stdin=subprocess.PIPE)
     wait_for(lambda: record(lab, vm)["phase"] == "ended", "the record")
@@ -240,10 +243,10 @@ def test_a_job_that_waits_for_the_end_of_ours_is_left_alone(lab, vm, directory):
     with Domain(None, vm.name) as domain:
         endpoint = domain.backup_endpoint()
         domain._domain = queued = Queued(vm)
-        assert domain.end_backup(endpoint)
+        assert domain.end_backup(endpoint, lambda: None)
         assert queued.aborted == 1
         assert domain.backup_endpoint() == f"{vm.private_directory()}/other"
-        assert not domain.end_backup(endpoint)
+        assert not domain.end_backup(endpoint, lambda: None)
     lab.sh(f"vnb-checkpoint abort {vm.name}")
     assert vm.has_job()
     vm.handle.abortJob()
@@ -446,6 +449,25 @@ def test_qemu_dies_midway(lab, vm, directory):
     assert "full in this increment" in done.stderr
     restores(lab, directory, vm.reference())
     assert all(row["saved"] for row in listed(lab, vm, directory).values())
+
+
+@pytest.mark.parametrize("ends, listen", zip(["recover", "abort"], LISTEN, strict=True), ids=["unix", "tcp"])
+def test_a_client_in_its_handshake(lab, vm, directory, ends, listen):
+    """QEMU 7.2 told to stop its server would wait for it, and the guest stand still, for good."""
+    begin(lab, vm, directory, options=listen)
+    job = record(lab, vm)
+    with in_handshake(job) as client:
+        if ends == "recover":
+            os.kill(job["owner"]["pid"], signal.SIGKILL)
+            lab.sh(f"vnb-checkpoint recover {vm.name} --ledger {directory}")
+        else:
+            lab.sh(f"vnb-checkpoint abort {vm.name}")
+        assert client.recv(1) == b""
+    assert not vm.has_job()
+    assert vm.checkpoints() == []
+    vm.write("vda", 0, MiB)  # QEMU answers
+    backup(lab, vm, "full", directory)
+    restores(lab, directory, vm.reference())
 
 
 def test_ctrl_c_in_the_middle(lab, vm, directory):

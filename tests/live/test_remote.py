@@ -9,7 +9,7 @@ import subprocess
 import time
 
 import pytest
-from backups import levels, restores
+from backups import in_handshake, levels, record, restores
 from lab import ROOT, Disk, MiB, compare, wait_for
 from remote import SSHD, Gate, Hypervisor, Network
 
@@ -137,7 +137,8 @@ def test_the_line_is_cut(lab, hv, vm):
     gate = Gate(f"{directory}.gate")
     process = gate.start(
         f"vnb-checkpoint run -c {URI} --no-freeze {vm.name} --level inc --ledger {directory} --"
-        f" 'vnb-extents | vnb-read | {gate.filter} | vnb-pack -o {directory}'", {**lab.env, **hv.env})
+        f" 'vnb-extents | vnb-read --request-size 4096 --requests 1 | {gate.filter} | vnb-pack -o {directory}'",
+        {**lab.env, **hv.env})  # a few large requests would be all of it, before the line is cut
     hv.cut()
     gate.open()
     _, said = process.communicate(timeout=120)
@@ -179,6 +180,20 @@ def test_the_line_is_down(lab, far, network, vm):
     reference = vm.reference()
     far.sh(f"{here} {begin} inc -- '{STORE.format(set=directory)}'")
     restores(lab, directory, reference)
+
+
+@pytest.mark.parametrize("listen", ["", "--nbd-listen 127.0.0.1"], ids=["unix", "tcp"])
+def test_a_client_in_its_handshake(lab, hv, vm, listen):
+    """The other host's kernel is asked who is still in it: QEMU 7.2 would wait for them, and the guest stand still."""
+    directory = lab.new_directory("set")
+    hv.sh(f"vnb-checkpoint begin -c {URI} --no-freeze {vm.name} --level full --ledger {directory} {listen}"
+          f" > {directory}.begun")
+    with in_handshake(record(lab, vm)) as client:
+        hv.sh(f"vnb-checkpoint abort -c {URI} {vm.name}")
+        assert client.recv(1) == b""
+    assert not vm.has_job()
+    backup(hv, vm, "full", directory)
+    restores(lab, directory, vm.reference())
 
 
 def test_libvirtd_is_restarted(lab, hv, vm):

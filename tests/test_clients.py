@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who is connected to an export: against real sockets of this host."""
+
+import contextlib
+import socket
+import subprocess
+import threading
+import time
+
+import pytest
+
+from vnb import clients
+from vnb.clients import Clients, clients_of, read_lists
+
+HOUR = 3600
+
+
+@pytest.fixture(params=["unix", "unix with a space", "ipv4", "ipv6"])
+def server(request, tmp_path):
+    """(listener, function that connects, Clients, whether it is TCP)"""
+    if request.param.startswith("unix"):
+        path = str(tmp_path / f"{request.param} socket")
+        listener, is_tcp = socket.socket(socket.AF_UNIX), False
+        listener.bind(path)
+        watch = clients_of(path, False)
+    else:
+        family, host = {"ipv4": (socket.AF_INET, "127.0.0.1"), "ipv6": (socket.AF_INET6, "::1")}[request.param]
+        listener, is_tcp = socket.socket(family), True
+        try:
+            listener.bind((host, 0))
+        except OSError as error:
+            pytest.skip(f"{host}: {error}")
+        watch = clients_of(f"{host}:{listener.getsockname()[1]}", True)
+    listener.listen(8)
+    with listener, contextlib.ExitStack() as stack:
+        def connect():
+            client = stack.enter_context(socket.socket(listener.family))
+            client.connect(listener.getsockname())
+            return client
+
+        yield listener, connect, watch, is_tcp
+
+
+def test_they_are_counted_until_the_server_has_closed_them(server):
+    listener, connect, watch, is_tcp = server
+    assert watch.look(read_lists(is_tcp), 0) == 0
+    assert not watch.in_handshake(0)
+    client = connect()
+    assert watch.look(read_lists(is_tcp), 1) == 1  # not accepted yet
+    assert watch.in_handshake(HOUR)
+    accepted, _ = listener.accept()
+    with accepted:
+        assert watch.look(read_lists(is_tcp), 2) == 1
+        assert watch.in_handshake(2 + 10)
+        assert not watch.in_handshake(2 + 11)
+        connect()
+        assert watch.look(read_lists(is_tcp), 20) == 2
+        assert watch.in_handshake(HOUR)
+        other, _ = listener.accept()
+        other.close()
+        client.close()
+        assert watch.look(read_lists(is_tcp), 20) == 1  # the server does not know yet
+        assert not watch.in_handshake(20)
+    assert watch.look(read_lists(is_tcp), 20) == 0
+
+
+def test_a_kernel_that_has_no_such_listener_cannot_tell(server):
+    listener, _, watch, is_tcp = server
+    lists = read_lists(is_tcp)
+    listener.close()
+    assert watch.look(lists, 0) == 0
+    assert watch.look(read_lists(is_tcp), 0) is None
+    assert Clients(["/somewhere/else"]).look(read_lists(False), 0) is None
+
+
+def test_another_network_namespace_cannot_tell(server, tmp_path):
+    """As in a container: its lists have no socket of this one."""
+    _, connect, watch, is_tcp = server
+    connect()
+    done = subprocess.run(
+        ["unshare", "--net", "--", "cat", *clients.LISTS[is_tcp]], check=False, capture_output=True, text=True,
+    )
+    if done.returncode:
+        pytest.skip(f"no network namespaces: {done.stderr}")
+    assert watch.look(done.stdout, 0) is None
+
+
+def test_what_is_being_accepted_is_waited_for(server, monkeypatch):
+    listener, connect, watch, is_tcp = server
+    monkeypatch.setattr(clients, "HANDSHAKE_SECONDS", HOUR)
+    connect()
+    looks = []
+
+    def read():
+        looks.append(len(looks))
+        if len(looks) == 3:
+            listener.accept()[0].close()
+        return read_lists(is_tcp)
+
+    watch.wait_for_handshakes(read)
+    assert len(looks) == 3
+
+
+@pytest.mark.parametrize("lists", [None, ""])
+def test_where_nobody_can_tell_it_takes_as_long_as_a_handshake_may(monkeypatch, lists):
+    monkeypatch.setattr(clients, "HANDSHAKE_SECONDS", 0.2)
+    begin = time.monotonic()
+    clients_of("/nowhere", False).wait_for_handshakes(lambda: lists)
+    assert time.monotonic() - begin >= 0.2
+
+
+def test_one_that_never_ends_its_handshake_is_not_waited_for(server, monkeypatch):
+    """QEMU has hung up on it by then; an old one does not."""
+    _, connect, watch, is_tcp = server
+    monkeypatch.setattr(clients, "HANDSHAKE_SECONDS", 0.2)
+    connect()
+    waiting = threading.Thread(target=watch.wait_for_handshakes, args=[lambda: read_lists(is_tcp)], daemon=True)
+    waiting.start()
+    waiting.join(60)
+    assert not waiting.is_alive()
