@@ -97,7 +97,7 @@ def test_what_is_being_accepted_is_waited_for(server, monkeypatch):
             listener.accept()[0].close()
         return read_lists(is_tcp)
 
-    watch.wait_for_handshakes(read)
+    watch.wait_for_handshakes(read, True)
     assert len(looks) == 3
 
 
@@ -105,8 +105,10 @@ def test_what_is_being_accepted_is_waited_for(server, monkeypatch):
 def test_where_nobody_can_tell_it_takes_as_long_as_a_handshake_may(monkeypatch, lists):
     monkeypatch.setattr(clients, "HANDSHAKE_SECONDS", 0.2)
     begin = time.monotonic()
-    clients_of("/nowhere", False).wait_for_handshakes(lambda: lists)
+    clients_of("/nowhere", False).wait_for_handshakes(lambda: lists, True)
     assert time.monotonic() - begin >= 0.2
+    monkeypatch.setattr(clients, "HANDSHAKE_SECONDS", HOUR)
+    clients_of("/nowhere", False).wait_for_handshakes(lambda: lists, False)
 
 
 def test_one_that_never_ends_its_handshake_is_not_waited_for(server, monkeypatch):
@@ -114,7 +116,7 @@ def test_one_that_never_ends_its_handshake_is_not_waited_for(server, monkeypatch
     _, connect, watch, is_tcp = server
     monkeypatch.setattr(clients, "HANDSHAKE_SECONDS", 0.2)
     connect()
-    waiting = threading.Thread(target=watch.wait_for_handshakes, args=[lambda: read_lists(is_tcp)], daemon=True)
+    waiting = threading.Thread(target=watch.wait_for_handshakes, args=[lambda: read_lists(is_tcp), True], daemon=True)
     waiting.start()
     waiting.join(60)
     assert not waiting.is_alive()

@@ -66,24 +66,29 @@ class Clients:
         """Whether, by the last look, one may not have ended its handshake."""
         return self._waiting > 0 or any(now - since < HANDSHAKE_SECONDS for since in self._since.values())
 
-    def shut_out(self):
-        """On this host: let nobody connect any more, where that can be done, and wait for those who are about to."""
+    def shut_out(self, blindly=True):
+        """
+        On this host: let nobody connect any more, where that can be done, and wait for those who are about to.
+
+        blindly: see wait_for_handshakes().
+        """
         for path in self._paths:
             with contextlib.suppress(OSError):
                 os.unlink(path)
-        self.wait_for_handshakes(lambda: read_lists(self.is_tcp))
+        self.wait_for_handshakes(lambda: read_lists(self.is_tcp), blindly)
 
-    def wait_for_handshakes(self, read):
+    def wait_for_handshakes(self, read, blindly):
         """
         Wait until no client is in its handshake. read: a function that gives the kernel's lists as text, None for none.
 
-        Where they do not tell, that is as long as one may take.
+        blindly (bool): where they do not tell, wait for as long as one may take.
         """
         begin = now = time.monotonic()
         while (left := begin + HANDSHAKE_SECONDS - now) > 0:
             lists = read()
             if lists is None or self.look(lists, now) is None:
-                time.sleep(max(0, begin + HANDSHAKE_SECONDS - time.monotonic()))
+                if blindly:
+                    time.sleep(max(0, begin + HANDSHAKE_SECONDS - time.monotonic()))
                 return
             if not self.in_handshake(now):
                 return

@@ -40,6 +40,7 @@ class Job:
         self.note = note
         self.warn = warn or note
         self.files = []
+        self.is_committing = False  # its command has ended, and all is stored
         self._clients = None
         self._spare = []  # descriptors, to be closed when the job is to end
         self.held = None  # the source that the job was begun with, and with it a domain that was started for it
@@ -95,6 +96,7 @@ class Job:
         begun_with = self.ledger()  # the checkpoint says that it is of that
         if begun_with.own and not begun_with.holds(self.head):
             begun_with.record(self.head, self.record["disks"])
+        self.is_committing = True
         with self._ended() as source:
             self._drop_old(source, ledger)
         self._forget()
