@@ -10,16 +10,16 @@ import time
 import pytest
 
 from vnb import clients
-from vnb.clients import Clients, clients_of, read_lists
+from vnb.clients import clients_of, read_lists
 
 HOUR = 3600
 
 
-@pytest.fixture(params=["unix", "unix with a space", "ipv4", "ipv6"])
+@pytest.fixture(params=["unix", "unix a space", "ipv4", "ipv6"])
 def server(request, tmp_path):
     """(listener, function that connects, Clients, whether it is TCP)"""
     if request.param.startswith("unix"):
-        path = str(tmp_path / f"{request.param} socket")
+        path = str(tmp_path / request.param.removeprefix("unix "))
         listener, is_tcp = socket.socket(socket.AF_UNIX), False
         listener.bind(path)
         watch = clients_of(path, False)
@@ -68,9 +68,10 @@ def test_a_kernel_that_has_no_such_listener_cannot_tell(server):
     listener, _, watch, is_tcp = server
     lists = read_lists(is_tcp)
     listener.close()
-    assert watch.look(lists, 0) == 0
     assert watch.look(read_lists(is_tcp), 0) is None
-    assert Clients(["/somewhere/else"]).look(read_lists(False), 0) is None
+    assert watch.look(lists, 0) == 0
+    assert watch.look(read_lists(is_tcp), 0) == 0  # the server has gone since
+    assert watch.look(None, 0) is None
 
 
 def test_another_network_namespace_cannot_tell(server, tmp_path):
@@ -99,6 +100,31 @@ def test_what_is_being_accepted_is_waited_for(server, monkeypatch):
 
     watch.wait_for_handshakes(read, True)
     assert len(looks) == 3
+    del looks[:]
+    watch.wait_for_handshakes(read, False)
+    assert len(looks) == 1
+    del looks[:]
+    watch.wait_for_handshakes(read, True)  # one may be coming
+    assert len(looks) == 2
+
+
+def test_forged_lines(server):
+    """Anybody may give an abstract socket a name with line breaks: at worst it counts for a connection."""
+    _, _, watch, is_tcp = server
+    assert watch.look(read_lists(is_tcp), 0) == 0
+    path = next(iter(watch._paths), "")
+    for line in (f"0: 0 0 z 0 0 0 {path}", f"0: 0 0 0 0 0 x {path}", f"0: {path}", "0: x", "  0: :ZZ :0 0A", "", ":"):
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(f"\0v\n{line}\nq")
+            assert f"\n{line}\nq" in read_lists(False)
+            assert watch.look(read_lists(False) + read_lists(True), 1) == 0
+
+
+def test_a_kernel_without_ipv6(monkeypatch):
+    monkeypatch.setitem(clients.LISTS, True, ("/proc/net/tcp", "/proc/net/no-tcp6"))
+    assert "local_address" in read_lists(True)
+    monkeypatch.setitem(clients.LISTS, True, ("/proc/net/tcp", "/proc/net"))
+    assert read_lists(True) is None
 
 
 @pytest.mark.parametrize("lists", [None, ""])

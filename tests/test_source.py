@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Sources, as far as they need no machine."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
 
+from vnb import clients
 from vnb.endpoint import Tcp, Unix
 from vnb.errors import Error
 from vnb.source import PORT_TRIES, Running
+from vnb.ssh import Host
 
 TAKEN = "unable to execute QEMU command 'nbd-server-start': Failed to find an available port: Address already in use"
 
@@ -59,3 +62,32 @@ def test_what_is_not_tried_again(domain, endpoint):
     with pytest.raises(Error):
         begin(domain, endpoint)
     assert domain.begun == []
+
+
+@pytest.mark.parametrize(("uri", "is_tcp", "asks"), [
+    ("qemu+ssh://far/system", False, True),
+    ("qemu+ssh://far/system", True, True),
+    ("qemu+tls://far/system", False, True),  # its socket comes by ssh
+    ("qemu+tls://far/system", True, False),
+])
+@pytest.mark.parametrize("is_committing", [True, False])
+def test_another_host_is_asked_who_is_connected(monkeypatch, uri, is_tcp, asks, is_committing):
+    """Only where ssh is needed anyway. Where it fails that is said, and an end that is no commit waits blindly."""
+    monkeypatch.setattr(clients, "HANDSHAKE_SECONDS", 0.3)
+    host = Host.of_uri(uri)
+    asked, said = [], []
+
+    def run(what, *argv):
+        asked.append(argv)
+        raise Error(what, "no way")
+
+    monkeypatch.setattr(host, "run", run)
+    record = {"endpoint": "far:49152" if is_tcp else "/run/a socket", "tcp": is_tcp}
+    begin = time.monotonic()
+    Running(Domain(0), host)._wait_for_clients(
+        SimpleNamespace(record=record, note=said.append, is_committing=is_committing)
+    )
+    assert (time.monotonic() - begin < 0.3) == is_committing
+    assert said == ["far: no way: not known who is connected to the export there"] * asks
+    assert len(asked) == asks
+    assert is_tcp or "rm -f -- '/run/a socket';" in asked[0][-1]

@@ -107,6 +107,7 @@ class Job:
 
         reason (str or None): why, kept for whoever asks later.
         """
+        self.is_committing = False
         if self.record["phase"] != "ended":
             with self._ended() as source:
                 if self.head["checkpoint"] is not None:

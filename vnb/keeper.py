@@ -639,10 +639,7 @@ class Keeper:
         """Whether nobody is connected to the export, as far as that is known. Looks at each tick: to know how long."""
         if self.job.record["tcp"] and not self.job.held.is_local:
             return False
-        try:
-            return self.job.clients.look(read_lists(self.job.clients.is_tcp), time.monotonic()) == 0
-        except OSError:
-            return False
+        return self.job.clients.look(read_lists(self.job.clients.is_tcp), time.monotonic()) == 0
 
 
 def _end(job, what, ledger):

@@ -17,6 +17,7 @@ from vnb.pool import AT_ONCE, Ordered
 from vnb.state import start_of
 from vnb.virt import BrokenBitmap, Domain, NoDomain, Unanswered
 
+FAR_LOOK_SECONDS = 1  # between two logins
 PORT_TRIES = 16  # of ports that are chosen: that many are not taken by chance
 
 
@@ -238,9 +239,14 @@ class Running:
         domain, record = self.domain, job.record
         domain.settle()
         if domain.is_active:
-            stuck = domain.is_paused_by_error() and not record.get("stuck")
-            ended = domain.end_backup(record["endpoint"], lambda: self._wait_for_clients(job))
-            if ended and stuck and domain.is_active:
+            stuck = False
+
+            def get_ready():
+                nonlocal stuck
+                self._wait_for_clients(job)
+                stuck = domain.is_paused_by_error() and not record.get("stuck")
+
+            if domain.end_backup(record["endpoint"], get_ready) and stuck and domain.is_active:
                 domain.resume()  # its scratch was full, now it is gone
         _end_servers(record)
         _remove_files(job, self.host)
@@ -251,23 +257,25 @@ class Running:
 
     def _wait_for_clients(self, job):
         """What vnb.clients says; on another host, by its lists."""
-        blindly = not job.is_committing  # else what was connected has ended, well
+        careful = not job.is_committing  # else its command, and what that had connected, has ended
         if self.host is None:
-            job.clients.shut_out(blindly)
+            job.clients.shut_out(careful)
             return
         endpoint, is_tcp = job.record["endpoint"], job.record["tcp"]
-        script = f"cat {shlex.join(LISTS[is_tcp])}"
+        script = f"cat {shlex.join(LISTS[is_tcp])} 2> /dev/null; :"
         if not is_tcp:
             script = f"rm -f -- {shlex.quote(endpoint)}; {script}"
 
         def read():
+            if is_tcp and not self.host.carries_libvirt:
+                return None  # an ssh that nothing else here needs may not even be refused, but hang
             try:
                 return self.host.run(self.host.destination, "sh", "-c", script).decode(errors="replace")
             except Error as error:
                 job.note(f"{error}: not known who is connected to the export there")
                 return None
 
-        clients_of(endpoint, is_tcp).wait_for_handshakes(read, blindly)
+        clients_of(endpoint, is_tcp).wait_for_handshakes(read, careful, FAR_LOOK_SECONDS)
 
     def _destroy(self, started):
         """

@@ -23,12 +23,14 @@ _ROOM = 'echo ready; while read -r directory; do stat -f -c "%a %S" -- "$directo
 
 class Host:
     """
-    A host. destination (str): [user@]name, as ssh has it; options (list of str) come before it.
+    A host. destination (str): [user@]name, as ssh has it; options (list of str) come before it. carries_libvirt (bool):
+    libvirt comes there by ssh as well, so it can be expected to work.
 
     Others than BatchMode's ways to log in are not tried: nobody is there to answer.
     """
 
-    def __init__(self, destination, options=()):
+    def __init__(self, destination, options=(), carries_libvirt=False):
+        self.carries_libvirt = carries_libvirt
         self.destination = destination
         self.options = list(options)
 
@@ -47,7 +49,8 @@ class Host:
         if not name or name.startswith("-"):
             raise Error(uri, "names no host")
         options = []
-        if parts.scheme.rpartition("+")[2] in ("ssh", "libssh", "libssh2"):
+        is_ssh = parts.scheme.rpartition("+")[2] in ("ssh", "libssh", "libssh2")
+        if is_ssh:
             query = dict(urllib.parse.parse_qsl(parts.query))
             user = user or (urllib.parse.unquote(parts.username) if parts.username else None)
             port = port or parts.port
@@ -62,7 +65,7 @@ class Host:
             options.append(f"-i{key}")
         if user:
             options.append(f"-l{user}")
-        return cls(name, options)
+        return cls(name, options, is_ssh)
 
     def argv(self, command, options=()):
         """The arguments of an ssh that runs a command (str, for a shell there)."""

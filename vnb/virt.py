@@ -343,13 +343,13 @@ class Domain:
         """
         End the backup job that listens at endpoint, and come back when it is gone; False where it was gone before.
 
-        get_ready: a function to be called before it is ended.
+        get_ready: a function to be called before it is ended, which may take its time.
 
         A pull job has no other end than abort. Another one may begin the moment that ours is gone: it is not ours to
         end. A guest that is shutting down is waited for: libvirt answers nothing about its job until it is off.
         """
         deadline = time.monotonic() + JOB_END_SECONDS
-        asked = False
+        ready = asked = False
         while True:
             try:
                 if not self.is_active or self.running_job() != "backup":
@@ -357,8 +357,12 @@ class Domain:
                 found = self.backup_endpoint()  # None while a job begins or ends: which one, is not known yet
                 if found not in (None, endpoint):
                     return asked
-                if found == endpoint and not asked:
+                if found == endpoint and not ready:
                     get_ready()
+                    ready = True
+                    deadline = time.monotonic() + JOB_END_SECONDS
+                    continue  # meanwhile it may have ended, and another one begun
+                if found == endpoint and not asked:
                     self.call("abortJob")
                     asked = True
                 failure = Error(self.what, f"the backup job is still there after {JOB_END_SECONDS} seconds")

@@ -247,6 +247,25 @@ def test_a_job_that_waits_for_the_end_of_ours_is_left_alone(lab, vm, directory):
         assert queued.aborted == 1
         assert domain.backup_endpoint() == f"{vm.private_directory()}/other"
         assert not domain.end_backup(endpoint, lambda: None)
+        assert queued.aborted == 1
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+    assert vm.has_job()
+    vm.handle.abortJob()
+    wait_for(lambda: not vm.has_job(), "the end of the job")
+
+
+def test_a_job_that_begins_while_ours_waits_for_its_end_is_left_alone(lab, vm, directory):
+    """Somebody else has ended ours, and began one of their own."""
+    begin(lab, vm, directory)
+
+    def replace():
+        vm.handle.abortJob()
+        wait_for(lambda: not vm.has_job(), "the end of the job")
+        other_job(vm)
+
+    with Domain(None, vm.name) as domain:
+        assert not domain.end_backup(domain.backup_endpoint(), replace)
+        assert domain.backup_endpoint() == f"{vm.private_directory()}/other"
     lab.sh(f"vnb-checkpoint abort {vm.name}")
     assert vm.has_job()
     vm.handle.abortJob()
@@ -376,6 +395,26 @@ def test_a_scratch_that_is_full_does_not_cost_the_guest_its_life(lab, small, dir
     assert vm.run("tr -d B < /mnt/vda/file | wc -c").strip() == "0"
     lab.sh(f"vnb-checkpoint abort {vm.name}")
     backup(lab, vm, "full", directory)
+    vm.remove()
+
+
+def test_a_scratch_that_is_full_only_while_the_job_is_ended(lab, small, directory):
+    """Since a client has just connected, that takes some seconds: the guest must run again then, too."""
+    vm = linux(lab, Disk("vda", 128 * MiB, filesystem="ext4"))
+    vm.run("dd if=/dev/zero bs=1M count=70 | tr '\\0' A > /mnt/vda/file; sync")
+    overwrite = "dd if=/dev/zero bs=1M count={} | tr '\\0' B | dd of=/mnt/vda/file bs=1M seek={} conv=notrunc; sync"
+    begin(lab, vm, directory, options=f"--scratch-dir {small} --scratch-reserve 0 --no-freeze")
+    vm.run(overwrite.format(30, 0))
+    with in_handshake(record(lab, vm)):
+        ending = start(lab, f"exec vnb-checkpoint abort {vm.name}")
+        vm.run(f"({overwrite.format(40, 30)}; touch /run/done) > /dev/null 2>&1 &")
+        wait_for(lambda: vm.state() == libvirt.VIR_DOMAIN_PAUSED, "the guest to stop")
+        assert ending.poll() is None
+        _, said = ending.communicate(timeout=60)
+    assert ending.returncode == 0, said
+    assert vm.state() == libvirt.VIR_DOMAIN_RUNNING
+    vm.run("until [ -e /run/done ]; do sleep 0.1; done")
+    assert vm.run("tr -d B < /mnt/vda/file | wc -c").strip() == "0"
     vm.remove()
 
 
