@@ -61,7 +61,12 @@ class Life:
         return self.vm.reference()
 
     def start(self, store=SLOW, at_once=False):
-        """A backup in the background (Popen), when its command runs, or at once; what it is to save is noted."""
+        """
+        A backup in the background (Popen), when its command runs, or at once; what it is to save is noted.
+
+        That is flushed: where QEMU is killed before the backup begins, it saves what is found then.
+        """
+        self.vm.flush()
         self.begun = self.reference()
         process = subprocess.Popen(
             ["bash", "-c", f"exec vnb-checkpoint run {self.vm.name} --level auto --ledger {self.set} -- "

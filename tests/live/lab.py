@@ -241,9 +241,8 @@ class Domain:
 
     def qemu_io(self, disk, command):
         """Run a qemu-io(1) command on what the guest sees as this disk. Raises RuntimeError if it failed."""
-        number = list(self.disks).index(disk)
         start = os.path.getsize(self.lab.log_file(self.name))
-        answer = self.hmp(f'qemu-io -d /machine/peripheral/virtio-disk{number}/virtio-backend "{command}"').strip()
+        answer = self._qemu_io(disk, command)
 
         def result():  # qemu-io speaks to QEMU's own standard output, and that is libvirt's log
             with open(self.lab.log_file(self.name)) as log:
@@ -253,6 +252,17 @@ class Domain:
         found = wait_for(lambda: answer or result(), f"{self.name}: {disk}: {command}")
         if answer or found[1] is None or found[1] != found[2]:
             raise RuntimeError(f"{self.name}: {disk}: {command}: {answer or found[0]}")
+
+    def _qemu_io(self, disk, command):
+        number = list(self.disks).index(disk)
+        return self.hmp(f'qemu-io -d /machine/peripheral/virtio-disk{number}/virtio-backend "{command}"').strip()
+
+    def flush(self):
+        """Flush the disks: what was not flushed may be lost with QEMU, which has a part of qcow2's tables in memory."""
+        for disk in self.disks:
+            answer = self._qemu_io(disk, "flush")
+            if answer:
+                raise RuntimeError(f"{self.name}: {disk}: flush: {answer}")
 
     def write(self, disk, offset, length, pattern=0x77):
         """Fill [offset, offset + length) of a disk with one byte, in bytes."""
