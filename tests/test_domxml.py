@@ -106,9 +106,11 @@ def test_entities_and_what_is_no_xml(text):
 
 def test_backup_and_checkpoint_quote_what_they_are_given():
     root = domxml.parse(domxml.backup(
-        {"transport": "unix", "socket": "/a&b.sock"}, [("vda", "c<1", "/s'.scratch"), ("vdb", None, "/t")], ["vdc"]
+        {"transport": "unix", "socket": "/a&b.sock"},
+        [("vda", "a&1", "c<1", "/s'.scratch"), ("vdb", "b", None, "/t")], ["vdc"],
     ), "x")
     assert root.find("server").get("socket") == "/a&b.sock"
+    assert root.find("disks/disk").get("exportname") == "a&1"
     modes = {disk.get("name"): (disk.get("backupmode"), disk.get("incremental")) for disk in root.iter("disk")}
     assert modes == {"vda": ("incremental", "c<1"), "vdb": ("full", None), "vdc": (None, None)}
     assert domxml.backup_endpoint(domxml.backup({"transport": "unix", "socket": "/x"}, [], [])) == "/x"

@@ -131,15 +131,15 @@ def backup(server, wanted, others):
     The XML of a pull-mode backup job.
 
     server: {attribute: value} of where it listens.
-    wanted: list of (disk name, checkpoint its changes are counted from or None for all of it, scratch path).
+    wanted: list of (disk name, name of its export, checkpoint its changes are counted from or None, scratch path).
     others: names of the domain's disks that take no part.
     """
     root = ElementTree.Element("domainbackup", mode="pull")
     ElementTree.SubElement(root, "server", server)
     disks_ = ElementTree.SubElement(root, "disks")
-    for name, since, scratch in wanted:
+    for name, export, since, scratch in wanted:
         mode = {"backupmode": "incremental", "incremental": since} if since else {"backupmode": "full"}
-        disk = ElementTree.SubElement(disks_, "disk", name=name, backup="yes", type="file", exportname=name, **mode)
+        disk = ElementTree.SubElement(disks_, "disk", name=name, backup="yes", type="file", exportname=export, **mode)
         ElementTree.SubElement(disk, "driver", type="qcow2")
         ElementTree.SubElement(disk, "scratch", file=scratch)
     for name in others:

@@ -114,12 +114,20 @@ class Plan:
                 disk["source"]["sparse"] = False
             del disk["bitmap"]
 
+    def export(self, disk):
+        """
+        The name of a disk's export. Another job may listen where we did, on the same port or socket that its user has
+        named, and have a disk of the same name: who comes there for ours must not read that.
+        """
+        return f"{disk}-{self.head['id'][:8]}"
+
     def backup_xml(self):
         """The XML of libvirt's backup job."""
-        wanted = [
-            (disk["name"], self.parent if disk["level"] == "inc" else None, self.scratch[disk["name"]])
-            for disk in self.disks
-        ]
+        wanted = []
+        for disk in self.disks:
+            name = disk["name"]
+            since = self.parent if disk["level"] == "inc" else None
+            wanted.append((name, self.export(name), since, self.scratch[name]))
         return domxml.backup(self.endpoint.attributes(), wanted, self.others)
 
     def checkpoint_xml(self):

@@ -112,9 +112,9 @@ def remove_bitmap(name, path, bitmap):
             run(name, "qemu-img", "bitmap", "--remove", "-f", "qcow2", layer.path, bitmap)
 
 
-def serve(name, path, format_, socket_path, bitmap=None):
+def serve(name, export_name, path, format_, socket_path, bitmap=None):
     """
-    Start a read-only qemu-nbd with one export called name; returns it (Child) when it answers.
+    Start a read-only qemu-nbd with one export, of the disk called name; returns it (Child) when it answers.
 
     It ends with the process that started it, even by SIGKILL: one left behind would keep the domain from starting.
     """
@@ -128,14 +128,14 @@ def serve(name, path, format_, socket_path, bitmap=None):
     except OSError as error:
         raise os_error(socket_path, error) from None
     command = [
-        "qemu-nbd", "--read-only", "--persistent", "--shared=64", f"--export-name={name}", f"--format={format_}",
+        "qemu-nbd", "--read-only", "--persistent", "--shared=64", f"--export-name={export_name}", f"--format={format_}",
         *([f"--bitmap={bitmap}"] if bitmap else []), "--", path,
     ]
     with listener:
         # Not SIGTERM, which is lost while it starts: the image would stay locked. It has nothing to write.
         child = Child(command, "qemu-utils", listener=listener, ending=signal.SIGKILL)
     try:
-        export.Connection(Unix(socket_path).uri(name), name, patience=START_SECONDS).close()
+        export.Connection(Unix(socket_path).uri(export_name), name, patience=START_SECONDS).close()
     except Error as error:
         # Who closes the connection is about to end, and then has said why.
         reason = child.failure().reason if child.wait(1) else error.reason

@@ -118,7 +118,7 @@ class Running:
         """{disk name: (uri, dirty meta context)}"""
         endpoint = plan.endpoint if self.forward is None else Unix(_forwarded(plan))
         return {
-            disk["name"]: (endpoint.uri(disk["name"]), f"qemu:dirty-bitmap:backup-{disk['name']}")
+            disk["name"]: (endpoint.uri(plan.export(disk["name"])), f"qemu:dirty-bitmap:backup-{disk['name']}")
             for disk in plan.disks
         }
 
@@ -380,7 +380,7 @@ class _Offline:
     def exports(self, plan):
         return {
             disk["name"]: (
-                Unix(self._socket(plan, disk["name"])).uri(disk["name"]),
+                Unix(self._socket(plan, disk["name"])).uri(plan.export(disk["name"])),
                 f"qemu:dirty-bitmap:{self._bitmap(plan, disk)}",
             )
             for disk in plan.disks
@@ -412,7 +412,7 @@ class _Offline:
                     qemuimg.add_union(disk["name"], wanted, plan.parent, bitmap)
             socket = self._socket(plan, disk["name"])
             job.remember("sockets", socket)
-            server = qemuimg.serve(disk["name"], image.path, image.format, socket, bitmap)
+            server = qemuimg.serve(disk["name"], plan.export(disk["name"]), image.path, image.format, socket, bitmap)
             self._servers.append(server)  # they end with the one who started them: the keeper keeps them
             job.remember("servers", [server.process.pid, start_of(server.process.pid)])
 

@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import libvirt
 import pytest
 from backups import STORE, backup, in_handshake, listed, record, restores, tip
 from guest import linux
-from lab import Disk, MiB, wait_for
+from lab import Disk, MiB, run, wait_for
 
 from vnb.virt import Domain
 
@@ -163,6 +164,34 @@ def test_a_client_that_is_connected_keeps_the_job(lab, vm, directory, listen):
     assert "deadline of 4 seconds" in keeper_log(lab, vm)
     assert vm.checkpoints() == []
     lab.sh(f"vnb-checkpoint abort {vm.name}")
+
+
+@pytest.mark.parametrize("way", ["port", "socket", "socket of images"])
+def test_another_job_that_listens_in_its_place_is_not_read(lab, vm, way):
+    """It has a disk of the same name: who is late, and comes there for ours, gets nothing."""
+    names = [vm.name]
+    if way == "socket of images":
+        names = [f"--image vda={lab.path(name)}.qcow2" for name in ("ours", "other")]
+        for name in ("ours", "other"):
+            run("qemu-img", "create", "-q", "-f", "qcow2", f"{lab.path(name)}.qcow2", "1M")
+    else:
+        other = lab.domain(Disk("vda"))
+        names.append(other.name)
+    listen = "--nbd-listen 127.0.0.1" if way == "port" else f"--socket {vm.private_directory()}/at"
+    for number, name in enumerate(names):
+        lab.sh(f"vnb-checkpoint begin {name} --level copy {listen} > {lab.path(f'begun.{number}')}")
+        if number == 0:
+            if way == "port":
+                listen = f"--nbd-listen {record(lab, vm)['endpoint']}"
+            lab.sh(f"vnb-checkpoint abort {name}")
+    read = "vnb-extents < {} | vnb-read > /dev/null"
+    lab.sh(read.format(lab.path("begun.1")))
+    done = lab.sh(read.format(lab.path("begun.0")), check=False)
+    assert done.returncode == 1
+    assert re.search("vda.*export", done.stderr), done.stderr
+    lab.sh(f"vnb-checkpoint abort {names[1]}")
+    if way != "socket of images":
+        other.remove()
 
 
 def test_a_stage_that_fails_or_dies_leaves_the_chain_as_it_was(lab, vm, directory):
