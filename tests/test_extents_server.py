@@ -9,7 +9,7 @@ import pytest
 import samples
 from servers import DEADLINE, command, nbdkit, needs_nbdkit, needs_qemu, planned, qemu_img, qemu_io, qemu_nbd, stalled
 
-from vnb import export
+from vnb import export, interrupts
 from vnb.errors import Interrupted
 from vnb.frame import DATA, HOLE, MAX_EXTENTS, ZERO
 
@@ -297,17 +297,43 @@ def test_wrong_usage(arguments, reason):
     assert done.err.splitlines()[1] == "Usage:"
 
 
-def test_a_signal_in_the_middle_of_libnbds_callback(capfd):
-    """It is not printed there, nor taken for a fault of the server."""
-    class Interrupting(list):
+@pytest.fixture
+def handled():
+    """Signals that ask us to end are handled as by the commands."""
+    before = [(signum, signal.signal(signum, interrupts.handle)) for signum in interrupts.SIGNALS]
+    yield
+    for signum, handler in before:
+        signal.signal(signum, handler)
+
+
+def test_a_signal_in_the_middle_of_libnbds_callback(capfd, monkeypatch, handled):
+    """It is not printed there, nor taken for a fault of the server; it may come before our first line in it."""
+    extent = export.Question._extent
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return extent(*args)
+
+    monkeypatch.setattr(export.Question, "_extent", interrupted)
+    with planned(600, [[600, 0]]) as server:
+        connection = export.Connection(server.uri, "disk", export.BASE_ALLOCATION)
+        question = connection.ask(0, 600)
+        with pytest.raises(Interrupted):
+            question.answer()
+        connection.close()
+    assert capfd.readouterr().err == ""
+
+
+def test_no_memory_in_libnbds_callback(capfd):
+    class Full(list):
         def __bool__(self):
-            raise Interrupted(signal.SIGTERM)
+            raise MemoryError
 
     with planned(600, [[600, 0]]) as server:
         connection = export.Connection(server.uri, "disk", export.BASE_ALLOCATION)
         question = connection.ask(0, 600)
-        question._entries = Interrupting()
-        with pytest.raises(Interrupted):
+        question._entries = Full()
+        with pytest.raises(MemoryError):
             question.answer()
         connection.close()
     assert capfd.readouterr().err == ""

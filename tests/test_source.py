@@ -9,7 +9,7 @@ import pytest
 from vnb import clients
 from vnb.endpoint import Tcp, Unix
 from vnb.errors import Error
-from vnb.source import PORT_TRIES, Running
+from vnb.source import PORT_TRIES, Gone, Running
 from vnb.ssh import Host
 
 TAKEN = "unable to execute QEMU command 'nbd-server-start': Failed to find an available port: Address already in use"
@@ -91,3 +91,9 @@ def test_another_host_is_asked_who_is_connected(monkeypatch, uri, is_tcp, asks, 
     assert said == ["far: no way: not known who is connected to the export there"] * asks
     assert len(asked) == asks
     assert is_tcp or "rm -f -- '/run/a socket';" in asked[0][-1]
+
+
+def test_a_socket_that_cannot_be_removed():
+    """As on a file system that has become read-only: the job is over all the same."""
+    record = {"servers": [], "sockets": ["/proc/self/status"], "scratch": [], "tcp": True, "endpoint": "x:1"}
+    Gone(None).end(SimpleNamespace(record=record))

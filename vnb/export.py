@@ -16,6 +16,7 @@ import nbd
 
 from vnb.errors import Error
 from vnb.frame import DATA, HOLE, MAX_EXTENTS, ZERO, GiB, MiB
+from vnb.interrupts import held
 
 BASE_ALLOCATION = "base:allocation"
 FIRST_SPAN = 16 * MiB  # of the first block status request: an answer soon
@@ -248,10 +249,11 @@ def _turn(connections, deadline=None):
         connection, direction = by_fd[fd]
         try:
             # Hang-ups and errors are for libnbd to find, in a direction that it is waiting for.
-            if direction & nbd.AIO_DIRECTION_READ and events & ~select.POLLOUT:
-                connection.handle.aio_notify_read()
-            elif direction & nbd.AIO_DIRECTION_WRITE:
-                connection.handle.aio_notify_write()
+            with held:  # it calls back
+                if direction & nbd.AIO_DIRECTION_READ and events & ~select.POLLOUT:
+                    connection.handle.aio_notify_read()
+                elif direction & nbd.AIO_DIRECTION_WRITE:
+                    connection.handle.aio_notify_write()
         except nbd.Error as error:
             connection.failed(error)
 
@@ -288,7 +290,7 @@ class Question:
             if context == self.connection.context and offset == self.offset and not error.value and not self._entries:
                 self._entries = entries
         except BaseException as raised:
-            self._raised = raised  # a signal: libnbd would print it, and take it for a failure of the request
+            self._raised = raised  # no memory: libnbd would print it, and take it for a failure of the request
 
 
 class Walk:

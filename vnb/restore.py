@@ -5,12 +5,11 @@ import contextlib
 import json
 import signal
 
-from vnb import log, place
+from vnb import interrupts, log, place
 from vnb.chain import Follow
 from vnb.errors import Error
 from vnb.frame import ZERO, MiB
 from vnb.imagedir import ImageDirectory
-from vnb.run import ENDING_SIGNALS
 from vnb.stream import Data, Extents, File
 from vnb.writer import Writer
 
@@ -25,14 +24,14 @@ def undisturbed(last=True):
 
     last (bool): if this succeeds they come too late, since all that they could stop is done.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, interrupts.SIGNALS)
     try:
         yield
         if last:
-            for signum in ENDING_SIGNALS:
+            for signum in interrupts.SIGNALS:
                 signal.signal(signum, signal.SIG_IGN)
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupts.SIGNALS)
 
 
 class Restore:

@@ -6,10 +6,8 @@ import os
 import signal
 import sys
 
-from vnb import __version__, arguments, log
+from vnb import __version__, arguments, interrupts, log
 from vnb.errors import Error, Interrupted, OutputClosed, UsageError, os_error
-
-ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def command(name, module):
@@ -28,10 +26,10 @@ def outcome(name, module, argv):
     synopsis = ""
     try:
         log.begin(name)
-        for signum in ENDING_SIGNALS:
+        for signum in interrupts.SIGNALS:
             # A signal that is ignored stays so: nohup(1) and shells without job control rely on it.
             if signal.getsignal(signum) is not signal.SIG_IGN:
-                signal.signal(signum, _interrupt)
+                signal.signal(signum, interrupts.handle)
         from docopt import DocoptExit, docopt
 
         if isinstance(module, str):
@@ -132,13 +130,6 @@ def _fail(error, debug):
         _discard_stdout()
     log.error(error)
     return 1
-
-
-def _interrupt(signum, _stack):
-    # A second signal must not break the cleaning up that the first one started.
-    for other in ENDING_SIGNALS:
-        signal.signal(other, signal.SIG_IGN)
-    raise Interrupted(signum)
 
 
 def _is_stdout_closed():

@@ -180,7 +180,7 @@ class Nbd:
                     self._failed = (error.value, offset)
                 done()
             except BaseException as raised:
-                self._raised = raised  # a signal: libnbd would print it, and take it for a failure of the request
+                self._raised = raised  # no memory: libnbd would print it, and take it for a failure of the request
             return 1  # nobody will ask for this request again
 
         try:
