@@ -109,7 +109,7 @@ def test_what_is_being_accepted_is_waited_for(server, monkeypatch):
 
 
 def test_forged_lines(server):
-    """Anybody may give an abstract socket a name with line breaks: at worst it counts for a connection."""
+    """Anybody may give an abstract socket a name with line breaks."""
     _, _, watch, is_tcp = server
     assert watch.look(read_lists(is_tcp), 0) == 0
     path = next(iter(watch._paths), "")
@@ -125,6 +125,17 @@ def test_a_kernel_without_ipv6(monkeypatch):
     assert "local_address" in read_lists(True)
     monkeypatch.setitem(clients.LISTS, True, ("/proc/net/tcp", "/proc/net"))
     assert read_lists(True) is None
+
+
+@pytest.mark.parametrize("careful", [True, False])
+def test_what_was_seen_in_its_handshake_is_waited_for_when_the_lists_are_gone(server, monkeypatch, careful):
+    _, connect, watch, is_tcp = server
+    monkeypatch.setattr(clients, "HANDSHAKE_SECONDS", 0.3)
+    connect()
+    lists = [read_lists(is_tcp), None]
+    begin = time.monotonic()
+    watch.wait_for_handshakes(lambda: lists.pop(0), careful)
+    assert time.monotonic() - begin >= 0.3
 
 
 @pytest.mark.parametrize("lists", [None, ""])

@@ -34,7 +34,7 @@ def qemu_nbd(tmp_path, monkeypatch):
 
 
 def serve(tmp_path):
-    qemuimg.serve("vda", "image", "qcow2", str(tmp_path / "s"))
+    qemuimg.serve("vda", "vda-1", "image", "qcow2", str(tmp_path / "s"))
 
 
 def test_it_closes_the_connection_and_has_not_ended(tmp_path, qemu_nbd):

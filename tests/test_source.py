@@ -64,15 +64,16 @@ def test_what_is_not_tried_again(domain, endpoint):
     assert domain.begun == []
 
 
-@pytest.mark.parametrize(("uri", "is_tcp", "asks"), [
-    ("qemu+ssh://far/system", False, True),
-    ("qemu+ssh://far/system", True, True),
-    ("qemu+tls://far/system", False, True),  # its socket comes by ssh
-    ("qemu+tls://far/system", True, False),
+@pytest.mark.parametrize(("uri", "is_tcp", "has_worked", "asks"), [
+    ("qemu+ssh://far/system", False, False, True),
+    ("qemu+ssh://far/system", True, False, True),
+    ("qemu+tls://far/system", False, False, True),  # its socket comes by ssh
+    ("qemu+tls://far/system", True, False, False),
+    ("qemu+tls://far/system", True, True, True),
 ])
 @pytest.mark.parametrize("is_committing", [True, False])
-def test_another_host_is_asked_who_is_connected(monkeypatch, uri, is_tcp, asks, is_committing):
-    """Only where ssh is needed anyway. Where it fails that is said, and an end that is no commit waits blindly."""
+def test_another_host_is_asked_who_is_connected(monkeypatch, uri, is_tcp, has_worked, asks, is_committing):
+    """Where ssh is needed anyway, or has worked. Its failure is said, and what is no commit waits blindly then."""
     monkeypatch.setattr(clients, "HANDSHAKE_SECONDS", 0.3)
     host = Host.of_uri(uri)
     asked, said = [], []
@@ -82,7 +83,7 @@ def test_another_host_is_asked_who_is_connected(monkeypatch, uri, is_tcp, asks, 
         raise Error(what, "no way")
 
     monkeypatch.setattr(host, "run", run)
-    record = {"endpoint": "far:49152" if is_tcp else "/run/a socket", "tcp": is_tcp}
+    record = {"endpoint": "far:49152" if is_tcp else "/run/a socket", "tcp": is_tcp, "scratch_made": has_worked}
     begin = time.monotonic()
     Running(Domain(0), host)._wait_for_clients(
         SimpleNamespace(record=record, note=said.append, is_committing=is_committing)

@@ -13,6 +13,7 @@ import re
 import time
 
 HANDSHAKE_SECONDS = 11  # QEMU hangs up on clients that have not ended theirs after ten (NBD_DEFAULT_HANDSHAKE_MAX_SECS)
+MOST_SECONDS = 2 * HANDSHAKE_SECONDS  # over TCP there may always be new ones
 LOOK_SECONDS = 0.05  # nothing tells when a connection of others ends
 LISTS = {False: ("/proc/net/unix",), True: ("/proc/net/tcp", "/proc/net/tcp6")}  # by whether it is TCP
 _UNIX_LISTENS = 0x10000  # __SO_ACCEPTCON of linux/net.h
@@ -26,7 +27,7 @@ def read_lists(is_tcp):
     text = ""
     try:
         for path in filter(os.path.exists, LISTS[is_tcp]):
-            with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+            with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
                 text += file.read()
     except OSError:
         return None  # no descriptor is left
@@ -53,7 +54,7 @@ class Clients:
         self._paths = sorted(paths)
         if self.is_tcp:
             # sl local_address rem_address st tx_queue:rx_queue tr:tm->when retrnsmt uid timeout inode
-            line = rf"^ *\d+: \w+:{port:04X} \w+:\w+ (\w\w) \w+:\w+ \w+:\w+ \w+ +\d+ +\d+ (\d+)"
+            line = rf"^ *\d+: \w+:{port:04X} \w+:\w+ ([0-9A-F]{{2}}) \w+:\w+ \w+:\w+ \w+ +\d+ +\d+ (\d+)"
         else:
             # Num RefCount Protocol Flags Type St Inode Path
             names = "|".join(map(re.escape, self._paths))
@@ -100,18 +101,19 @@ class Clients:
         read: a function that gives the kernel's lists as text, or None. pause (float): seconds until it is asked again.
         careful (bool): somebody may be about to connect, who is on no list yet: look twice; and where the lists do not
         tell, wait for as long as a handshake may take.
+        Where new ones come all the time that ends, too.
         """
         first = None
         while True:
             lists = read()
             now = time.monotonic()
             is_first, first = first is None, now if first is None else first
-            if now - first >= HANDSHAKE_SECONDS:
-                return
             if self.look(lists, now) is None:
-                if careful:
-                    time.sleep(first + HANDSHAKE_SECONDS - now)
+                if careful or self.in_handshake(now):
+                    time.sleep(max(0, first + HANDSHAKE_SECONDS - now))
                 return
             if not self.in_handshake(now) and not (careful and is_first):
+                return
+            if now - first >= MOST_SECONDS:
                 return
             time.sleep(pause)

@@ -22,7 +22,8 @@ class _Held:
         self._came = None
 
     def __enter__(self):
-        self.active = self.active or threading.get_ident() == self._main
+        if threading.get_ident() == self._main:
+            self.active = True
 
     def __exit__(self, *_):
         if threading.get_ident() != self._main:

@@ -239,14 +239,8 @@ class Running:
         domain, record = self.domain, job.record
         domain.settle()
         if domain.is_active:
-            stuck = False
-
-            def get_ready():
-                nonlocal stuck
-                self._wait_for_clients(job)
-                stuck = domain.is_paused_by_error() and not record.get("stuck")
-
-            if domain.end_backup(record["endpoint"], get_ready) and stuck and domain.is_active:
+            ran = domain.end_backup(record["endpoint"], lambda: self._wait_for_clients(job))
+            if ran and not record.get("stuck") and domain.is_active and domain.is_paused_by_error():
                 domain.resume()  # its scratch was full, now it is gone
         _end_servers(record)
         _remove_files(job, self.host)
@@ -267,10 +261,10 @@ class Running:
             script = f"rm -f -- {shlex.quote(endpoint)}; {script}"
 
         def read():
-            if is_tcp and not self.host.carries_libvirt:
-                return None  # an ssh that nothing else here needs may not even be refused, but hang
+            if is_tcp and not (self.host.carries_libvirt or job.record.get("scratch_made")):
+                return None  # an ssh that has not worked for anything else may not even be refused, but hang
             try:
-                return self.host.run(self.host.destination, "sh", "-c", script).decode(errors="replace")
+                return self.host.run(self.host.destination, "sh", "-c", script).decode(errors="surrogateescape")
             except Error as error:
                 job.note(f"{error}: not known who is connected to the export there")
                 return None
@@ -595,7 +589,7 @@ def _end_servers(record):
         if start is not None and start_of(pid) == start:
             qemuimg.end(pid)
     for socket in record["sockets"]:
-        with contextlib.suppress(OSError):  # where that fails, so does forgetting the record: it is done again
+        with contextlib.suppress(OSError):  # one that stays does no harm: the next job takes its place
             os.unlink(socket)
 
 

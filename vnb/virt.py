@@ -341,7 +341,7 @@ class Domain:
 
     def end_backup(self, endpoint, get_ready):
         """
-        End the backup job that listens at endpoint, and come back when it is gone; False where it was gone before.
+        End the backup job that listens at endpoint, and come back when it is gone. Returns whether it was there.
 
         get_ready: a function to be called before it is ended, which may take its time.
 
@@ -353,10 +353,10 @@ class Domain:
         while True:
             try:
                 if not self.is_active or self.running_job() != "backup":
-                    return asked
+                    return ready
                 found = self.backup_endpoint()  # None while a job begins or ends: which one, is not known yet
                 if found not in (None, endpoint):
-                    return asked
+                    return ready
                 if found == endpoint and not ready:
                     get_ready()
                     ready = True

@@ -304,7 +304,7 @@ def test_tls_that_is_not_right(lab, vm, pki, what, said):
 def test_no_tls_at_the_other_end(lab, vm, pki):
     client = pki("localhost")
     begin = f"vnb-checkpoint begin --no-freeze {vm.name} --level copy --nbd-listen 127.0.0.1"
-    uri = lab.sh(f"{begin} | vnb-dump --json | grep -o 'nbd://[^\"]*vda'").stdout.decode().strip()
+    uri = lab.sh(f"{begin} | vnb-dump --json | grep -o 'nbd://[^\"]*/vda-[0-9a-f]*'").stdout.decode().strip()
     assert uri.startswith("nbd://127.0.0.1:")
     done = lab.sh(f"vnb-extents '{uri.replace('nbd:', 'nbds:')}?tls-certificates={client}' > /dev/null", check=False)
     assert done.returncode == 1
