@@ -9,7 +9,7 @@ import types
 import pytest
 
 from vnb.errors import Error
-from vnb.keeper import Keeper, Line, _begin
+from vnb.keeper import Keeper, Line, _begin, _keep_for
 from vnb.state import JobDirectory
 
 
@@ -91,3 +91,16 @@ def test_who_gave_it_up_has_taken_over_nothing(tmp_path):
             keeper._hear_client()
             assert (keeper.successor is not None) == patient
     keeper.successor.close()
+
+
+@pytest.mark.parametrize("raised", [MemoryError(), RuntimeError("can't start new thread"), ImportError("no room")])
+def test_a_keeper_that_lacks_memory_says_so_in_a_line(pair, monkeypatch, raised):
+    def fail(*_):
+        raise raised
+
+    ours, theirs = pair
+    monkeypatch.setattr("vnb.keeper.open_source", fail)
+    with pytest.raises(type(raised)):
+        _keep_for(ours, {})
+    with pytest.raises(Error, match="^keeper: (out of memory.*|no room)$"):
+        Line(theirs).answer(None)

@@ -29,6 +29,17 @@ class UsageError(Error):
     """The command line makes no sense: exit status 2, the reason and then the usage."""
 
 
+def lack(error):
+    """The Error of a MemoryError, ImportError or RuntimeError by which this process lacks something; else None."""
+    if isinstance(error, MemoryError):
+        return Error(None, "out of memory")
+    if isinstance(error, ImportError):
+        return Error(None, str(error))  # not installed, or no memory to load it
+    if str(error) == "can't start new thread":  # Python has no class for it
+        return Error(None, "out of memory, or too many processes: cannot start a thread")
+    return None
+
+
 class Interrupted(BaseException):
     """A signal that asks us to end. Not an Exception, so that nothing takes it for a failure."""
 

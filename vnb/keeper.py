@@ -22,7 +22,7 @@ import traceback
 
 from vnb import job as jobs
 from vnb.clients import read_lists
-from vnb.errors import Error, Interrupted, UsageError, os_error
+from vnb.errors import Error, Interrupted, UsageError, lack, os_error
 from vnb.source import open_source, source_of
 from vnb.state import JobDirectory, is_dead, owner
 
@@ -282,8 +282,9 @@ def _child(life):
         status = 0
     except (Error, Interrupted):
         pass  # said, or nobody is there who asked
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if lack(error) is None:
+            traceback.print_exc()
     finally:
         os._exit(status)
 
@@ -296,8 +297,9 @@ def _keep_for(connection, options):
     except Error as error:
         line.send(error=[error.what, error.reason, error.where])
         raise
-    except Exception:
-        line.send(error=["keeper", traceback.format_exc(limit=-1), None])
+    except Exception as error:
+        reason = traceback.format_exc(limit=-1) if lack(error) is None else str(lack(error))
+        line.send(error=["keeper", reason, None])
         raise
 
 

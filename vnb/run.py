@@ -7,7 +7,7 @@ import signal
 import sys
 
 from vnb import __version__, arguments, interrupts, log
-from vnb.errors import Error, Interrupted, OutputClosed, UsageError, os_error
+from vnb.errors import Error, Interrupted, OutputClosed, UsageError, lack, os_error
 
 
 def command(name, module):
@@ -69,14 +69,11 @@ def outcome(name, module, argv):
         return _fail(Error(None, error.strerror), debug)
     except OSError as error:
         return _fail(Error(error.filename, error.strerror or str(error)), debug)
-    except ImportError as error:
-        return _fail(Error(None, str(error)), debug)  # not installed, or no memory to load it
-    except MemoryError:
-        return _fail(Error(None, "out of memory"), debug)
-    except RuntimeError as error:
-        if str(error) != "can't start new thread":  # Python has no class for it
+    except (ImportError, MemoryError, RuntimeError) as error:
+        lacking = lack(error)
+        if lacking is None:
             raise
-        return _fail(Error(None, "out of memory, or too many processes: cannot start a thread"), debug)
+        return _fail(lacking, debug)
     except Interrupted as interrupted:
         if interrupted.signum != signal.SIGINT:
             log.error(f"ended by {signal.Signals(interrupted.signum).name}")

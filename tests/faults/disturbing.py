@@ -39,7 +39,7 @@ ERRORS = ("ENOSPC", "EIO", "EROFS", "EDQUOT")
 LAST = 40  # calls of a kind that a fault may hit: those before are of a program that starts
 MOMENTS = 0.2  # how many are killed at a moment
 READERS = 0.2  # how many have a reader that goes away
-LIMITS = {"-n": (6, 54, 1), "-v": (200 * KiB, 712 * KiB, 16 * KiB)}  # of ulimit: least, most, how exactly
+LIMITS = {"-n": (6, 54, 1), "-v": (64 * KiB, 576 * KiB, 8 * KiB)}  # of ulimit: least, most, how exactly
 DEADLINE = 60
 
 
@@ -186,12 +186,13 @@ class Place:
         fault = f"error={chance.choice(ERRORS)}"
         return self._injected(script, stage, call, number, fault, chance.choice(["", "+"]), only or {})
 
-    def needs(self, script):
-        """What is the least of each of LIMITS that a script works with, about."""
+    def needs(self, script, before):
+        """What is the least of each of LIMITS that a script works with, about; before() is called before each try."""
         found = {}
         for option, (low, high, step) in LIMITS.items():
             while high - low > step:
                 middle = (low + high) // 2
+                before()
                 process = self._start(f"ulimit {option} {middle}\n{script}")
                 process.communicate(timeout=DEADLINE)
                 low, high = (low, middle) if process.returncode == 0 else (middle, high)
