@@ -152,6 +152,7 @@ def test_one_that_never_ends_its_handshake_is_not_waited_for(server, monkeypatch
     """QEMU has hung up on it by then; an old one does not."""
     _, connect, watch, is_tcp = server
     monkeypatch.setattr(clients, "HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr(clients, "MOST_SECONDS", 0.4)
     connect()
     waiting = threading.Thread(target=watch.wait_for_handshakes, args=[lambda: read_lists(is_tcp), True], daemon=True)
     waiting.start()

@@ -28,7 +28,7 @@ import vnb
 from vnb.errors import StreamError
 
 MiB = 1 << 20
-MEMORY = 192 * MiB  # what a frame of a million elements takes, decoded: 134, and 26 for Python itself
+MEMORY = 160 * MiB  # more than this process has: what the largest frames take, decoded, is 134
 ADDRESS_SPACE = 1024 * MiB  # more than this process has
 LINES = 1 << 16  # of the map of lines that were reached
 INPUTS = 20  # of a round: a run has those that were kept before, too

@@ -19,6 +19,7 @@ from vnb import frame as f
 from vnb import importer
 
 MiB = 1 << 20
+PYTHON = 26 * MiB  # what it takes itself
 SECONDS = 60  # of processor time: what it takes is a few
 ADDRESS_SPACE = 2048 * MiB
 BOMB = pytest.mark.fault(
@@ -47,7 +48,7 @@ def run(directory, *argv, stdin=b""):
     peak = int(measured.read_text()) << 10
     measured.unlink()
     done = servers.Done(done.returncode, done.stdout, done.stderr.decode(), peak)
-    fault = fault_of(argv[0], done)
+    fault = fault_of(argv[0], done, PYTHON)
     assert fault is None, f"{' '.join(argv)}: {fault}"
     return done
 
