@@ -3,13 +3,11 @@
 
 import errno
 import fcntl
-import gc
 import os
 import resource
 import shutil
 import subprocess
 import sys
-import tracemalloc
 
 import makers
 import pytest
@@ -231,22 +229,6 @@ def test_operands_that_are_no_files(tmp_path):
     ]:
         with pytest.raises(Error, match=reason):
             backupset.segments([str(operand)])
-
-
-def test_many_segments_take_little_memory(tmp_path):
-    """What is in a head beside the links may take seventy times its bytes in memory: none of it is kept."""
-    large = {"more": [[]] * 12_000}
-    with open(tmp_path / "a.vnb", "wb") as file:
-        for number in range(200):
-            file.write(samples.segment(samples.head(f"p{number}", **large), [samples.disk(size=0, image=large)]))
-    tracemalloc.start()
-    try:
-        found = backupset.segments([str(tmp_path)])
-        gc.collect()
-        now, _peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert len(found) == 200 and now < 1 << 20
 
 
 def test_concatenated_segments_are_found(tmp_path):

@@ -103,17 +103,15 @@ class Clients:
         tell, wait for as long as a handshake may take.
         Where new ones come all the time that ends, too.
         """
-        first = None
-        while True:
+        lists = read()
+        first = now = time.monotonic()
+        again = careful
+        while self.look(lists, now) is not None:
+            if not (again or self.in_handshake(now)) or now - first >= MOST_SECONDS:
+                return
+            again = False
+            time.sleep(pause)
             lists = read()
             now = time.monotonic()
-            is_first, first = first is None, now if first is None else first
-            if self.look(lists, now) is None:
-                if careful or self.in_handshake(now):
-                    time.sleep(max(0, first + HANDSHAKE_SECONDS - now))
-                return
-            if not self.in_handshake(now) and not (careful and is_first):
-                return
-            if now - first >= MOST_SECONDS:
-                return
-            time.sleep(pause)
+        if careful or self.in_handshake(now):
+            time.sleep(max(0, first + HANDSHAKE_SECONDS - now))

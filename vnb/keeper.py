@@ -298,8 +298,7 @@ def _keep_for(connection, options):
         line.send(error=[error.what, error.reason, error.where])
         raise
     except Exception as error:
-        reason = traceback.format_exc(limit=-1) if lack(error) is None else str(lack(error))
-        line.send(error=["keeper", reason, None])
+        line.send(error=["keeper", str(lack(error) or traceback.format_exc(limit=-1)), None])
         raise
 
 

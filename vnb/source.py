@@ -260,9 +260,12 @@ class Running:
         if not is_tcp:
             script = f"rm -f -- {shlex.quote(endpoint)}; {script}"
 
+        # An ssh that has not worked for anything else may not even be refused, but hang.
+        may_ask = not is_tcp or self.host.carries_libvirt or job.record.get("scratch_made")
+
         def read():
-            if is_tcp and not (self.host.carries_libvirt or job.record.get("scratch_made")):
-                return None  # an ssh that has not worked for anything else may not even be refused, but hang
+            if not may_ask:
+                return None
             try:
                 return self.host.run(self.host.destination, "sh", "-c", script).decode(errors="surrogateescape")
             except Error as error:

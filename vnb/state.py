@@ -13,11 +13,11 @@ import contextlib
 import fcntl
 import json
 import os
-import select
 import socket
 import time
 
 from vnb.backupset import make_private_directory
+from vnb.child import wait_for
 from vnb.durable import sync_directory
 from vnb.errors import Error, os_error
 
@@ -66,7 +66,7 @@ def wait_for_children(owner_):
         with contextlib.suppress(ProcessLookupError):
             fd = os.pidfd_open(pids[0])
             try:
-                select.select([fd], [], [], left)
+                wait_for([fd], left)
             finally:
                 os.close(fd)
 
@@ -74,11 +74,10 @@ def wait_for_children(owner_):
 def _of_session(session):
     """The ids of the processes of a session that live."""
     found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
-            state, _parent, _group, its, *_ = file.read().rpartition(")")[2].split()
-            if int(its) == session and state not in "ZX":
-                found.append(int(name))
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        fields = _stat(pid)
+        if fields is not None and int(fields[3]) == session:
+            found.append(pid)
     return found
 
 
@@ -90,11 +89,20 @@ def boot_id():
 def start_of(pid):
     """When a process started, in ticks since boot, or None where none lives: pids are used again."""
     try:
-        with open(f"/proc/{int(pid)}/stat", encoding="utf-8", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()
-            return None if fields[0] in "ZX" else int(fields[19])  # dead, but nobody has asked how it ended
-    except (OSError, TypeError, ValueError):
+        fields = _stat(int(pid))
+    except (TypeError, ValueError):
         return None
+    return None if fields is None else int(fields[19])
+
+
+def _stat(pid):
+    """What proc(5) has in the stat of a process, from its state on (list of str), or None where it does not live."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields  # dead, but nobody has asked how it ended
 
 
 class JobDirectory:
