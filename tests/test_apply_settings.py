@@ -80,7 +80,7 @@ def test_options_come_before_the_original(tmp_path):
     qemu_img("create", "-f", "qcow2", "-o", "cluster_size=128k,data_file=vda.data", tmp_path / "vda", 1 << 20,
              cwd=tmp_path)
     options = "cluster_size=4k,data_file=off,lazy_refcounts=on"
-    restored(content([info_of(tmp_path / "vda")]), "-o", options, tmp_path / "out")
+    restored(content([info_of(tmp_path / "vda")]), "--image-options", options, tmp_path / "out")
     info = info_of(tmp_path / "out/vda.qcow2")
     assert info["cluster-size"] == 4096
     assert info["format-specific"]["data"]["lazy-refcounts"]
@@ -123,13 +123,14 @@ def test_settings_that_qemu_refuses(tmp_path):
     line = refused(content(info), tmp_path / "out")
     assert line.startswith("vda: ") and "xtended L2" in line
     assert not (tmp_path / "out").exists()
-    restored(content(info), "-o", "extended_l2=off", tmp_path / "out")
+    restored(content(info), "--image-options", "extended_l2=off", tmp_path / "out")
 
 
 def test_existing_data_file(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/vda.data").write_bytes(b"precious")
-    assert refused(content(), "-o", "data_file=on", tmp_path / "out") == f"{tmp_path}/out/vda.data: File exists"
+    done = refused(content(), "--image-options", "data_file=on", tmp_path / "out")
+    assert done == f"{tmp_path}/out/vda.data: File exists"
     assert os.listdir(tmp_path / "out") == ["vda.data"]
 
 
@@ -166,7 +167,7 @@ def test_preallocate_tells_at_once_that_there_is_no_room(tmp_path, format_):
         assert applied.left_behind(tmp_path / "small") == []
 
 
-@pytest.mark.parametrize("options", [[], ["-o", "compression_type=zstd,cluster_size=128k"]])
+@pytest.mark.parametrize("options", [[], ["--image-options", "compression_type=zstd,cluster_size=128k"]])
 def test_compress(tmp_path, options):
     """All of it, what increments brought too."""
     restored(content(plan=PLAN), "--compress", *options, tmp_path / "out")
@@ -189,12 +190,13 @@ def test_compress_without_room(tmp_path):
 
 def test_usage(tmp_path):
     for arguments, reason in [
-        (["-o", "backing_file=x"], '-o: "backing_file=x" is not KEY=VALUE, with a KEY of cluster_size, compat'),
-        (["-o", "compat"], '-o: "compat" is not KEY=VALUE'),
-        (["-o", "data_file=x"], "-o: data_file is on or off"),
+        (["--image-options", "backing_file=x"],
+         '--image-options: "backing_file=x" is not KEY=VALUE, with a KEY of cluster_size, compat'),
+        (["--image-options", "compat"], '--image-options: "compat" is not KEY=VALUE'),
+        (["--image-options", "data_file=x"], "--image-options: data_file is on or off"),
         (["--compress", "--format", "raw"], "--compress: is for qcow2 images"),
-        (["-o", "compat=1.1", "--format", "raw"], "-o: is for qcow2 images"),
-        (["--compress", "-o", "data_file=on"], "--compress: clusters in a data file cannot be compressed"),
+        (["--image-options", "compat=1.1", "--format", "raw"], "--image-options: is for qcow2 images"),
+        (["--compress", "--image-options", "data_file=on"], "--compress: clusters in a data file cannot be compressed"),
         (["--compress", "--preallocate"], ""),
     ]:
         done = applied.apply(b"", *arguments, tmp_path)

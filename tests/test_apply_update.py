@@ -238,7 +238,7 @@ def test_data_file_that_is_in_use(tmp_path):
     """Where the bytes of the guest are."""
     copy = tmp_path / "copy"
     first, second = segments_of([{"vda": "64k:A"}, {"vda": "4k:B"}])
-    options = ["-o", "data_file=on,data_file_raw=on"]
+    options = ["--image-options", "data_file=on,data_file_raw=on"]
     update(first, copy, *options)
     before = stamps(copy)
     with applied.qemu_nbd(tmp_path, "-f", "raw", copy / "vda.data"):
@@ -380,7 +380,7 @@ def run(content, directory):
     buffers = Buffers()
     copy = Standby(str(directory), Recipe("raw"), {}, ["--format raw"], buffers)
     with samples.memory(content) as fd, copy as standby:
-        standby.recover()
+        standby.resume()
         for segment in stream.Reader(fd, "stdin", pool=buffers, passed=standby.passed):
             standby.take(segment)
         standby.check_reached()
@@ -437,12 +437,12 @@ def test_recover_reads_nothing(tmp_path, segments):
     while not (copy / ".vnb-apply.spool").exists():
         assert not applied.killed_at(count, run, segments[1], copy)
         count += 1
-    done = applied.apply(b"not read", "--update", "--recover", "--format", "raw", copy)
+    done = applied.apply(b"not read", "--update", "--resume", "--format", "raw", copy)
     assert (done.returncode, done.stderr) == (
         0, f"vnb-apply: {copy}: goes on with {makers.point(1)}, which was not finished\n"
     )
     check(copy, 1, tmp_path, "raw")
-    update(b"not read", copy, "--recover", format_="raw")
+    update(b"not read", copy, "--resume", format_="raw")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
@@ -460,7 +460,7 @@ def test_stopped_while_it_spools(tmp_path, segments, signum):
 
 
 def test_usage(tmp_path):
-    for arguments in (["--recover", tmp_path], ["--update"], ["--update", "--compress", tmp_path]):
+    for arguments in (["--resume", tmp_path], ["--update"], ["--update", "--compress", tmp_path]):
         assert applied.apply(b"", *arguments).returncode == 2
 
 

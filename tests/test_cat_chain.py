@@ -225,7 +225,7 @@ def test_a_damaged_file_stops_only_what_may_need_it(saved):
     """What it holds is not known: the latest point, or what a time means. A point before it does not need it."""
     path = path_of(saved, 2)
     path.write_bytes(path.read_bytes()[:-5])
-    for options in ([], ["--until", "2026-01-31T12:00:00Z"], ["--until", POINTS[2]], ["--tip"]):
+    for options in ([], ["--until", "2026-01-31T12:00:00Z"], ["--until", POINTS[2]], ["--base"]):
         done = run(*options, saved)
         assert (done.status, done.out) == (1, b"")
         assert done.err.startswith(f"vnb-cat: {path}: ")
@@ -303,7 +303,7 @@ def test_two_segments_with_one_id(saved):
 def test_a_circle(tmp_path):
     for at, (point, parent) in enumerate([("a", "b"), ("b", "a")]):
         (tmp_path / f"{at}.vnb").write_bytes(samples.segment(samples.head(point, parent), []))
-    for options in ([], ["--until", "a"], ["--tip"]):
+    for options in ([], ["--until", "a"], ["--base"]):
         done = run(*options, tmp_path)
         assert (done.status, done.out) == (1, b"")
         assert done.err.startswith(f"vnb-cat: {tmp_path}: a circle of parents: ")
@@ -312,20 +312,20 @@ def test_a_circle(tmp_path):
 def test_a_ledger_of_heads_holds_no_data(tmp_path):
     (tmp_path / "x.vnb").write_bytes(samples.segment(samples.head(stage="disks"), [samples.disk()]))
     assert run(tmp_path).failed(f"vnb-cat: {tmp_path}/x.vnb: holds no data, but disks") == b""
-    assert run("--tip", tmp_path).ok() == b"p0\n"
+    assert run("--base", tmp_path).ok() == b"p0\n"
 
 
 # The tip
 
 
 def test_tip(saved):
-    assert run("--tip", saved).ok().decode() == f"{POINTS[3]}\n"
+    assert run("--base", saved).ok().decode() == f"{POINTS[3]}\n"
 
 
 def test_tip_of_a_set_without_checkpoints(tmp_path):
     head = samples.head(checkpoint=None, level="copy")
     (tmp_path / "x.vnb").write_bytes(samples.segment(head, [samples.disk(size=0)]))
-    assert run("--tip", tmp_path).failed(
+    assert run("--base", tmp_path).failed(
         f"vnb-cat: {tmp_path}: no point here has a checkpoint: the next backup must be a full one"
     ) == b""
 
@@ -367,12 +367,12 @@ def test_the_next_segment_is_named_in_a_stream_and_not_in_a_set(saved, tmp_path)
 def test_a_full_disk(saved):
     done = command("bash", "-c", f"vnb-cat {saved} > /dev/full")
     assert done.failed("vnb-cat: stdout: No space left on device") == b""
-    for option in ("--tip", "--point"):
+    for option in ("--base", "--point"):
         done = command("bash", "-c", f"vnb-cat {option} {saved} > /dev/full")
         assert done.failed("vnb-cat: stdout: No space left on device") == b""
 
 
-@pytest.mark.parametrize("arguments", [[], ["--until"], ["--tip"], ["--tip", "--until", "x", "set"]])
+@pytest.mark.parametrize("arguments", [[], ["--until"], ["--base"], ["--base", "--until", "x", "set"]])
 def test_wrong_usage(arguments):
     done = command("vnb-cat", *arguments)
     assert (done.status, done.out) == (2, b"")

@@ -18,8 +18,8 @@ def checkpoint(*words, tmp_path=None):
 @pytest.mark.parametrize(("words", "reason"), [
     (["begin", "vm1"], "--level: is needed: one of full, copy, inc, diff, auto"),
     (["begin", "vm1", "--level", "half"], '--level: "half" is not one of full, copy, inc, diff, auto'),
-    (["begin", "vm1", "--level", "full", "--since", "x"], "--since: level full starts from nothing"),
-    (["begin", "vm1", "--level", "inc", "--since", "last"], '--since: "last" is for level diff'),
+    (["begin", "vm1", "--level", "full", "--base", "x"], "--base: level full starts from nothing"),
+    (["begin", "vm1", "--level", "inc", "--base", "last"], '--base: "last" is for level diff'),
     (["begin", "vm1", "--level", "inc", "--chain", "a/b"],
      '--chain: "a/b" has other characters than letters, digits, - and _'),
     (["begin", "vm1", "--level", "inc", "--no-freeze", "--require-freeze"],
@@ -31,7 +31,7 @@ def checkpoint(*words, tmp_path=None):
     (["begin", "vm1", "--level", "inc", "--threshold", "lots"],
      '--threshold: "lots" is not a size within 0-1152921504606846976'),
     (["begin", "vm1", "--level", "inc", "--idle", "soon"], '--idle: "soon" is not a time such as 90s, 10m, 4h or 1d'),
-    (["redefine", "vm1"], "--ledger: is needed: the set whose checkpoints are to be redefined"),
+    (["redefine", "vm1"], "--set: is needed: the set whose checkpoints are to be redefined"),
 ])
 def test_usage(words, reason):
     done = checkpoint(*words)

@@ -55,9 +55,9 @@ def test_options_that_begin_so():
 
 def test_steps_of_checkpoint():
     assert bash("vnb-checkpoint", "") == [
-        "abort", "begin", "commit", "list", "prune", "recover", "redefine", "run", "size",
+        "abort", "begin", "cleanup", "commit", "delete", "list", "redefine", "run", "size",
     ]
-    assert bash("vnb-checkpoint", "rec") == ["recover"]
+    assert bash("vnb-checkpoint", "clea") == ["cleanup"]
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_domains(domains):
 @pytest.mark.parametrize("words", [
     ["vnb-prune", "v"], ["vnb-backup", "--level", "v"], ["vnb-backup", "--keep-weekly", ""], ["vnb-backup", "-c", "v"],
     ["vnb-backup", "--level", "=", "v"], ["vnb-backup", "vm1", ""], ["vnb-backup", "--raw", "vm1", "v"],
-    ["vnb-backup-all", ""], ["vnb-checkpoint", "run", "vm1", "--", ""], ["vnb-checkpoint", "list", "--ledger", ""],
+    ["vnb-backup-all", ""], ["vnb-checkpoint", "run", "vm1", "--", ""], ["vnb-checkpoint", "list", "--set", ""],
 ])
 def test_files(domains, words):
     """Where it offers nothing, bash offers files."""

@@ -53,7 +53,7 @@ def test_a_synthetic_full_that_the_chain_goes_on_from(set_, tmp_path):
     for number in (2, 3):
         sh(f"vnb-pack -o {new} < {backupset.paths(str(set_))[number]}")
     assert applied(sh(f"vnb-cat {new}").stdout) == images(3)
-    assert sh(f"vnb-cat --tip {new}").stdout.decode().strip() == makers.point(3)
+    assert sh(f"vnb-cat --base {new}").stdout.decode().strip() == makers.point(3)
 
 
 def test_an_alternative_in_the_same_set(set_):

@@ -8,7 +8,7 @@ import pytest
 from samples import COMMANDS
 
 WAYS = "--socket, --listen, --fuse, --device or --run is needed"
-STEPS = "one of begin, run, commit, abort, list, size, recover, redefine, prune"
+STEPS = "one of begin, run, commit, abort, list, size, cleanup, redefine, delete"
 SCRIPTS = ("vnb-backup", "vnb-backup-all", "vnb-restore")
 
 
@@ -32,8 +32,8 @@ def refused(name, *argv):
     ("vnb-map", f"SET_OR_FILE is missing, and {WAYS}"),
     ("vnb-map --listen 5", "SET_OR_FILE is missing"),
     ("vnb-map --socket a --listen=5 set", "--listen contradicts --socket"),
-    ("vnb-cat --tip --head set", "--head contradicts --tip"),
-    ("vnb-cat --tip --until x set", "--until contradicts --tip"),
+    ("vnb-cat --base --head set", "--head contradicts --base"),
+    ("vnb-cat --base --until x set", "--until contradicts --base"),
     ("vnb-apply --preallocate --compress dir", "--compress contradicts --preallocate"),
     ("vnb-apply a b", 'unexpected operand "b"'),
     ("vnb-dump --svg set", "--map is needed"),

@@ -64,9 +64,9 @@ def test_all_machines_have_no_section_of_one(ini):
     done = command("vnb-backup-all", "--dry-run", "db", VNB_CONFIG=str(ini), PATH=f"{ini.parent}:{os.environ['PATH']}")
     assert (done.returncode, done.stderr) == (0, "")
     first, second = (line for line in done.stdout.splitlines() if line.startswith("vnb-checkpoint"))
-    assert first == "vnb-checkpoint run --level auto --ledger db/vm1 vm1 -- "\
+    assert first == "vnb-checkpoint run --level auto --set db/vm1 vm1 -- "\
                     "'vnb-extents | vnb-read | vnb-pack --compress zstd:3 -o db/vm1'"
-    assert second.startswith("vnb-checkpoint run --level inc --ledger db/db --exclude vdb --exclude vdc db -- ")
+    assert second.startswith("vnb-checkpoint run --level inc --set db/db --exclude vdb --exclude vdc db -- ")
 
 
 def test_short_options_are_long_ones(tmp_path):
@@ -130,7 +130,7 @@ def test_no_text(tmp_path):
 def test_backup_and_restore_read_it(ini):
     lines = command("vnb-backup", "--dry-run", "-z", "vm1", "/b", VNB_CONFIG=str(ini)).stdout.splitlines()
     assert lines == [
-        "vnb-checkpoint run --level auto --ledger /b vm1 -- 'vnb-extents | vnb-read | vnb-pack -z -o /b'",
+        "vnb-checkpoint run --level auto --set /b vm1 -- 'vnb-extents | vnb-read | vnb-pack -z -o /b'",
         "vnb-verify /b", "vnb-prune --keep-daily 14 /b",
     ]
     done = command("vnb-restore", "--dry-run", "formats/vectors/chain.vnb", "/r", VNB_CONFIG=str(ini))

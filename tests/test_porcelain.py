@@ -159,7 +159,7 @@ def test_it_is_read_at_one_sitting(name):
 
 def test_backup_dry_run_is_the_pipeline():
     assert printed("vnb-backup", "--dry-run", "-z", "--verify", "--exclude=vdb", "vm1", "/backup/vm1") == (
-        "vnb-checkpoint run --level auto --ledger /backup/vm1 --exclude vdb vm1 -- "
+        "vnb-checkpoint run --level auto --set /backup/vm1 --exclude vdb vm1 -- "
         "'vnb-extents | vnb-read | vnb-pack -z -o /backup/vm1'\n"
         "vnb-verify /backup/vm1\n"
     )
@@ -181,7 +181,7 @@ def test_backup_passes_on_all_words_as_they_are(stubs, tmp_path):
     done = porcelain("vnb-backup", *options, ODD, f"/{ODD}", cwd=tmp_path, path=path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert seen(stubs, "vnb-checkpoint")[:-1] == [
-        "run", "--level", "inc", "--ledger", f"/{ODD}", "-c", ODD, "--user", ODD, "--include", ODD, "--raw",
+        "run", "--level", "inc", "--set", f"/{ODD}", "-c", ODD, "--user", ODD, "--include", ODD, "--raw",
         "--freeze", "/,/home", ODD, "--",
     ]
     assert seen(stubs, "vnb-read") == ["--connections", "8"]
@@ -361,14 +361,15 @@ def test_restore_dry_run_is_the_pipelines(tmp_path):
 
 def test_restore_passes_on_all_words_as_they_are(stubs, tmp_path):
     path = f"{stubs}:{os.environ['PATH']}"
-    options = ["--until", ODD, "--disk=" + ODD, "-o", ODD, "--name", ODD, "--format=raw", "--define", "-c", ODD]
+    options = ["--until", ODD, "--disk=" + ODD, "--image-options", ODD, "--name", ODD, "--format=raw"]
+    options += ["--define", "-c", ODD]
     done = porcelain("vnb-restore", *options, f"/{ODD}", f"/t{ODD}", cwd=tmp_path, path=path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     rest = ["--until", point(1), "--disk", ODD, f"/{ODD}"]
     assert seen(stubs, "vnb-cat") == [
         "--point", "--until", ODD, f"/{ODD}", "--head", *rest, *rest, "--head", *rest,
     ]
-    assert seen(stubs, "vnb-apply") == ["--disk", ODD, "-o", ODD, "--format", "raw", f"/t{ODD}"]
+    assert seen(stubs, "vnb-apply") == ["--disk", ODD, "--image-options", ODD, "--format", "raw", f"/t{ODD}"]
     config = ["--disk-dir", f"/t{ODD}", "--name", ODD, "--format", "raw", "--define", "-c", ODD]
     assert seen(stubs, "vnb-config") == [*config, "--check", *config]
     assert not (tmp_path / "gone").exists()

@@ -104,7 +104,7 @@ def test_data_and_zeroes_in_one_cluster_of_a_raw_data_file(tmp_path, cluster, pi
     count, size = (16, "16M") if cluster == "2M" else (512, "4M")
     plan = [{"vda": f"{size}:A"}, {"vda": f"{size}:-"}, {"vda": pieces * count}]
     options = f"data_file=on,data_file_raw=on,cluster_size={cluster}"
-    restored(b"".join(segments_of(plan)), "-o", options, tmp_path / "out")
+    restored(b"".join(segments_of(plan)), "--image-options", options, tmp_path / "out")
     assert same(tmp_path / "out" / "vda.qcow2", "qcow2", makers.images(plan)[-1]["vda"], tmp_path)
 
 

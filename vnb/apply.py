@@ -2,9 +2,9 @@
 """vnb-apply - write a stream onto disks
 
 Usage:
-  vnb-apply [--update [--recover]] [--format FORMAT] [-o OPTIONS]
-            [--preallocate | --compress] [--disk DISK]...
-            [--force-sequence] [options] [DIR]
+  vnb-apply [--update [--resume]] [--format FORMAT]
+            [--image-options OPTIONS] [--preallocate | --compress]
+            [--disk DISK]... [--force-sequence] [options] [DIR]
   vnb-apply --help | --version
 
 Reads one or more segments with data, a full and what follows it, and makes
@@ -12,7 +12,8 @@ DIR/NAME.FORMAT of each disk as it was at the last of them.
 
 Options:
   --format FORMAT   of new images, qcow2 or raw [default: qcow2]
-  -o OPTIONS        of new qcow2 images, as qemu-img create has them, before
+  --image-options OPTIONS
+                    of new qcow2 images, as qemu-img create has them, before
                     those of the original: cluster_size=1M,compat=1.1
   --preallocate     take the room for whole disks before anything is written
   --compress        compress the clusters of new qcow2 images
@@ -20,7 +21,7 @@ Options:
                     NBD URI, a block device, or [qcow2:|raw:]FILE, that exist
   --update          DIR holds a copy that follows its source: apply what leads
                     on from the point it is at, each segment wholly or not
-  --recover         finish what an --update left unfinished, and read nothing
+  --resume          finish what an --update left unfinished, and read nothing
   --force-sequence  apply segments although they do not follow each other
   --progress MODE   auto, none or json: how far it is, see vnb(7)
 """
@@ -45,8 +46,8 @@ def main(args):
     chosen = parse_disks(args["--disk"])
     if args["DIR"] is None and (args["--update"] or not (chosen and all(chosen.values()))):
         raise UsageError(None, "DIR is missing: new images are made there")
-    if args["--recover"] and not args["--update"]:
-        raise UsageError("--recover", "is for --update")
+    if args["--resume"] and not args["--update"]:
+        raise UsageError("--resume", "is for --update")
     for option in ("--compress", "--force-sequence"):
         if args["--update"] and args[option]:
             raise UsageError(option, "does not go with --update")
@@ -69,11 +70,11 @@ def main(args):
 def update(args, recipe, chosen, buffers):
     """Bring a copy from its point to the stream's."""
     words = [f"--format {recipe.format}", *(f"--disk {value}" for value in sorted(args["--disk"]))]
-    words += [f"-o {args['-o']}"] if args["-o"] else []
+    words += [f"--image-options {args['--image-options']}"] if args["--image-options"] else []
     words += ["--preallocate"] if recipe.preallocate else []
-    reader = None if args["--recover"] else stream.stdin(stage="data", consumer=True, pool=buffers)
+    reader = None if args["--resume"] else stream.stdin(stage="data", consumer=True, pool=buffers)
     with Progress(args["--progress"]) as progress, Standby(args["DIR"], recipe, chosen, words, buffers) as standby:
-        standby.recover()
+        standby.resume()
         if reader is not None:
             reader.passed = standby.passed
             for segment in reader:
@@ -90,14 +91,14 @@ def parse_recipe(args):
     if format_ not in FORMATS:
         raise UsageError("--format", f'"{format_}" is not qcow2 or raw')
     options = {}
-    for word in (args["-o"] or "").split(",") if args["-o"] else ():
+    for word in (args["--image-options"] or "").split(",") if args["--image-options"] else ():
         key, equals, value = word.partition("=")
         if key not in OPTIONS or not equals or not value:
-            raise UsageError("-o", f'"{word}" is not KEY=VALUE, with a KEY of {", ".join(OPTIONS)}')
+            raise UsageError("--image-options", f'"{word}" is not KEY=VALUE, with a KEY of {", ".join(OPTIONS)}')
         options[key] = value
     if options.get("data_file", "on") not in ("on", "off"):
-        raise UsageError("-o", "data_file is on or off: the file is NAME.data, beside the image")
-    for option in ("-o", "--compress"):
+        raise UsageError("--image-options", "data_file is on or off: the file is NAME.data, beside the image")
+    for option in ("--image-options", "--compress"):
         if args[option] and format_ != "qcow2":
             raise UsageError(option, "is for qcow2 images")
     if args["--compress"] and options.get("data_file") == "on":

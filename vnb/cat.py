@@ -6,7 +6,7 @@ Usage:
       SET_OR_FILE...
   vnb-cat --head [--until POINT] [--disk NAME]... [options] SET_OR_FILE...
   vnb-cat --point [--until POINT] [options] SET_OR_FILE...
-  vnb-cat --tip [options] SET_OR_FILE...
+  vnb-cat --base [options] SET_OR_FILE...
   vnb-cat --help | --version
 
 Writes the segments that lead to a point, a full and its increments, in order.
@@ -21,7 +21,7 @@ Options:
   --head         only head, disks and files of the last segment, without its
                  extents: all that vnb-config needs
   --point        print the name of the point, and nothing else
-  --tip          print the checkpoint that the next increment starts from
+  --base         print the checkpoint that the next increment starts from
   --progress MODE
                  auto, none or json: how far it is, see vnb(7)
 """
@@ -49,7 +49,7 @@ def main(args):
     # known by its name, and the way to it, need nothing of it.
     if damaged and not (until and until in chain.points(segments)):
         raise damaged[0]
-    if args["--tip"]:
+    if args["--base"]:
         _tip(segments, name)
         return
     path = chain.path(segments, name, until)

@@ -9,7 +9,7 @@ Usage:
   vnb-checkpoint run [options] --image NAME=FILE... -- COMMAND...
   vnb-checkpoint (commit | abort) [options] DOMAIN
   vnb-checkpoint (commit | abort) [options] --image NAME=FILE...
-  vnb-checkpoint (list | size | recover | redefine | prune) [options] DOMAIN
+  vnb-checkpoint (list | size | cleanup | redefine | delete) [options] DOMAIN
   vnb-checkpoint --help | --version
 
 begin starts a job and writes a stream of its head, disks and files; a keeper
@@ -24,9 +24,9 @@ Options:
   --image NAME=FILE      an image that no guest uses, without libvirt; given
                          once for each
   --level LEVEL          full, copy, inc, diff, or auto
-  --ledger DIR           the backup set that the segment goes to: says what the
+  --set DIR              the backup set that the segment goes to: says what the
                          next increment starts from, and whether it was saved
-  --since CHECKPOINT     start from this checkpoint; for diff also last or full
+  --base CHECKPOINT     start from this checkpoint; for diff also last or full
   --chain NAME           which chain of checkpoints [default: main]
   --include DISK         only this disk; may be given several times
   --exclude DISK         not this disk; may be given several times
@@ -63,7 +63,7 @@ Options:
   --idle TIME            end the job when nobody was connected for this time,
                          between begin and commit [default: 10m]
   --state-dir DIR        default: VNB_STATE_DIR, else /var/lib/vnb for root
-  --force                recover and prune: also what another ledger or a
+  --force                cleanup and delete: also what another ledger or a
                          process of another host owns
   --json                 list and size: print JSON, one object a line
 """
@@ -88,7 +88,7 @@ def main(args):
     if args["COMMAND"][:1] == [""]:
         raise UsageError("COMMAND", "is empty")  # sh would run it, and it would have done nothing
     args["--state-dir"] = os.path.abspath(args["--state-dir"] or default_directory())
-    args["--ledger"] = args["--ledger"] and os.path.abspath(args["--ledger"])
+    args["--set"] = args["--set"] and os.path.abspath(args["--set"])
     if args["begin"] or args["run"]:
         log.name_run()
     if args["begin"]:
@@ -99,21 +99,21 @@ def main(args):
         return _finish(args, "commit" if args["commit"] else "abort")
     from vnb import upkeep
 
-    task = next(task for task in ("list", "size", "recover", "redefine", "prune") if args[task])
+    task = next(task for task in ("list", "size", "cleanup", "redefine", "delete") if args[task])
     return getattr(upkeep, task)(args, log.note)
 
 
 def _options(args):
     """What the keeper needs, checked; see vnb.job.begin and vnb.keeper.Starter."""
-    level, since = args["--level"], args["--since"]
+    level, since = args["--level"], args["--base"]
     if level not in LEVELS:
         found = "is needed:" if level is None else f'"{level}" is not'
         raise UsageError("--level", f"{found} one of {', '.join(LEVELS)}")
     check_chain(args)
     if since in ("last", "full") and level != "diff":
-        raise UsageError("--since", f'"{since}" is for level diff')
+        raise UsageError("--base", f'"{since}" is for level diff')
     if since and level in ("full", "copy"):
-        raise UsageError("--since", f"level {level} starts from nothing")
+        raise UsageError("--base", f"level {level} starts from nothing")
     if args["--no-freeze"] and (args["--freeze"] or args["--require-freeze"]):
         raise UsageError("--no-freeze", "contradicts --freeze and --require-freeze")
     for option in ("--start-paused", "--pause", "--connect", "--nbd-listen"):
@@ -133,7 +133,7 @@ def _options(args):
         "user": args["--user"],
         "password_file": args["--password-file"] and os.path.abspath(args["--password-file"]),
         "level": level,
-        "ledger": args["--ledger"],
+        "ledger": args["--set"],
         "since": since,
         "chain": args["--chain"],
         "include": args["--include"],
@@ -336,6 +336,6 @@ def _finish(args, what):
 
         with open_domain(args) as domain:
             uuid = domain.uuid
-    found = ask(JobDirectory(args["--state-dir"], uuid), what, args["--ledger"], log.note)
+    found = ask(JobDirectory(args["--state-dir"], uuid), what, args["--set"], log.note)
     if not found and what == "commit":
         raise Error(args["DOMAIN"], "has no backup job of ours to commit")

@@ -13,7 +13,7 @@ applied: to write the same bytes to the same places twice is the same as once, s
 from its start. The state says the old point until all of it is durable. So:
 
     before the spool has its name     all disks are at the old point, nothing of the segment stays
-    until the state is replaced       the disks are between the points: the next run, or --recover, goes on
+    until the state is replaced       the disks are between the points: the next run, or --resume, goes on
     after that                        all disks are at the new point, the spool is not needed
 """
 
@@ -88,7 +88,7 @@ class Standby:
         if self._directory is not None:
             self._directory.close()
 
-    def recover(self):
+    def resume(self):
         """Finish what another run could not. Raises Error."""
         path = self._directory.final(SPOOL)
         if not os.path.lexists(path):

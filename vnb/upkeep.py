@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What vnb-checkpoint does beside backups: list, size, recover, redefine, prune."""
+"""What vnb-checkpoint does beside backups: list, size, cleanup, redefine, delete."""
 
 import glob
 import json
@@ -29,7 +29,7 @@ def list(args, say):  # noqa: A001 - the command's own word
     with open_domain(args) as domain:
         found = domain.checkpoints()
         measurable = domain.is_active and domain.running_job() is None
-        ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--ledger"])
+        ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--set"])
         saved = {segment.head["checkpoint"]: segment for segment in ledger.segments()}
         for name in sorted(found):
             about = domxml.about(found[name])
@@ -66,7 +66,7 @@ def _whose(row, ledger):
 def size(args, say):
     """Print how many bytes the next increment would have, a line a disk and one for all."""
     with open_domain(args) as domain:
-        ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--ledger"])
+        ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--set"])
         ours = [
             segment for segment in ledger.of_domain(domain.uuid, domain.name)
             if segment.head.get("chain") == args["--chain"]
@@ -76,7 +76,7 @@ def size(args, say):
         if tip is None:
             abouts = [domxml.about(xml) for xml in checkpoints.values()]
             others = sorted({about["ledger"] for about in abouts if about and isinstance(about.get("ledger"), str)})
-            there = f"there are those of {', '.join(others)} (see --ledger)"
+            there = f"there are those of {', '.join(others)} (see --set)"
             why = there if others else "the next one is a full backup"
             raise Error(domain.name, f"libvirt has no checkpoint of {ledger.directory}: {why}")
         sizes = domxml.sizes(domain.checkpoint_xml(tip.head["checkpoint"], with_size=True))
@@ -89,7 +89,7 @@ def size(args, say):
         show(f"total  {total}\n")
 
 
-def recover(args, say):
+def cleanup(args, say):
     """Put right what a crash has left, as far as it is provably ours; say what is left alone."""
     force = args["--force"]
     with open_domain(args) as domain:
@@ -100,7 +100,7 @@ def recover(args, say):
         try:
             with directory.locked() as got:
                 if not got:
-                    raise Error(domain.name, f"{who_runs(directory)}: nothing to recover")
+                    raise Error(domain.name, f"{who_runs(directory)}: nothing to clean up")
                 if force and (record := directory.load()) is not None:
                     record["owner"]["boot"] = "forced"  # whoever it was, the user says that it is dead
                     directory.save(record)
@@ -108,7 +108,7 @@ def recover(args, say):
                 if force and directory.load() is not None:
                     say(f"{domain.name}: nobody waits any more to thaw the guest (virsh domfsthaw does)")
                     directory.remove()
-                _recover_job(domain, say)
+                _end_job_of_ours(domain, say)
                 _recover_scratch(domain, say)
                 _recover_checkpoints(domain, args, say)
                 _recover_bitmaps(domain, args, say)
@@ -116,7 +116,7 @@ def recover(args, say):
             stay(directory)
 
 
-def _recover_job(domain, say):
+def _end_job_of_ours(domain, say):
     """A job of ours that no record here knows: its socket says whose it is."""
     if not domain.is_active:
         return
@@ -160,7 +160,7 @@ def _in_use(path):
 
 def _recover_checkpoints(domain, args, say):
     """Checkpoints of ours that were never saved, or whose points were pruned."""
-    ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--ledger"])
+    ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--set"])
     saved = {segment.head["checkpoint"] for segment in ledger.segments()}
     found = {name: domxml.about(xml) for name, xml in domain.checkpoints().items()}
     found = {name: about for name, about in found.items() if about is not None and name not in saved}
@@ -182,7 +182,7 @@ def _recover_bitmaps(domain, args, say):
     if domain.is_active or not domain.is_local:
         return
     known = domain.checkpoints()
-    ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--ledger"])
+    ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--set"])
     saved = {segment.head["checkpoint"] for segment in ledger.segments()}
     for disk in domxml.disks(domain.xml()):
         if disk.left_out_because or not disk.path or disk.format != "qcow2":
@@ -202,10 +202,10 @@ def _recover_bitmaps(domain, args, say):
 
 def redefine(args, say):
     """Have libvirt know the checkpoints of a ledger again, as far as the bitmaps are still there."""
-    if args["--ledger"] is None:
-        raise UsageError("--ledger", "is needed: the set whose checkpoints are to be redefined")
+    if args["--set"] is None:
+        raise UsageError("--set", "is needed: the set whose checkpoints are to be redefined")
     with open_domain(args) as domain:
-        ledger = Ledger(args["--ledger"])
+        ledger = Ledger(args["--set"])
         segments = [
             segment for segment in ledger.of_domain(domain.uuid, domain.name)
             if segment.head["checkpoint"] and _checkpoint_xml(segment)
@@ -254,10 +254,10 @@ def _check_bitmaps(domain, checkpoint_xml):
             raise Error(name, f"{name}: no sound bitmap {bitmap} in {disk.path}")
 
 
-def prune(args, say):
+def delete(args, say):
     """Delete all checkpoints of a chain that is no longer wanted."""
     with open_domain(args) as domain:
-        ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--ledger"])
+        ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--set"])
         directory = JobDirectory(args["--state-dir"], domain.uuid)
         try:
             with directory.locked() as got:

@@ -48,7 +48,7 @@ class Machine:
         return script(self.lab, f"{start} -- 'vnb-extents | {last}'")
 
     def to_set(self, directory, pack="vnb-pack", level="full"):
-        return self.pipeline(f"vnb-read | {pack} -o {directory}/set", level, f"--ledger {directory}/set")
+        return self.pipeline(f"vnb-read | {pack} -o {directory}/set", level, f"--set {directory}/set")
 
     def porcelain(self, directory, options=""):
         return script(self.lab, f"vnb-backup {options} {self.vm.name} {directory}/set")

@@ -69,7 +69,7 @@ class Life:
         self.vm.flush()
         self.begun = self.reference()
         process = subprocess.Popen(
-            ["bash", "-c", f"exec vnb-checkpoint run {self.vm.name} --level auto --ledger {self.set} -- "
+            ["bash", "-c", f"exec vnb-checkpoint run {self.vm.name} --level auto --set {self.set} -- "
              f"'{store.format(set=self.set)}'"],
             env=self.lab.env, cwd=self.lab.directory, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )
@@ -108,7 +108,7 @@ class Life:
         return True
 
     def kill_both(self, process):
-        """Kill `run`, its keeper, also one that is forked just then, and the command; then `recover` ends the job."""
+        """Kill `run`, its keeper, also one that is forked just then, and the command; then `cleanup` ends the job."""
         while pids := self.pids("vnb-checkpoint"):
             for pid in pids:
                 kill(pid, "SIGKILL")
@@ -117,7 +117,7 @@ class Life:
         except ProcessLookupError:
             pass  # none is left of it
         process.wait()
-        self.lab.sh(f"vnb-checkpoint recover {self.vm.name} --ledger {self.set}")
+        self.lab.sh(f"vnb-checkpoint cleanup {self.vm.name} --set {self.set}")
 
     def check(self, process):
         """The end of a backup that something has happened to: nothing is left, and all goes on."""

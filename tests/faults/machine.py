@@ -37,7 +37,7 @@ class Machine:
         self._copies = 0
         images = " ".join(f"--image {name}={path}" for name, path in self.images.items())
         self.script = (
-            f"vnb-checkpoint run {images} --level auto --ledger {self.set} -- "
+            f"vnb-checkpoint run {images} --level auto --set {self.set} -- "
             f"'vnb-extents | vnb-read | vnb-pack {compress} -o {self.set}'"
         )
         for name, path in self.images.items():

@@ -13,7 +13,7 @@ from test_disturbed_backup import rewrite
 AHEAD = "2999-01-31T12:00:00.000000Z"
 
 
-@pytest.mark.parametrize("level", ["full", "copy", "inc", "diff --since full"])
+@pytest.mark.parametrize("level", ["full", "copy", "inc", "diff --base full"])
 def test_points_after_one_of_the_future(level):
     with Place() as place:
         machine = Machine(place, random.Random(0))

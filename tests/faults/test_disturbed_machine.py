@@ -51,7 +51,7 @@ def test_a_part_is_killed(life, rounds):
 @pytest.mark.fault(
     "SIGKILL, SIGTERM or SIGINT to `run`, its keeper, a stage, or SIGKILL to `run` and keeper, while a job of a "
     "running machine begins",
-    holds=f"{HOLDS}, after `recover` where nobody else could end the job", rounds=1, share=6,
+    holds=f"{HOLDS}, after `cleanup` where nobody else could end the job", rounds=1, share=6,
 )
 def test_a_begin_is_killed(life, rounds):
     for chance in rounds:
@@ -68,7 +68,7 @@ def test_a_begin_is_killed(life, rounds):
 
 @pytest.mark.fault(
     "SIGKILL to `run` and to its keeper, both",
-    holds="`recover` ends the job; each point restores, the next increment is right", rounds=1, share=2,
+    holds="`cleanup` ends the job; each point restores, the next increment is right", rounds=1, share=2,
 )
 def test_run_and_keeper_are_killed(life, rounds):
     for chance in rounds:

@@ -34,7 +34,7 @@ COMMANDS = [
     ["vnb-apply", "--format", "raw", "target/images"],
 ]
 ON_SETS = [
-    ["vnb-cat"], ["vnb-cat", "--merge"], ["vnb-cat", "--tip"], ["vnb-verify"], ["vnb-dump", "--list"],
+    ["vnb-cat"], ["vnb-cat", "--merge"], ["vnb-cat", "--base"], ["vnb-verify"], ["vnb-dump", "--list"],
     ["vnb-dump", "--map"], ["vnb-prune", "--keep-last", "1"], ["vnb-map", "--run", "true"],
 ]
 

@@ -75,7 +75,7 @@ def test_only_odd(tmp_path, name):
 @pytest.mark.parametrize("name", ODD, ids=ascii)
 def test_odd_to_qemu(tmp_path, name):
     """Its options are separated by commas, and its file names may begin with a protocol."""
-    done = run(tmp_path, "vnb-apply", "-o", "data_file=on", "target", stdin=stream(name))
+    done = run(tmp_path, "vnb-apply", "--image-options", "data_file=on", "target", stdin=stream(name))
     assert (done.status, done.err) == (0, "")
     target = tmp_path / "here" / "target"
     assert sorted(os.listdir(target)) == [f"{name}.data", f"{name}.qcow2"]
@@ -106,7 +106,7 @@ def test_a_head_without_a_chain(tmp_path, monkeypatch):
     servers.qemu_img("create", "-q", "-f", "qcow2", image, "1M")
     state = tempfile.mkdtemp(prefix="vnb-test.")  # a socket's path must be short
     monkeypatch.setenv("VNB_STATE_DIR", state)
-    argv = ["vnb-checkpoint", "run", "--level", "auto", "--ledger", tmp_path / "set",
+    argv = ["vnb-checkpoint", "run", "--level", "auto", "--set", tmp_path / "set",
             "--image", f"vda={image}", "--", f"vnb-extents | vnb-read | vnb-pack -o {tmp_path}/set"]
     assert servers.command(*argv).status == 0
     shutil.rmtree(state)

@@ -83,7 +83,7 @@ def back_up(lab, machines, sets):
     """Back up all at once; nothing is left, and all of them run."""
     running = [
         subprocess.Popen(
-            ["vnb-checkpoint", "run", vm.name, "--level", "auto", "--ledger", directory, "--",
+            ["vnb-checkpoint", "run", vm.name, "--level", "auto", "--set", directory, "--",
              SLOW.format(set=directory)], env=lab.env, cwd=lab.directory, stderr=subprocess.PIPE, text=True,
             executable=lab.env["PATH"].partition(":")[0] + "/vnb-checkpoint",
         ) for vm, directory in zip(machines, sets)

@@ -63,7 +63,7 @@ class Course:
         level = self.random.choices(["auto", "full"], [9, 1])[0]
         store = STORE.format(set=directory)
         self.lab.sh(
-            f"vnb-checkpoint run {self.vm.name} --level {level} --chain {chain} --ledger {directory} -- '{store}'"
+            f"vnb-checkpoint run {self.vm.name} --level {level} --chain {chain} --set {directory} -- '{store}'"
         )
         self.points.append((directory, tip(self.lab, directory), self.vm.reference()))
 
@@ -74,7 +74,7 @@ class Course:
         chain = self.random.choice("ab")
         command = self.random.choice(["false", "vnb-extents | vnb-read > /dev/full", "vnb-extents | head -c 100"])
         done = self.lab.sh(
-            f"vnb-checkpoint run {self.vm.name} --level auto --chain {chain} --ledger {self.sets[chain]} "
+            f"vnb-checkpoint run {self.vm.name} --level auto --chain {chain} --set {self.sets[chain]} "
             f"-- '{command} > /dev/null'", check=False,
         )
         assert done.returncode in (0, 1)
@@ -90,7 +90,7 @@ class Course:
     def _kill(self, victim):
         chain = self.random.choice("ab")
         process = subprocess.Popen(
-            ["vnb-checkpoint", "run", self.vm.name, "--level", "auto", "--chain", chain, "--ledger", self.sets[chain],
+            ["vnb-checkpoint", "run", self.vm.name, "--level", "auto", "--chain", chain, "--set", self.sets[chain],
              "--", ENDLESS], env=self.lab.env, stderr=subprocess.DEVNULL, start_new_session=True,
             executable=self.lab.env["PATH"].partition(":")[0] + "/vnb-checkpoint",
         )
@@ -108,7 +108,7 @@ class Course:
         self.vm.destroy()
         directory = self.sets["a"]
         self.lab.sh(
-            f"vnb-checkpoint run {self.vm.name} --level auto --chain a --ledger {directory} "
+            f"vnb-checkpoint run {self.vm.name} --level auto --chain a --set {directory} "
             f"-- '{STORE.format(set=directory)}'"
         )
         self.vm.start()

@@ -95,7 +95,7 @@ def test_while_a_backup_runs(lab, umask):
         os.mkfifo(fifo, 0o600)
     script = f"""
         umask {umask}
-        vnb-checkpoint run {vm.name} --level full --ledger {directory} --user me --password-file {password} -- '
+        vnb-checkpoint run {vm.name} --level full --set {directory} --user me --password-file {password} -- '
             vnb-extents | vnb-read | {{ head -c 100000; echo > {ready}; cat {go}; cat; }} |
             vnb-pack -o {directory}'
     """

@@ -15,13 +15,13 @@ def backup(lab, vm, level, directory, options="", check=True, store=STORE):
     """One backup by `run`, stored in a set; returns the finished process."""
     command = store.format(set=directory)
     return lab.sh(
-        f"vnb-checkpoint run {vm.name} --level {level} --ledger {directory} {options} -- '{command}'", check=check
+        f"vnb-checkpoint run {vm.name} --level {level} --set {directory} {options} -- '{command}'", check=check
     )
 
 
 def tip(lab, directory):
     """The checkpoint that the next increment starts from."""
-    return lab.sh(f"vnb-cat --tip {directory}").stdout.decode().strip()
+    return lab.sh(f"vnb-cat --base {directory}").stdout.decode().strip()
 
 
 def levels(directory):
@@ -54,7 +54,7 @@ def snapshot(lab, vm):
 
 def listed(lab, vm, directory):
     """What vnb-checkpoint list says: {checkpoint: row}."""
-    lines = lab.sh(f"vnb-checkpoint list {vm.name} --json --ledger {directory}").stdout.splitlines()
+    lines = lab.sh(f"vnb-checkpoint list {vm.name} --json --set {directory}").stdout.splitlines()
     return {row["checkpoint"]: row for row in map(json.loads, lines)}
 
 

@@ -145,7 +145,7 @@ def test_an_unplugged_disk_does_not_keep_a_checkpoint_from_being_deleted(lab, vm
     vm.start()
     assert "vdb: full in this increment" in backup(lab, vm, "inc", directory).stderr
     restores(lab, directory, vm.reference())
-    lab.sh(f"vnb-checkpoint prune {vm.name} --ledger {directory}")
+    lab.sh(f"vnb-checkpoint delete {vm.name} --set {directory}")
     assert vm.checkpoints() == []
 
 
@@ -155,7 +155,7 @@ def test_a_guest_that_shuts_down_midway_is_waited_for(lab, directory):
     backup(lab, vm, "full", directory)
     before = vm.checkpoints()
     vm.run("echo something > /mnt/vda/file; sync")
-    lab.sh(f"vnb-checkpoint begin {vm.name} --level inc --ledger {directory} > {lab.path('begun')}")
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level inc --set {directory} > {lab.path('begun')}")
     vm.handle.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT)
     wait_for(lambda: vm.state() != libvirt.VIR_DOMAIN_RUNNING, "the shutdown")
     lab.sh(f"vnb-checkpoint abort {vm.name}")

@@ -90,7 +90,7 @@ def test_a_freeze_of_somebody_else_is_left_alone(lab, linux, directory):
 def test_killed_between_freeze_and_thaw(lab, linux, directory, victim):
     before = linux.checkpoints()
     store = STORE.format(set=directory)
-    script = f"exec vnb-checkpoint run {linux.name} --level full --ledger {directory} -- '{store}'"
+    script = f"exec vnb-checkpoint run {linux.name} --level full --set {directory} -- '{store}'"
     process = subprocess.Popen(["bash", "-c", script], env=lab.env, stderr=subprocess.PIPE, text=True)
     frozen = wait_for(lambda: (found := record(lab, linux)) and found["frozen"] and found, "the intent to freeze")
     keeper = frozen["owner"]["pid"]
@@ -100,7 +100,7 @@ def test_killed_between_freeze_and_thaw(lab, linux, directory, victim):
         process.kill()
     process.communicate(timeout=60)
     if victim == "both":
-        lab.sh(f"vnb-checkpoint recover {linux.name} --ledger {directory}")
+        lab.sh(f"vnb-checkpoint cleanup {linux.name} --set {directory}")
     wait_for(lambda: status(linux) == "thawed", "the thaw")
     wait_for(lambda: not linux.has_job(), "the end of the job")
     wait_for(lambda: record(lab, linux) is None or record(lab, linux)["phase"] == "ended", "the end of the record")
@@ -238,16 +238,16 @@ def test_a_backup_that_does_not_begin_sees_to_the_thaw(lab, linux, directory, ha
 
 def test_recover_dismisses_a_keeper_that_stays_for_an_agent(lab, linux, directory, hanging):
     backup(lab, linux, "full", directory)
-    done = lab.sh(f"vnb-checkpoint recover {linux.name} --ledger {directory}", check=False)
+    done = lab.sh(f"vnb-checkpoint cleanup {linux.name} --set {directory}", check=False)
     assert done.returncode == 1
     assert f"process {keeper(lab, linux)} on " in done.stderr
-    done = lab.sh(f"vnb-checkpoint recover {linux.name} --ledger {directory} --force")
+    done = lab.sh(f"vnb-checkpoint cleanup {linux.name} --set {directory} --force")
     assert "nobody waits any more to thaw the guest" in done.stderr
     assert record(lab, linux) is None
     assert lab.leftovers() == []
 
 
-@pytest.mark.parametrize("command", ["recover --ledger {set}", "abort"])
+@pytest.mark.parametrize("command", ["cleanup --set {set}", "abort"])
 def test_who_ends_the_job_of_a_dead_keeper_leaves_one_for_the_thaw(lab, linux, directory, hanging, command):
     backup(lab, linux, "full", directory)
     before = keeper(lab, linux)
@@ -260,7 +260,7 @@ def test_who_ends_the_job_of_a_dead_keeper_leaves_one_for_the_thaw(lab, linux, d
 
 def test_run_whose_keeper_is_killed_leaves_one_for_the_thaw(lab, linux, directory, hanging):
     store = "cat > /dev/null; exec tail -f /dev/null"
-    command = f"vnb-checkpoint run {linux.name} --level full --ledger {directory} -- '{store}'"
+    command = f"vnb-checkpoint run {linux.name} --level full --set {directory} -- '{store}'"
     process = subprocess.Popen(["bash", "-c", f"exec {command}"], env=lab.env, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (record(lab, linux) or {}).get("phase") == "running", "the job")
     os.kill(record(lab, linux)["owner"]["pid"], signal.SIGKILL)

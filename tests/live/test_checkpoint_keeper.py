@@ -56,13 +56,13 @@ def keeper_log(lab, vm):
 
 
 def begin(lab, vm, directory, level="full", options=""):
-    lab.sh(f"vnb-checkpoint begin {vm.name} --level {level} --ledger {directory} {options} > {lab.path('begun')}")
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level {level} --set {directory} {options} > {lab.path('begun')}")
 
 
 def test_run_killed_ends_the_job_and_loses_nothing(lab, vm, directory):
     backup(lab, vm, "full", directory)
     vm.write("vda", 0, MiB)
-    process = start(lab, f"exec vnb-checkpoint run {vm.name} --level inc --ledger {directory} -- '{ENDLESS}'")
+    process = start(lab, f"exec vnb-checkpoint run {vm.name} --level inc --set {directory} -- '{ENDLESS}'")
     running(lab, vm)
     before = vm.checkpoints()
     os.kill(process.pid, signal.SIGKILL)
@@ -78,7 +78,7 @@ def test_run_killed_ends_the_job_and_loses_nothing(lab, vm, directory):
 def test_the_keeper_killed_has_its_job_ended_by_run(lab, vm, directory):
     backup(lab, vm, "full", directory)
     before = vm.checkpoints()
-    process = start(lab, f"exec vnb-checkpoint run {vm.name} --level inc --ledger {directory} -- '{ENDLESS}'")
+    process = start(lab, f"exec vnb-checkpoint run {vm.name} --level inc --set {directory} -- '{ENDLESS}'")
     os.kill(running(lab, vm)["owner"]["pid"], signal.SIGKILL)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -104,14 +104,14 @@ def test_abort_and_commit_after_the_keeper_was_killed(lab, vm, directory):
     os.kill(record(lab, vm)["owner"]["pid"], signal.SIGKILL)
     lab.sh(f"vnb-checkpoint abort {vm.name}")
     assert vm.checkpoints() == []
-    lab.sh(f"vnb-checkpoint begin {vm.name} --level full --ledger {directory} | vnb-extents | vnb-read"
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level full --set {directory} | vnb-extents | vnb-read"
            f" | vnb-pack -o {directory}")
     os.kill(record(lab, vm)["owner"]["pid"], signal.SIGKILL)
     lab.sh(f"vnb-checkpoint commit {vm.name}")
     assert vm.checkpoints() == [tip(lab, directory)]
 
 
-@pytest.mark.parametrize("command", ["recover --ledger {set} {vm}", "abort {vm}", "run --level full {vm} -- cat"])
+@pytest.mark.parametrize("command", ["cleanup --set {set} {vm}", "abort {vm}", "run --level full {vm} -- cat"])
 @pytest.mark.parametrize("since", ["nothing", "resumed", "started anew", "stopped"])
 def test_a_guest_that_is_suspended_for_a_dead_keeper_is_resumed_if_it_still_is(lab, vm, directory, command, since):
     """A guest that somebody has resumed cannot be resumed: that is no reason to refuse all backups."""
@@ -219,7 +219,7 @@ def test_a_second_backup_is_told_at_once_who_runs(lab, vm, directory):
     done = lab.sh(f"vnb-checkpoint begin {vm.name} --level full --state-dir {lab.path('other')} | cat", check=False,
                   timeout=10)
     assert done.stderr == f"vnb-checkpoint: {vm.name}: a backup job is active already\n"
-    done = lab.sh(f"vnb-checkpoint recover {vm.name} --state-dir {lab.path('other')}", check=False)
+    done = lab.sh(f"vnb-checkpoint cleanup {vm.name} --state-dir {lab.path('other')}", check=False)
     assert done.returncode == 1
     assert f"a backup job by process {owner['pid']} is active: left alone" in done.stderr
     assert vm.has_job()
@@ -234,7 +234,7 @@ def test_a_job_that_is_not_ours_is_left_alone(lab, vm, directory):
     done = backup(lab, vm, "full", directory, check=False)
     assert done.stderr == f"vnb-checkpoint: {vm.name}: a backup job is active already\n"
     lab.sh(f"vnb-checkpoint abort {vm.name}")
-    done = lab.sh(f"vnb-checkpoint recover {vm.name}")
+    done = lab.sh(f"vnb-checkpoint cleanup {vm.name}")
     assert "a backup job that is not of vnb is active: left alone" in done.stderr
     assert vm.has_job()
     vm.handle.abortJob()
@@ -354,7 +354,7 @@ def test_a_scratch_is_made_by_us_or_else_by_libvirt(lab, vm, directory, create):
     path = lab.new_directory("path")
     qemu_img_in(path, create)
     done = lab.sh(
-        f"PATH={path}:$PATH vnb-checkpoint run {vm.name} --level full --ledger {directory} -- "
+        f"PATH={path}:$PATH vnb-checkpoint run {vm.name} --level full --set {directory} -- "
         f"'cp {lab.path('state', 'jobs', vm.uuid)}/job.json {path}; ls -l {vm.directory} > {path}/listed; "
         f"{STORE.format(set=directory)}'"
     )
@@ -372,7 +372,7 @@ def test_a_keeper_killed_while_scratch_is_made(lab, vm, directory):
     """qemu-img goes on without it: what it makes then is removed all the same."""
     path = lab.new_directory("path")
     qemu_img_in(path, "sleep 1")
-    command = f"vnb-checkpoint run {vm.name} --level full --ledger {directory} -- true"
+    command = f"vnb-checkpoint run {vm.name} --level full --set {directory} -- true"
     process = start(lab, f"PATH={path}:$PATH exec {command}")
     wait_for(lambda: (record(lab, vm) or {}).get("scratch_made"), "the scratch to be made")
     os.kill(record(lab, vm)["owner"]["pid"], signal.SIGKILL)
@@ -519,15 +519,15 @@ def test_qemu_dies_midway(lab, vm, directory):
     assert all(row["saved"] for row in listed(lab, vm, directory).values())
 
 
-@pytest.mark.parametrize("ends, listen", zip(["recover", "abort"], LISTEN, strict=True), ids=["unix", "tcp"])
+@pytest.mark.parametrize("ends, listen", zip(["cleanup", "abort"], LISTEN, strict=True), ids=["unix", "tcp"])
 def test_a_client_in_its_handshake(lab, vm, directory, ends, listen):
     """QEMU 7.2 told to stop its server would wait for it, and the guest stand still, for good."""
     begin(lab, vm, directory, options=listen)
     job = record(lab, vm)
     with in_handshake(job) as client:
-        if ends == "recover":
+        if ends == "cleanup":
             os.kill(job["owner"]["pid"], signal.SIGKILL)
-            lab.sh(f"vnb-checkpoint recover {vm.name} --ledger {directory}")
+            lab.sh(f"vnb-checkpoint cleanup {vm.name} --set {directory}")
         else:
             lab.sh(f"vnb-checkpoint abort {vm.name}")
         assert client.recv(1) == b""
@@ -539,7 +539,7 @@ def test_a_client_in_its_handshake(lab, vm, directory, ends, listen):
 
 
 def test_ctrl_c_in_the_middle(lab, vm, directory):
-    process = start(lab, f"exec vnb-checkpoint run {vm.name} --level full --ledger {directory} -- '{ENDLESS}'")
+    process = start(lab, f"exec vnb-checkpoint run {vm.name} --level full --set {directory} -- '{ENDLESS}'")
     running(lab, vm)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)

@@ -106,9 +106,9 @@ def test_diff_leaves_no_checkpoint_and_counts_from_where_it_is_told(lab, vm, dir
     backup(lab, vm, "diff", directory)
     reference = vm.reference()
     restores(lab, directory, reference)
-    backup(lab, vm, "diff", directory, "--since full")
+    backup(lab, vm, "diff", directory, "--base full")
     restores(lab, directory, reference)
-    backup(lab, vm, "diff", directory, f"--since {full}")
+    backup(lab, vm, "diff", directory, f"--base {full}")
     restores(lab, directory, reference)
     assert vm.checkpoints() == before
     # A diff is a leaf: the next increment goes on from the last point with a checkpoint.
@@ -220,7 +220,7 @@ def test_include_exclude_and_what_is_left_out(lab, vm, directory):
 def test_a_threshold_that_is_not_met_costs_nothing(lab, vm, directory):
     backup(lab, vm, "full", directory)
     before = vm.checkpoints()
-    done = lab.sh(f"vnb-checkpoint begin {vm.name} --level inc --ledger {directory} --threshold 1m | cat", check=False)
+    done = lab.sh(f"vnb-checkpoint begin {vm.name} --level inc --set {directory} --threshold 1m | cat", check=False)
     assert done.returncode == 3
     assert done.stdout == b""
     done = backup(lab, vm, "inc", directory, "--threshold 1m", store="echo started")
@@ -243,7 +243,7 @@ def test_since_names_the_parent_of_a_stream_that_goes_elsewhere(lab, vm):
     )
     lab.sh(script.format(vm=vm.name, level="full", since="", set=elsewhere))
     change(vm, 1)
-    lab.sh(script.format(vm=vm.name, level="inc", since=f"--since $(vnb-cat --tip {elsewhere})", set=elsewhere))
+    lab.sh(script.format(vm=vm.name, level="inc", since=f"--base $(vnb-cat --base {elsewhere})", set=elsewhere))
     change(vm, 2)
     lab.sh(script.format(vm=vm.name, level="inc", since="", set=elsewhere))  # by the heads in the state directory
     restores(lab, elsewhere, vm.reference())
@@ -272,7 +272,7 @@ def swap_images(lab, vm):
 
 
 @pytest.mark.parametrize("running", [True, False])
-@pytest.mark.parametrize("given", ["", "--since {}"])
+@pytest.mark.parametrize("given", ["", "--base {}"])
 def test_images_that_have_changed_places_are_taken_in_full(lab, vm, directory, running, given):
     """Each has a bitmap of that name, and the changes that it tells of are those of the other disk."""
     vm.write("vdb", 20 * MiB, MiB, pattern=0x55)
@@ -296,7 +296,7 @@ def test_images_that_have_changed_places_are_taken_in_full(lab, vm, directory, r
 def test_files_that_have_changed_places_under_the_same_paths(lab, vm, directory, running, ledger):
     """Neither libvirt nor the paths know of it; the heads in the state directory do as the set does."""
     def take(level):
-        options = f"--level {level}" + (f" --ledger {directory}" if ledger else "")
+        options = f"--level {level}" + (f" --set {directory}" if ledger else "")
         return lab.sh(f"vnb-checkpoint run {vm.name} {options} -- '{STORE.format(set=directory)}'").stderr
 
     vm.write("vdb", 20 * MiB, MiB, pattern=0x55)
@@ -325,7 +325,7 @@ def test_images_that_have_changed_places_after_a_redefine(lab, vm, directory):
         checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
     swap_images(lab, vm)
     vm.start()
-    lab.sh(f"vnb-checkpoint redefine {vm.name} --ledger {directory}")
+    lab.sh(f"vnb-checkpoint redefine {vm.name} --set {directory}")
     done = backup(lab, vm, "inc", directory)
     assert done.stderr.count("full in this increment: its image is another one than ") == 2
     restores(lab, directory, vm.reference())
@@ -388,7 +388,7 @@ def test_auto_begins_anew_where_the_set_lost_a_segment(lab, vm, directory):
 
 
 def test_a_point_is_later_than_its_parent_whose_head_is_elsewhere(lab, vm, directory):
-    """The clock went back since, and --since names it alone: its name has its time."""
+    """The clock went back since, and --base names it alone: its name has its time."""
     ahead = """import datetime, sys, vnb.heads as heads
 now = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=2)
 heads.now = lambda: now.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
@@ -397,6 +397,6 @@ command("vnb-checkpoint", "vnb.checkpoint")"""
     lab.sh(f"{sys.executable} -c '{ahead}' run {vm.name} --level full -- '{STORE.format(set=directory)}'")
     shutil.rmtree(lab.path("state", "ledgers"))
     full = tip(lab, directory)
-    lab.sh(f"vnb-checkpoint run {vm.name} --level inc --since {full} -- '{STORE.format(set=directory)}'")
+    lab.sh(f"vnb-checkpoint run {vm.name} --level inc --base {full} -- '{STORE.format(set=directory)}'")
     assert tip(lab, directory) != full
     lab.sh(f"vnb-verify {directory}")

@@ -92,7 +92,7 @@ def test_a_union_that_a_dead_keeper_left_hinders_no_backup_of_the_guest_that_was
     vm.disks["vda"].path = snapshot(lab, vm)
     vm.write("vda", 40 * MiB, MiB)
     vm.destroy()
-    lab.sh(f"vnb-checkpoint begin {vm.name} --level inc --ledger {directory} > {lab.path('begun')}")
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level inc --set {directory} > {lab.path('begun')}")
     os.kill(record(lab, vm)["owner"]["pid"], signal.SIGKILL)
     wait_for(lambda: not lab.processes(), "the end of the servers")
     vm.start()
@@ -100,7 +100,7 @@ def test_a_union_that_a_dead_keeper_left_hinders_no_backup_of_the_guest_that_was
     assert f".union stays in {vm.disks['vda'].path}, which the guest uses by now" in done.stderr
     restores(lab, directory, vm.reference())
     vm.destroy()
-    lab.sh(f"vnb-checkpoint recover {vm.name} --ledger {directory} --force")
+    lab.sh(f"vnb-checkpoint cleanup {vm.name} --set {directory} --force")
     assert ".union" not in run("qemu-img", "info", "--output=json", vm.disks["vda"].path)
 
 
@@ -119,7 +119,7 @@ def test_offline_after_a_hard_death_is_full(lab, vm, directory):
 def test_a_server_that_is_left_behind_ends_with_its_keeper(lab, vm, directory):
     """It holds the images: the domain would not start."""
     vm.destroy()
-    lab.sh(f"vnb-checkpoint begin {vm.name} --level full --ledger {directory} > {lab.path('begun')}")
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level full --set {directory} > {lab.path('begun')}")
     keepers = [pid for pid, line in lab.processes().items() if "vnb-checkpoint" in line]
     assert [line for line in lab.processes().values() if line.startswith("qemu-nbd")]
     with pytest.raises(libvirt.libvirtError, match="lock"):
@@ -135,7 +135,7 @@ def test_a_server_that_is_left_behind_ends_with_its_keeper(lab, vm, directory):
 
 def test_begin_and_abort_offline_leave_the_images_as_they_were(lab, vm, directory):
     vm.destroy()
-    lab.sh(f"vnb-checkpoint begin {vm.name} --level full --ledger {directory} > {lab.path('begun')}")
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level full --set {directory} > {lab.path('begun')}")
     lab.sh(f"vnb-checkpoint abort {vm.name}")
     assert vm.checkpoints() == []
     assert "bitmaps" not in run("qemu-img", "info", "--output=json", vm.disks["vda"].path)
@@ -155,7 +155,7 @@ def test_start_paused_and_gone_again(lab, vm, directory):
 
 def test_start_paused_ends_with_a_keeper_that_is_killed(lab, vm, directory):
     vm.destroy()
-    lab.sh(f"vnb-checkpoint begin {vm.name} -S --level full --ledger {directory} > {lab.path('begun')}")
+    lab.sh(f"vnb-checkpoint begin {vm.name} -S --level full --set {directory} > {lab.path('begun')}")
     assert vm.state() == libvirt.VIR_DOMAIN_PAUSED
     for pid, line in lab.processes().items():
         if "vnb-checkpoint" in line:
@@ -166,12 +166,12 @@ def test_start_paused_ends_with_a_keeper_that_is_killed(lab, vm, directory):
 
 
 def begin_paused_and_kill_keeper(lab, vm, directory):
-    lab.sh(f"vnb-checkpoint begin {vm.name} -S --level full --ledger {directory} > {lab.path('begun')}")
+    lab.sh(f"vnb-checkpoint begin {vm.name} -S --level full --set {directory} > {lab.path('begun')}")
     os.kill(record(lab, vm)["owner"]["pid"], signal.SIGKILL)
 
 
 @pytest.mark.parametrize("paused", [False, True])
-@pytest.mark.parametrize("command", ["recover --ledger {set} {vm}", "abort {vm}", "run --level full {vm} -- cat"])
+@pytest.mark.parametrize("command", ["cleanup --set {set} {vm}", "abort {vm}", "run --level full {vm} -- cat"])
 def test_a_guest_that_was_started_for_its_work_is_not_destroyed(lab, vm, directory, command, paused):
     """libvirt ends what the dead keeper started: what runs when its record is found may be somebody else's."""
     vm.destroy()
@@ -188,7 +188,7 @@ def test_a_guest_that_was_started_for_its_work_is_not_destroyed(lab, vm, directo
 def test_start_paused_is_destroyed_after_libvirtd_was_restarted(lab, vm, directory):
     """The new one does not know that it is to end with a connection."""
     vm.destroy()
-    lab.sh(f"vnb-checkpoint begin {vm.name} -S --level full --ledger {directory} > {lab.path('begun')}")
+    lab.sh(f"vnb-checkpoint begin {vm.name} -S --level full --set {directory} > {lab.path('begun')}")
     lab.restart_libvirtd()
     lab.sh(f"vnb-checkpoint abort {vm.name}")
     assert not vm.is_active()
@@ -196,7 +196,7 @@ def test_start_paused_is_destroyed_after_libvirtd_was_restarted(lab, vm, directo
 
 def test_start_paused_and_resumed_is_in_use(lab, vm, directory):
     vm.destroy()
-    lab.sh(f"vnb-checkpoint begin {vm.name} -S --level full --ledger {directory} > {lab.path('begun')}")
+    lab.sh(f"vnb-checkpoint begin {vm.name} -S --level full --set {directory} > {lab.path('begun')}")
     lab.restart_libvirtd()
     vm.resume()
     lab.sh(f"vnb-checkpoint abort {vm.name}")
@@ -313,7 +313,7 @@ def test_image_files_without_libvirt(lab, directory):
     image = lab.path("disk with space.qcow2")
     run("qemu-img", "create", "-q", "-f", "qcow2", image, "64M")
     script = (
-        "vnb-checkpoint run --image 'vda={image}' --level {level} --ledger {set} -- "
+        "vnb-checkpoint run --image 'vda={image}' --level {level} --set {set} -- "
         "'vnb-extents | vnb-read | vnb-pack -o {set}'"
     )
     points = []
@@ -333,7 +333,7 @@ def image_backup(lab, images, level, directory):
     """One backup of images ({disk: path}) without libvirt."""
     given = " ".join(f"--image {name}={path}" for name, path in images.items())
     return lab.sh(
-        f"vnb-checkpoint run {given} --level {level} --ledger {directory} -- "
+        f"vnb-checkpoint run {given} --level {level} --set {directory} -- "
         f"'vnb-extents | vnb-read | vnb-pack -o {directory}'"
     )
 
@@ -394,7 +394,7 @@ def test_files_that_have_changed_places_under_the_same_paths(lab, two_images, di
 
 def test_an_image_in_use_is_refused(lab, vm, directory):
     image = vm.disks["vda"].path
-    done = lab.sh(f"vnb-checkpoint begin --image vda={image} --level full --ledger {directory} | cat", check=False)
+    done = lab.sh(f"vnb-checkpoint begin --image vda={image} --level full --set {directory} | cat", check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("vnb-checkpoint: vda: ")
     assert "lock" in done.stderr

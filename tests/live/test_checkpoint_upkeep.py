@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""list, size, recover, redefine, prune: checkpoints that were lost, left behind, or are no longer wanted."""
+"""list, size, cleanup, redefine, delete: checkpoints that were lost, left behind, or are no longer wanted."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def directory(lab):
 
 
 def begin_and_kill_keeper(lab, vm, directory, level="full"):
-    lab.sh(f"vnb-checkpoint begin {vm.name} --level {level} --ledger {directory} > {lab.path('begun')}")
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level {level} --set {directory} > {lab.path('begun')}")
     os.kill(record(lab, vm)["owner"]["pid"], signal.SIGKILL)
 
 
@@ -37,10 +37,10 @@ def test_list_and_size_say_what_an_increment_would_have(lab, vm, directory):
     assert row["increment"] == 3 * MiB
     assert row["disks"] == ["vda", "vdb"]
     assert row["saved"] == os.path.join(directory, f"{point}.full.vnb")
-    assert lab.sh(f"vnb-checkpoint size {vm.name} --ledger {directory}").stdout.decode() == (
+    assert lab.sh(f"vnb-checkpoint size {vm.name} --set {directory}").stdout.decode() == (
         f"vda  {2 * MiB}\nvdb  {MiB}\ntotal  {3 * MiB}\n"
     )
-    done = lab.sh(f"vnb-checkpoint size {vm.name} --ledger {directory} --json")
+    done = lab.sh(f"vnb-checkpoint size {vm.name} --set {directory} --json")
     assert json.loads(done.stdout) == {"since": point, "disks": {"vda": 2 * MiB, "vdb": MiB}, "bytes": 3 * MiB}
 
 
@@ -51,8 +51,8 @@ def test_size_says_which_ledger_there_is(lab, vm, directory):
     backup(lab, vm, "full", directory)
     done = lab.sh(f"vnb-checkpoint size {vm.name}", check=False)
     assert done.returncode == 1
-    assert done.stderr.endswith(f": there are those of {socket.gethostname()}:{directory} (see --ledger)\n")
-    done = lab.sh(f"vnb-checkpoint size {vm.name} --ledger {directory} > /dev/full", check=False)
+    assert done.stderr.endswith(f": there are those of {socket.gethostname()}:{directory} (see --set)\n")
+    done = lab.sh(f"vnb-checkpoint size {vm.name} --set {directory} > /dev/full", check=False)
     assert (done.returncode, done.stderr) == (1, "vnb-checkpoint: stdout: No space left on device\n")
 
 
@@ -91,7 +91,7 @@ def test_recover_ends_what_a_crash_left_and_leaves_the_chain_usable(lab, vm, dir
     before = vm.checkpoints()
     vm.write("vda", 0, MiB)
     begin_and_kill_keeper(lab, vm, directory, "inc")
-    done = lab.sh(f"vnb-checkpoint recover {vm.name} --ledger {directory}")
+    done = lab.sh(f"vnb-checkpoint cleanup {vm.name} --set {directory}")
     assert f"vnb-checkpoint: {vm.name}: ending the job of a keeper that died" in done.stderr
     assert vm.checkpoints() == before
     assert lab.leftovers() == []
@@ -101,8 +101,8 @@ def test_recover_ends_what_a_crash_left_and_leaves_the_chain_usable(lab, vm, dir
 
 def test_recover_without_the_state_directory_knows_the_owner_by_the_socket(lab, vm, directory):
     begin_and_kill_keeper(lab, vm, directory)
-    other = f"--state-dir {lab.path('other')} --ledger {directory}"
-    done = lab.sh(f"vnb-checkpoint recover {vm.name} {other}")
+    other = f"--state-dir {lab.path('other')} --set {directory}"
+    done = lab.sh(f"vnb-checkpoint cleanup {vm.name} {other}")
     assert "ending the backup job of process" in done.stderr
     assert "deleting checkpoint vnb.main." in done.stderr
     assert vm.checkpoints() == []
@@ -113,16 +113,16 @@ def test_recover_without_the_state_directory_knows_the_owner_by_the_socket(lab, 
 def test_recover_leaves_a_living_backup_and_another_ledger_alone(lab, vm, directory):
     other = lab.new_directory("set")
     backup(lab, vm, "full", other, "--chain other")
-    lab.sh(f"vnb-checkpoint begin {vm.name} --level full --ledger {directory} > {lab.path('begun')}")
-    done = lab.sh(f"vnb-checkpoint recover {vm.name} --ledger {directory}", check=False)
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level full --set {directory} > {lab.path('begun')}")
+    done = lab.sh(f"vnb-checkpoint cleanup {vm.name} --set {directory}", check=False)
     assert done.returncode == 1
     assert "a backup runs already" in done.stderr
     lab.sh(f"vnb-checkpoint abort {vm.name}")
     name, = vm.checkpoints()
-    done = lab.sh(f"vnb-checkpoint recover {vm.name} --ledger {directory}")
+    done = lab.sh(f"vnb-checkpoint cleanup {vm.name} --set {directory}")
     assert f"checkpoint {name} is of ledger " in done.stderr
     assert vm.checkpoints() == [name]
-    lab.sh(f"vnb-checkpoint recover {vm.name} --ledger {directory} --force")
+    lab.sh(f"vnb-checkpoint cleanup {vm.name} --set {directory} --force")
     assert vm.checkpoints() == []
 
 
@@ -131,7 +131,7 @@ def test_recover_of_a_domain_that_is_off_by_now(lab, vm, directory):
     begin_and_kill_keeper(lab, vm, directory, "inc")
     before = [tip(lab, directory)]
     vm.destroy()
-    lab.sh(f"vnb-checkpoint recover {vm.name} --ledger {directory}")
+    lab.sh(f"vnb-checkpoint cleanup {vm.name} --set {directory}")
     assert vm.checkpoints() == before
     assert run("qemu-img", "info", "--output=json", vm.disks["vda"].path).count('"vnb.main.') == 1
     vm.start()
@@ -144,7 +144,7 @@ def test_a_checkpoint_whose_bitmap_is_missing_on_one_disk_is_deleted_all_the_sam
     vm.destroy()
     run("qemu-img", "bitmap", "--remove", "-f", "qcow2", vm.disks["vda"].path, tip(lab, directory))
     vm.start()
-    lab.sh(f"vnb-checkpoint prune {vm.name} --ledger {directory}")
+    lab.sh(f"vnb-checkpoint delete {vm.name} --set {directory}")
     assert vm.checkpoints() == []
     assert vm.bitmaps("vdb") == []
 
@@ -155,7 +155,7 @@ def test_recover_leaves_alone_what_an_empty_ledger_does_not_hold(lab, vm, direct
     backup(lab, vm, "inc", directory)
     before = vm.checkpoints()
     os.rename(directory, f"{directory}.away")
-    done = lab.sh(f"vnb-checkpoint recover {vm.name} --ledger {directory}")
+    done = lab.sh(f"vnb-checkpoint cleanup {vm.name} --set {directory}")
     assert done.stderr.count(f"left alone: {directory} holds no segment (see --force)") == 2
     os.rename(f"{directory}.away", directory)
     assert vm.checkpoints() == before
@@ -166,8 +166,8 @@ def test_recover_after_a_commit_into_a_set_that_begin_was_not_told_of(lab, vm, d
     """The checkpoint says that it is of the ledger that begin knew of: that one has to hold it, too."""
     store = f"vnb-extents | vnb-read | vnb-pack -o {directory}"
     lab.sh(f"vnb-checkpoint begin {vm.name} --level full | {store}")
-    lab.sh(f"vnb-checkpoint commit {vm.name} --ledger {directory}")
-    lab.sh(f"vnb-checkpoint recover {vm.name}")
+    lab.sh(f"vnb-checkpoint commit {vm.name} --set {directory}")
+    lab.sh(f"vnb-checkpoint cleanup {vm.name}")
     assert vm.checkpoints() == [tip(lab, directory)]
     vm.write("vda", 4 * MiB, MiB)
     backup(lab, vm, "inc", directory)
@@ -179,7 +179,7 @@ def test_a_point_that_was_merged_before_its_commit_is_saved(lab, vm, directory):
     backup(lab, vm, "full", directory)
     vm.write("vda", 10 * MiB, MiB)
     store = f"vnb-extents | vnb-read | vnb-pack -o {directory}"
-    lab.sh(f"vnb-checkpoint begin {vm.name} --level inc --ledger {directory} | {store}")
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level inc --set {directory} | {store}")
     lab.sh(f"vnb-prune --keep-last 1 {directory}")
     assert levels(directory) == ["full"]
     lab.sh(f"vnb-checkpoint commit {vm.name}")
@@ -192,7 +192,7 @@ def test_a_point_that_was_merged_before_its_commit_is_saved(lab, vm, directory):
 def test_a_job_is_ended_where_it_was_begun(lab, vm, directory):
     """The default of whoever ends it, after the keeper was killed, may be another libvirt."""
     uri = f"qemu:///{'system' if os.geteuid() == 0 else 'session'}"
-    lab.sh(f"vnb-checkpoint begin {vm.name} --level full --ledger {directory} > {lab.path('begun')}",
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level full --set {directory} > {lab.path('begun')}",
            env={"LIBVIRT_DEFAULT_URI": uri})
     os.kill(record(lab, vm)["owner"]["pid"], signal.SIGKILL)
     lab.sh(f"vnb-checkpoint abort -c {uri} {vm.name}", env={"LIBVIRT_DEFAULT_URI": "test:///default"})
@@ -207,7 +207,7 @@ def test_a_scratch_file_left_behind_is_removed(lab, vm, directory):
     kept = os.path.join(vm.directory, "vnb-mine.scratch")
     vm.files.add("vnb-mine.scratch")
     run("qemu-img", "create", "-q", "-f", "qcow2", kept, "1M")
-    lab.sh(f"vnb-checkpoint recover {vm.name} --ledger {directory}")
+    lab.sh(f"vnb-checkpoint cleanup {vm.name} --set {directory}")
     assert not os.path.exists(left)
     assert os.path.exists(kept)
 
@@ -221,7 +221,7 @@ def test_redefine_gives_a_domain_its_checkpoints_back(lab, vm, directory):
     forget(vm)
     assert vm.checkpoints() == []
     vm.write("vda", 4 * MiB, MiB)
-    done = lab.sh(f"vnb-checkpoint redefine {vm.name} --ledger {directory}")
+    done = lab.sh(f"vnb-checkpoint redefine {vm.name} --set {directory}")
     assert vm.checkpoints() == before
     assert f"{before[0]}: redefined" in done.stderr
     assert "full in this" not in backup(lab, vm, "inc", directory).stderr
@@ -233,7 +233,7 @@ def test_redefine_says_which_bitmap_is_gone_and_auto_makes_a_full(lab, vm, direc
     backup(lab, vm, "full", directory)
     for checkpoint in vm.handle.listAllCheckpoints():
         checkpoint.delete()
-    done = lab.sh(f"vnb-checkpoint redefine {vm.name} --ledger {directory}", check=False)
+    done = lab.sh(f"vnb-checkpoint redefine {vm.name} --set {directory}", check=False)
     assert done.returncode == 1
     assert f"vnb-checkpoint: {tip(lab, directory)}: not redefined: " in done.stderr
     assert done.stderr.endswith("no checkpoint is usable: the next backup must be a full one (--level auto)\n")
@@ -245,7 +245,7 @@ def test_redefine_offline_looks_into_the_images(lab, vm, directory):
     backup(lab, vm, "full", directory)
     vm.destroy()
     forget(vm)
-    lab.sh(f"vnb-checkpoint redefine {vm.name} --ledger {directory}")
+    lab.sh(f"vnb-checkpoint redefine {vm.name} --set {directory}")
     vm.start()
     vm.write("vda", 4 * MiB, MiB)
     backup(lab, vm, "inc", directory)
@@ -257,7 +257,7 @@ def test_prune_drops_one_chain_and_no_other(lab, vm, directory):
     vm.handle.checkpointCreateXML("<domaincheckpoint><name>foreign</name></domaincheckpoint>", 0)
     backup(lab, vm, "full", directory)
     backup(lab, vm, "full", other, "--chain other")
-    lab.sh(f"vnb-checkpoint prune {vm.name} --ledger {directory}")
+    lab.sh(f"vnb-checkpoint delete {vm.name} --set {directory}")
     assert vm.checkpoints() == sorted(["foreign", tip(lab, other)])
 
 
@@ -265,7 +265,7 @@ def test_prune_ends_the_job_of_a_dead_keeper_first(lab, vm, directory):
     """Else it would go on without its checkpoint, and nobody would watch over it."""
     backup(lab, vm, "full", directory)
     begin_and_kill_keeper(lab, vm, directory, "inc")
-    done = lab.sh(f"vnb-checkpoint prune {vm.name} --ledger {directory}")
+    done = lab.sh(f"vnb-checkpoint delete {vm.name} --set {directory}")
     assert "ending the job of a keeper that died" in done.stderr
     assert vm.checkpoints() == []
     assert record(lab, vm) is None

@@ -11,7 +11,7 @@ from lab import Disk, MiB, compare
 
 POINTS = ("full", "first", "second")
 # What a backup of these machines is: they have no agent that could freeze them.
-RUN = "vnb-checkpoint run {vm} --no-freeze --level {level} --ledger {set} -- 'vnb-extents | vnb-read | {pack}'"
+RUN = "vnb-checkpoint run {vm} --no-freeze --level {level} --set {set} -- 'vnb-extents | vnb-read | {pack}'"
 
 
 class Story:
@@ -48,7 +48,7 @@ class Story:
     def backup(self, point, level, packing):
         pack = f"vnb-pack {packing} -o {self.set}"
         self.lab.sh(RUN.format(vm=self.vm.name, level=level, set=self.set, pack=pack))
-        self.points[point] = self.lab.sh(f"vnb-cat --tip {self.set}").stdout.decode().strip()
+        self.points[point] = self.lab.sh(f"vnb-cat --base {self.set}").stdout.decode().strip()
         self.references[point] = self.vm.reference()
 
     def segments(self):
@@ -185,11 +185,11 @@ def test_streams_in_files_need_no_set(lab, vm, target):
 
 
 def test_the_receiver_names_the_parent(lab, vm, target):
-    """A set that vnb-checkpoint cannot see, as on another machine: --since is its tip."""
+    """A set that vnb-checkpoint cannot see, as on another machine: --base is its tip."""
     set_ = lab.new_directory("set")
     lab.sh(f"vnb-checkpoint run {vm.name} --no-freeze --level full -- 'vnb-extents | vnb-read | vnb-pack -o {set_}'")
     vm.write("vda", 50 * MiB, 1 * MiB)
-    lab.sh(f"vnb-checkpoint run {vm.name} --no-freeze --level inc --since $(vnb-cat --tip {set_}) --"
+    lab.sh(f"vnb-checkpoint run {vm.name} --no-freeze --level inc --base $(vnb-cat --base {set_}) --"
            f" 'vnb-extents | vnb-read | vnb-pack -z | vnb-pack -o {set_}'")
     reference = vm.reference()
     lab.sh(f"vnb-cat {set_} | vnb-apply --format raw {target}")
@@ -200,10 +200,10 @@ def test_the_receiver_names_the_parent(lab, vm, target):
 def test_begin_and_commit_are_the_same_steps(lab, vm, target):
     set_ = lab.new_directory("set")
     for level in ("full", "inc"):
-        lab.sh(f"vnb-checkpoint begin {vm.name} --no-freeze --level {level} --ledger {set_} |"
+        lab.sh(f"vnb-checkpoint begin {vm.name} --no-freeze --level {level} --set {set_} |"
                f" vnb-extents | vnb-read | vnb-pack -z -o {set_} && vnb-checkpoint commit {vm.name}")
         vm.write("vda", 50 * MiB, 1 * MiB)
-    assert lab.sh(f"vnb-cat --tip {set_}").stdout.decode().strip() in vm.checkpoints()
+    assert lab.sh(f"vnb-cat --base {set_}").stdout.decode().strip() in vm.checkpoints()
 
 
 # What is refused, or goes wrong. Each: one line, status 1, and nothing left but what was there.

@@ -44,7 +44,7 @@ def test_a_new_folder_begins_with_a_full_backup(lab, vm):
     assert levels(old) == ["full"]
     assert levels(this_year) == ["full", "inc"]
     assert len(vm.checkpoints()) == 3
-    lab.sh(f"vnb-checkpoint prune --ledger {old} {vm.name}")
+    lab.sh(f"vnb-checkpoint delete --set {old} {vm.name}")
     assert len(vm.checkpoints()) == 2
     vm.write_random("vda", 20 * MiB, MiB, seed=3)
     reference = vm.reference()

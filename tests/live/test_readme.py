@@ -84,7 +84,7 @@ def test_an_internal_snapshot_can_be_reverted_after_prune(lab, vm, host):
     host("vnb-backup --no-freeze vm1 /backup/vm1", vm)
     done = lab.sh(f"virsh snapshot-revert {vm.name} before", check=False)
     assert "Device has active dirty bitmaps" in done.stderr
-    host("vnb-checkpoint prune vm1 --ledger /backup/vm1", vm)
+    host("vnb-checkpoint delete vm1 --set /backup/vm1", vm)
     lab.sh(f"virsh snapshot-revert {vm.name} before")
     done = host("vnb-backup --no-freeze vm1 /backup/vm1", vm)
     assert "level full: the checkpoints of the saved points are all gone" in done.stderr
@@ -121,7 +121,7 @@ def test_checkpoints_that_libvirt_has_forgotten(lab, vm, host):
     host("vnb-backup --no-freeze vm1 /backup/vm1", vm)
     for checkpoint in vm.checkpoints():
         lab.sh(f"virsh checkpoint-delete {vm.name} {checkpoint} --metadata")
-    host("vnb-checkpoint redefine vm1 --ledger /backup/vm1", vm)
+    host("vnb-checkpoint redefine vm1 --set /backup/vm1", vm)
     host("vnb-backup --no-freeze vm1 /backup/vm1", vm)
     assert levels(host.path / "backup/vm1") == ["full", "inc"]
 

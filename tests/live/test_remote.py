@@ -56,7 +56,7 @@ def far(lab, network):
 def backup(hv, vm, level, directory, options="", check=True):
     store = STORE.format(set=f'"{directory}"')
     return hv.sh(
-        f"vnb-checkpoint run -c {URI} --no-freeze {vm.name} --level {level} --ledger '{directory}' {options}"
+        f"vnb-checkpoint run -c {URI} --no-freeze {vm.name} --level {level} --set '{directory}' {options}"
         f" -- '{store}'", check=check,
     )
 
@@ -81,7 +81,7 @@ def test_a_chain_through_ssh(lab, hv, vm):
 
 def test_begin_and_commit(lab, hv, vm):
     directory = lab.new_directory("set")
-    begin = f"vnb-checkpoint begin -c {URI} --no-freeze {vm.name} --level full --ledger {directory}"
+    begin = f"vnb-checkpoint begin -c {URI} --no-freeze {vm.name} --level full --set {directory}"
     hv.sh(f"{begin} | {STORE.format(set=directory)}")
     assert vm.has_job()
     job = lab.path("state", "jobs", vm.uuid)
@@ -136,7 +136,7 @@ def test_the_line_is_cut(lab, hv, vm):
     vm.write_random("vda", 20 * MiB, 4 * MiB, seed=9)
     gate = Gate(f"{directory}.gate")
     process = gate.start(
-        f"vnb-checkpoint run -c {URI} --no-freeze {vm.name} --level inc --ledger {directory} --"
+        f"vnb-checkpoint run -c {URI} --no-freeze {vm.name} --level inc --set {directory} --"
         f" 'vnb-extents | vnb-read --request-size 4096 --requests 1 | {gate.filter} | vnb-pack -o {directory}'",
         {**lab.env, **hv.env})  # a few large requests would be all of it, before the line is cut
     hv.cut()
@@ -159,7 +159,7 @@ def test_the_line_is_down(lab, far, network, vm):
     """
     directory = lab.new_directory("set")
     here = " ".join(network.here)
-    begin = f"vnb-checkpoint run -c {URI} --no-freeze {vm.name} --ledger {directory} --level"
+    begin = f"vnb-checkpoint run -c {URI} --no-freeze {vm.name} --set {directory} --level"
     far.sh(f"{here} {begin} full -- '{STORE.format(set=directory)}'")
     vm.write_random("vda", 20 * MiB, 4 * MiB, seed=9)
     gate = Gate(f"{directory}.gate")
@@ -186,7 +186,7 @@ def test_the_line_is_down(lab, far, network, vm):
 def test_a_client_in_its_handshake(lab, hv, vm, listen):
     """The other host's kernel is asked who is still in it: QEMU 7.2 would wait for them, and the guest stand still."""
     directory = lab.new_directory("set")
-    hv.sh(f"vnb-checkpoint begin -c {URI} --no-freeze {vm.name} --level full --ledger {directory} {listen}"
+    hv.sh(f"vnb-checkpoint begin -c {URI} --no-freeze {vm.name} --level full --set {directory} {listen}"
           f" > {directory}.begun")
     with in_handshake(record(lab, vm)) as client:
         hv.sh(f"vnb-checkpoint abort -c {URI} {vm.name}")
@@ -200,7 +200,7 @@ def test_libvirtd_is_restarted(lab, hv, vm):
     """Between begin and commit: the job survives that, and the keeper's connection is made again."""
     directory = lab.new_directory("set")
     reference = vm.reference()
-    hv.sh(f"vnb-checkpoint begin -c {URI} --no-freeze {vm.name} --level full --ledger {directory} | vnb-extents |"
+    hv.sh(f"vnb-checkpoint begin -c {URI} --no-freeze {vm.name} --level full --set {directory} | vnb-extents |"
           f" vnb-read > {directory}.data")
     lab.restart_libvirtd()
     hv.sh(f"vnb-pack -o {directory} < {directory}.data && vnb-checkpoint commit -c {URI} {vm.name}")
@@ -218,7 +218,7 @@ def test_over_tcp(lab, hv, vm, address):
     backup(hv, vm, "full", directory, f"--nbd-listen {address}")
     vm.write_random("vda", 20 * MiB, MiB, seed=4)
     reference = vm.reference()
-    lab.sh(f"vnb-checkpoint run --no-freeze {vm.name} --level inc --ledger {directory} --nbd-listen {address}"
+    lab.sh(f"vnb-checkpoint run --no-freeze {vm.name} --level inc --set {directory} --nbd-listen {address}"
            f" -- '{STORE.format(set=directory)}'")
     restores(lab, directory, reference)
 
@@ -251,7 +251,7 @@ def pki(lab):
 
 def over_tls(lab, vm, level, directory, certificates, listen="localhost", check=True):
     return lab.sh(
-        f"vnb-checkpoint run --no-freeze {vm.name} --level {level} --ledger {directory} --nbd-listen {listen} --tls"
+        f"vnb-checkpoint run --no-freeze {vm.name} --level {level} --set {directory} --nbd-listen {listen} --tls"
         f" --tls-certificates {certificates} -- '{STORE.format(set=directory)}'", check=check,
     )
 
@@ -360,7 +360,7 @@ def test_an_ssh_that_does_not_come_in(lab, hv, vm):
     directory = lab.new_directory("set")
     uri = URI.replace("root@hv", "hv")
     done = hv.sh(f"vnb-checkpoint run -c '{uri}' --ssh-key {hv.path('none')} --ssh-user nobody --no-freeze {vm.name}"
-                 f" --level full --ledger {directory} -- '{STORE.format(set=directory)}'", check=False)
+                 f" --level full --set {directory} -- '{STORE.format(set=directory)}'", check=False)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "ermission denied" in done.stderr
@@ -377,13 +377,13 @@ def test_both_forms_over_ssh(lab, far, network, vm):
     directory = lab.new_directory("set")
     here = " ".join(network.here)
     # Here is the hypervisor, and the set is there.
-    lab.sh(f"vnb-checkpoint run --no-freeze {vm.name} --level full --ledger {directory} -- 'vnb-extents | vnb-read |"
+    lab.sh(f"vnb-checkpoint run --no-freeze {vm.name} --level full --set {directory} -- 'vnb-extents | vnb-read |"
            f" vnb-pack -z | {here} ssh hv vnb-pack -o {directory}'", env=far.env)
     restores(lab, directory, reference)
     # There is the hypervisor, and the set is here; whose ledger is not known there.
     vm.write_random("vda", 20 * MiB, MiB, seed=4)
     reference = vm.reference()
-    begin = f"vnb-checkpoint begin --no-freeze {vm.name} --level inc --since $(vnb-cat --tip {directory})"
+    begin = f"vnb-checkpoint begin --no-freeze {vm.name} --level inc --base $(vnb-cat --base {directory})"
     far.sh(f"{here} ssh hv \"{begin} | vnb-extents | vnb-read | vnb-pack -z\" | vnb-pack -o {directory} &&"
            f" {here} ssh hv vnb-checkpoint commit {vm.name}")
     assert levels(directory) == ["full", "inc"]
@@ -394,12 +394,12 @@ def test_ssh_drops_between_the_stages(lab, far, network, vm):
     """The set has no part of it, nothing is committed, and the next increment is right."""
     directory = lab.new_directory("set")
     here = " ".join(network.here)
-    lab.sh(f"vnb-checkpoint run --no-freeze {vm.name} --level full --ledger {directory} --"
+    lab.sh(f"vnb-checkpoint run --no-freeze {vm.name} --level full --set {directory} --"
            f" '{STORE.format(set=directory)}'")
     vm.write_random("vda", 20 * MiB, 4 * MiB, seed=9)
     gate = Gate(f"{directory}.gate")
     process = gate.start(
-        f"vnb-checkpoint run --no-freeze {vm.name} --level inc --ledger {directory} --"
+        f"vnb-checkpoint run --no-freeze {vm.name} --level inc --set {directory} --"
         f" 'vnb-extents | vnb-read | {gate.filter} | {here} ssh hv vnb-pack -o {directory}'", {**lab.env, **far.env})
     far.cut()
     gate.open()
@@ -408,7 +408,7 @@ def test_ssh_drops_between_the_stages(lab, far, network, vm):
     assert not vm.has_job()
     assert len(vm.checkpoints()) == 1
     reference = vm.reference()
-    lab.sh(f"vnb-checkpoint run --no-freeze {vm.name} --level inc --ledger {directory} --"
+    lab.sh(f"vnb-checkpoint run --no-freeze {vm.name} --level inc --set {directory} --"
            f" '{STORE.format(set=directory)}'")
     assert levels(directory) == ["full", "inc"]
     assert not [name for name in os.listdir(directory) if name.startswith(".")]
@@ -419,7 +419,7 @@ def test_a_standby_over_a_bad_line(lab, far, network, vm):
     """Cut in the middle of an increment it is at the point before; the same increment again brings it up."""
     directory, standby = lab.new_directory("set"), lab.path(f"{vm.name}.standby")
     here = " ".join(network.here)
-    backup_here = f"vnb-checkpoint run --no-freeze {vm.name} --ledger {directory} --level"
+    backup_here = f"vnb-checkpoint run --no-freeze {vm.name} --set {directory} --level"
     references = [vm.reference()]
     lab.sh(f"{backup_here} full -- '{STORE.format(set=directory)}'")
     send = f"{here} ssh hv vnb-apply --update {standby}"
