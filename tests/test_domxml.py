@@ -41,19 +41,25 @@ def test_what_names_the_images():
     xml = """<domain><devices>
     <disk type='file'><source file='/top'/><backingStore type='file'><format type='qcow2'/><source file='/middle'/>
       <backingStore type='block'><source dev='/dev/base'/><backingStore/></backingStore></backingStore>
-      <mirror type='file'><source file='/copy'/></mirror><target dev='vda'/></disk>
+      <mirror type='file'><source file='/copy'/><backingStore type='file'><source file='/below the copy'>
+        <encryption format='luks'/></source></backingStore></mirror><target dev='vda'/></disk>
     <disk type='network'><source protocol='rbd' name='pool/a'><host name='h'/></source><target dev='vdb'/></disk>
     <disk type='volume'><source pool='p' volume='v'/><target dev='vdc'/></disk>
     <disk type='file' device='cdrom'><target dev='sda'/></disk></devices></domain>"""
-    assert {disk.name: disk.layers for disk in domxml.disks(xml)} == {
+    found = domxml.disks(xml)
+    assert {disk.name: disk.layers for disk in found} == {
         "vda": ["/top", "/middle", "/dev/base"], "vdb": ["rbd pool/a"], "vdc": ["p v"], "sda": [],
     }
+    assert not any(disk.encrypted for disk in found)
     then = f"<domaincheckpoint><name>c</name>{xml}</domaincheckpoint>"
     assert domxml.images_then(then) == {"vda": "/top", "vdb": "rbd pool/a", "vdc": "p v"}
     assert domxml.images_then("<domaincheckpoint/>") == {}
 
 
 BASE = "<backingStore type='file'><format type='raw'/><source file='/base'>{}</source>{}</backingStore>"
+
+
+DATA = "<dataStore type='file'><format type='raw'/><source file='/data'>{}</source></dataStore>"
 
 
 @pytest.mark.parametrize("below, layers, formats, ends", [
@@ -78,6 +84,9 @@ def test_what_the_xml_has_below_an_image(below, layers, formats, ends):
     ("<source file='/l'><encryption format='luks'/></source>", "an encrypted disk"),
     ("<source file='/l'/><encryption format='luks'/>", "an encrypted disk"),
     ("<source file='/l'/>" + BASE.format("<encryption format='luks'/>", ""), "an encrypted disk"),
+    ("<source file='/l'>" + DATA.format("<encryption format='luks'/>") + "</source>", "an encrypted disk"),
+    ("<source file='/l'/>" + BASE.format(DATA.format("<encryption format='luks'/>"), ""), "an encrypted disk"),
+    ("<source file='/l'>" + DATA.format("<slices/>") + "</source>", "a disk that is a slice of a file"),
     ("<source file='/l'><slices/></source>", "a disk that is a slice of a file"),
     ("<source file='/l'/>" + BASE.format("<slices/>", ""), "a disk that is a slice of a file"),
 ])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vnb import clients
+from vnb import clients, domxml, source
 from vnb.endpoint import Tcp, Unix
 from vnb.errors import Error
 from vnb.source import PORT_TRIES, Gone, Running
@@ -97,3 +97,15 @@ def test_a_socket_that_cannot_be_removed():
     """As on a file system that has become read-only: the job is over all the same."""
     record = {"servers": [], "sockets": ["/proc/self/status"], "scratch": [], "tcp": True, "endpoint": "x:1"}
     Gone(None).end(SimpleNamespace(record=record))
+
+
+@pytest.mark.parametrize(("named", "same"), [("/data", True), ("/../data", True), ("/other", False)])
+def test_another_data_file_in_the_xml_is_another_image(named, same):
+    """qemu-nbd takes the header's, QEMU the one in the XML; libvirt 9.0 knows no such element, so no machine has it."""
+    disk, = domxml.disks(
+        f"""<domain><devices><disk type='file'><driver type='qcow2'/><source file='/top'>
+        <dataStore type='file'><format type='raw'/><source file='{named}'/></dataStore></source>
+        <target dev='vda'/></disk></devices></domain>"""
+    )
+    layer = SimpleNamespace(path="/top", format="qcow2", data_file="/data")
+    assert source._is_chain_of(disk, [layer]) == same

@@ -14,9 +14,9 @@ class Disk:
     name (str): the target, as vda. device (str): disk, cdrom, floppy, lun. type (str): file, block, network, ...
     format (str): of the image. path (str or None): of the image, if it is a local file or block device.
     layers (list of str): what names its image, and those below it as far as the XML has them; a path, or what a
-    network's or volume's source says. formats (list of str or None): of these. ends (bool): the XML says that nothing
-    is below the last of them; where it does not, that is for the image to say. readonly, empty (bool).
-    encrypted, sliced (bool): it or one below is.
+    network's or volume's source says. formats (list of str or None): of these. data (list of str or None): what names
+    their data files. ends (bool): the XML says that nothing is below the last of them; where it does not, that is for
+    the image to say. readonly, empty (bool). encrypted, sliced (bool): it, one below, or the data file of one is.
     """
 
     def __init__(self, element):
@@ -29,14 +29,18 @@ class Disk:
         self.path = None if source is None else source.get("file") or source.get("dev")
         self.readonly = element.find("readonly") is not None
         self.empty = source is None or not (source.attrib or len(source))
-        stores = list(element.iterfind(".//backingStore"))
-        named = [place for place in (element, *stores) if _image_of(place)]
+        places = list(_chain(element))
+        stores = places[1:]
+        named = [place for place in places if _image_of(place)]
         self.layers = [_image_of(place) for place in named]
         self.formats = [self.format if place is element else _format_of(place) for place in named]
         self.ends = any(place.find("source") is None for place in stores)
+        outside = [place.find("source/dataStore") for place in named]
+        self.data = [None if place is None else _image_of(place) for place in outside]
+        places += [place for place in outside if place is not None]
         # Whoever defined it may have put it into either.
-        self.encrypted = _has(("encryption", "source/encryption"), element, *stores)
-        self.sliced = _has(("source/slices",), element, *stores)
+        self.encrypted = _has(("encryption", "source/encryption"), places)
+        self.sliced = _has(("source/slices",), places)
 
     @property
     def left_out_because(self):
@@ -61,7 +65,14 @@ class Disk:
         return None
 
 
-def _has(paths, *places):
+def _chain(element):
+    """A disk element, then the backingStore elements below it; a mirror, the copy of a block job, has others."""
+    while element is not None:
+        yield element
+        element = element.find("backingStore")
+
+
+def _has(paths, places):
     return any(place.find(path) is not None for place in places for path in paths)
 
 
@@ -72,7 +83,7 @@ def _format_of(store):
 
 
 def _image_of(element):
-    """What names the image of a disk or backingStore element (str), or None."""
+    """What names the image of a disk, backingStore or dataStore element (str), or None."""
     source = element.find("source")
     if source is None:
         return None

@@ -21,6 +21,7 @@ class Layer:
     An image of a backing chain.
 
     bitmaps: {name: set of flags}. "in-use": it was not closed properly. "auto": it records what is written.
+    data_file (str or None): the file that has its data, as its header names it.
     """
 
     def __init__(self, info):
@@ -29,6 +30,7 @@ class Layer:
         self.size = info["virtual-size"]
         data = info.get("format-specific", {}).get("data", {})
         self.bitmaps = {bitmap["name"]: set(bitmap["flags"]) for bitmap in data.get("bitmaps", ())}
+        self.data_file = data.get("data-file")
         self.is_v2 = self.format == "qcow2" and data.get("compat") == "0.10"
 
     def is_sound(self, bitmap):

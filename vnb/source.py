@@ -6,6 +6,7 @@ files by qemu-nbd. All have the same few methods, so that levels, ledgers and th
 
 import contextlib
 import os
+import re
 import shlex
 import time
 
@@ -18,6 +19,7 @@ from vnb.state import start_of
 from vnb.virt import BrokenBitmap, Domain, NoDomain, Unanswered
 
 FAR_LOOK_SECONDS = 1  # between two logins
+_PROTOCOL = re.compile(r"[^/]*:")  # before the name of an image that is no path, as nbd:, json:
 PORT_TRIES = 16  # of ports that are chosen: that many are not taken by chance
 
 
@@ -26,6 +28,7 @@ def open_source(options):
     if options["images"]:
         return Images(options["images"])
     domain = Domain(options["uri"], options["domain"], options["user"], options["password_file"])
+    domain.refuse_managed_save()
     host = ssh.Host.of_uri(domain.uri, **options["ssh"])
     if domain.is_active or options["start_paused"]:
         return Running(domain, host, start=not domain.is_active)
@@ -359,6 +362,8 @@ class _Offline:
     def layers_of(self, disk):
         if disk.name not in self._layers:
             self._layers[disk.name] = qemuimg.layers(disk.name, disk.path, disk.format)
+            for layer in self._layers[disk.name]:
+                _refuse_relative_data(disk, layer)
         return self._layers[disk.name]
 
     def size_of(self, disk):
@@ -562,13 +567,28 @@ class ImageDisk:
         self.format = _format_of(name, path)
 
 
+def _refuse_relative_data(disk, layer):
+    """
+    Raise Error where QEMU looks for the data of a layer (vnb.qemuimg.Layer) wherever it was started.
+
+    Another QEMU than ours has written it, and we may find another file of that name.
+    """
+    name = layer.data_file
+    if name and not os.path.isabs(name) and not _PROTOCOL.match(name):
+        raise Error(
+            disk.name, f"{layer.path} names its data file {name}, which QEMU looks for in the directory where it is "
+            f"started: there, qemu-img amend -f qcow2 -o data_file=\"$PWD/{name}\" {layer.path} makes the name absolute"
+        )
+
+
 def _is_chain_of(disk, chain):
     """Whether a chain (list of vnb.qemuimg.Layer) is what a disk's XML has, as far as it says anything."""
     if len(disk.layers) > len(chain) or (disk.ends and len(disk.layers) < len(chain)):
         return False
     return all(
         os.path.realpath(name) == os.path.realpath(layer.path) and format_ in (None, layer.format)
-        for name, format_, layer in zip(disk.layers, disk.formats, chain)
+        and (data is None or os.path.realpath(data) == os.path.realpath(layer.data_file or ""))
+        for name, format_, data, layer in zip(disk.layers, disk.formats, disk.data, chain)
     )
 
 

@@ -19,6 +19,7 @@ SETTLE_SECONDS = 90  # a guest that shuts down while a job runs stays in that st
 PRESERVE_SHUTDOWN = 1 << 1  # VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN: a guest stays until the job ends
 PRESERVE_SHUTDOWN_SINCE = 11_010_000  # the daemon's version, not the client library's, has to know it
 SYSTEM_ROOT = "/var/lib/libvirt/qemu"  # of the directories that the system's daemon makes for domains
+SHORT_NAME = 20  # characters of a domain's name in these
 KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 10, 3  # a line is down when nothing has come for so many times so long
 MARK = "urn:vnb:started"  # the namespace of what we write into the live XML of a domain that we start
 JOB_END_SECONDS = 60  # ending a pull job takes milliseconds; a guest that is shutting down keeps it for 30 s
@@ -34,6 +35,15 @@ libvirt.registerErrorHandler(lambda _context, _error: None, None)
 def default_uri():
     """libvirt's own default, but the system's daemon for root and the session's for others."""
     return os.environ.get("LIBVIRT_DEFAULT_URI") or ("qemu:///system" if os.geteuid() == 0 else "qemu:///session")
+
+
+def short_names(name):
+    """
+    What libvirt may put of a domain's name into paths (set of bytes): virDomainDefGetShortName() takes 20 characters.
+
+    In the locale C characters are bytes.
+    """
+    return {os.fsencode(name[:SHORT_NAME]), os.fsencode(name)[:SHORT_NAME]}
 
 
 def error_of(what, error):
@@ -237,6 +247,18 @@ class Domain:
         """libvirt's number of this run of the domain, as it was when the domain was looked up; -1 where it was off."""
         return self.call("ID")
 
+    def refuse_managed_save(self):
+        """
+        Raise Error where the domain is off, and its memory is saved.
+
+        The disks alone are those of a machine whose plug was pulled, and to start it would use the saved memory up.
+        """
+        if not self.is_active and self.call("hasManagedSaveImage"):
+            raise Error(
+                self.name, f"is off with its memory saved by libvirt: virsh start {self.name} resumes it for a backup, "
+                f"virsh managedsave-remove {self.name} gives up the memory"
+            )
+
     @property
     def is_persistent(self):
         return bool(self.call("isPersistent"))
@@ -253,7 +275,6 @@ class Domain:
         """
         The directory that libvirt made for this running domain, which only QEMU's user and root can enter.
 
-        Its name is made of the domain's id and a part of its name (virDomainDefGetShortName).
         host (vnb.ssh.Host or None): where it is.
         """
         import glob
@@ -269,6 +290,9 @@ class Domain:
                 config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
                 root = os.path.join(config, "libvirt/qemu/lib")
             found = [path for path in glob.glob(f"{glob.escape(root)}/{name}") if os.path.isdir(path)]
+        # A crash leaves the directories of other domains behind, and libvirt counts ids from 1 again.
+        names = short_names(self.name)
+        found = [path for path in found if os.fsencode(os.path.basename(path)).split(b"-", 2)[2] in names]
         if len(found) != 1:
             raise Error(self.what, f"no directory of this domain below {root}: name a socket with --socket")
         return found[0]

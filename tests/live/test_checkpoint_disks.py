@@ -79,6 +79,32 @@ def test_qcow2_with_a_data_file(lab, directory):
     vm.remove()
 
 
+def test_a_data_file_with_a_relative_name(lab, directory):
+    """
+    QEMU looks for it where QEMU was started, which is another place for each that opens the image: refused, and one
+    command mends it.
+    """
+    made = lab.new_directory("data-file")
+    path = os.path.join(made, "vda.qcow2")
+    lab.sh(f"cd {made}; qemu-img create -q -f qcow2 -o data_file=vda.data {path} 4M; "
+           f"qemu-io -f qcow2 -c 'write -P 7 0 1M' {path}")
+    vm = lab.domain(Disk("vda", path=path), start=False)
+    for options in (f"--image vda={path}", vm.name):
+        done = lab.sh(f"cd {made}; vnb-checkpoint begin --level full {options}", check=False)
+        assert (done.returncode, done.stderr) == (
+            1, f"vnb-checkpoint: vda: {path} names its data file vda.data, which QEMU looks for in the directory where "
+            f'it is started: there, qemu-img amend -f qcow2 -o data_file="$PWD/vda.data" {path} makes the name '
+            "absolute\n"
+        )
+    lab.sh(f'cd {made}; qemu-img amend -f qcow2 -o data_file="$PWD/vda.data" {path}')
+    backup(lab, vm, "full", directory)
+    target = lab.new_directory("restored")
+    lab.sh(f"vnb-cat {directory} | vnb-apply --format raw {target}")
+    with open(f"{target}/vda.raw", "rb") as file:
+        assert file.read(MiB) == bytes([7]) * MiB
+    vm.remove()
+
+
 def test_an_encrypted_disk_is_refused_unless_plain_text_is_allowed(lab, directory):
     secret = lab.connection.secretDefineXML("<secret ephemeral='no' private='yes'/>")
     secret.setValue(b"s3cret", 0)
