@@ -5,8 +5,9 @@
 # make check    the fast tests and the linters: seconds
 # make test     all tests: minutes. Those of single stages are make stage, those on a real libvirtd and QEMU make live,
 #               and of them those that mostly wait, for what hangs or fills up, make patient
-# make soak     faults for MINUTES=60, by a seed: SEED=1; the README's table of them is made by it
-# make bench    beside nbdcopy, qemu-img, virtnbdbackup; JSON=1 prints JSON, README=1 writes the README's table
+# make soak     faults for MINUTES=60, by a seed: SEED=1; writes the table of tests/faults/README.md
+# make bench    beside nbdcopy, qemu-img, virtnbdbackup; JSON=1 prints JSON, TABLE=1 writes that of
+#               tests/bench/README.md
 # make deb      a Debian package, in build/deb
 # make clean
 
@@ -46,7 +47,7 @@ soak: setup
 		$(PYTEST) tests/faults; status=$$?; PYTHONPATH=tests .venv/bin/python tests/faults/table.py && exit $$status
 
 bench: setup
-	@.venv/bin/python tests/bench/bench.py $(if $(JSON),--json) $(if $(README),--readme)
+	@.venv/bin/python tests/bench/bench.py $(if $(JSON),--json) $(if $(TABLE),--table)
 
 # Of what git knows: neither .venv nor anything else that is lying about gets into it.
 deb:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The table of speeds in the README is what bench.py measured."""
+"""The table of speeds is what bench.py measured."""
 
 import json
 
@@ -10,7 +10,7 @@ ROW = {"group": "g", "job": "j", "seconds": 1.234, "ratio": 2.0, "at_most_ratio"
 RESULTS = {"date": "2026-01-31", "machine": "a machine", "versions": {"vnb": "1.0"}}
 
 
-def test_the_readme_has_the_table_of_the_results():
+def test_the_page_has_the_table_of_the_results():
     assert speeds.PLACE.table() == speeds.render(json.loads(speeds.RESULTS.read_text(encoding="utf-8")))
 
 

@@ -2,7 +2,7 @@
 """
 How fast, and in how much memory: the pipelines beside the tools that people know, in one run.
 
-Usage: bench.py [--json] [--readme] [--rounds N] [--data MIB] [--only WORD]
+Usage: bench.py [--json] [--table] [--rounds N] [--data MIB] [--only WORD]
 
 Each group of jobs is of 2 GiB, on a disk of 4 GiB where there is one. A ratio is to the first job of the group, and
 worth more than the times: see turns.py. A time is the median of the rounds; spread is the slowest by the fastest.
@@ -53,7 +53,7 @@ def lines(row, last_group):
 def main():
     parser = argparse.ArgumentParser(prog="bench")
     parser.add_argument("--json", action="store_true", help="one array of objects on stdout")
-    parser.add_argument("--readme", action="store_true", help="put the table of the README into it")
+    parser.add_argument("--table", action="store_true", help="write the table of README.md here")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--data", type=int, default=2048, metavar="MIB")
     parser.add_argument("--only", default="", metavar="WORD", help="groups with this in their title")
@@ -67,7 +67,7 @@ def main():
     if options.json:
         json.dump(rows, sys.stdout, indent=1)
         print()
-    if options.readme:
+    if options.table:
         speeds.save(rows)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The table of the README with what bench.py measured: `make bench README=1` keeps the rows in speeds.json, too."""
+"""The table in README.md beside this, of what bench.py measured: `make bench TABLE=1` keeps its rows in speeds.json."""
 
 import datetime
 import json
@@ -7,9 +7,9 @@ import os
 import re
 from pathlib import Path
 
-import readme
+import tables
 
-PLACE = readme.Place("make bench")
+PLACE = tables.Place(tables.TESTS / "bench" / "README.md", "make bench")
 RESULTS = Path(__file__).with_name("speeds.json")
 
 
@@ -17,7 +17,7 @@ def save(rows):
     """Keep rows (list of dict, as bench.py has them), and write the table."""
     results = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "machine": machine(),
-        "versions": readme.versions(), "rows": rows,
+        "versions": tables.versions(), "rows": rows,
     }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     PLACE.write(render(results))
@@ -33,7 +33,7 @@ def machine():
 def render(results):
     """The text between the markers, for what save() wrote (dict)."""
     lines = [
-        f"`make bench`, {results['date']}, on {results['machine']}, with {readme.in_words(results['versions'])}:", "",
+        f"`make bench`, {results['date']}, on {results['machine']}, with {tables.in_words(results['versions'])}:", "",
         "| | | seconds | ratio | at most |", "|---|---|---|---|---|",
     ]
     last = None

@@ -16,7 +16,7 @@ A test that is guided by what it found in the rounds before has none that is the
 file, and its failure says how to have that again: VNB_INPUT=FILE. See fuzzing.py.
 
 VNB_SOAK=MINUTES: rounds go on until this time is over, which the tests have in proportion to their `share` (default 1;
-a test with parameters has it for each). `make soak` does that, and puts what was tried into the README.
+a test with parameters has it for each). `make soak` does that, and puts what was tried into README.md here.
 Inputs that reach what none before them has are kept by a soak, see kept.py.
 """
 
@@ -25,7 +25,7 @@ import json
 import os
 
 import pytest
-import readme
+import tables
 from rounds import SEED, SOAK_SECONDS, Rounds, Tally
 
 RESULTS = os.environ.get("VNB_SOAK_RESULTS")  # a file for what table.py renders
@@ -88,7 +88,7 @@ def pytest_sessionfinish(session):
         "asked": round(SOAK_SECONDS / 60),
         "began": config.stash[BEGAN].strftime("%Y-%m-%dT%H:%M:%SZ"),
         "minutes": round((datetime.datetime.now(datetime.timezone.utc) - config.stash[BEGAN]).total_seconds() / 60),
-        "versions": readme.versions(),
+        "versions": tables.versions(),
         "faults": [vars(tally) for tally in config.stash[TALLIES].values()],
     }
     with open(RESULTS, "w", encoding="utf-8") as file:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-Puts what a soak run tried into the README, between two markers: `table.py [RESULTS]`, from results.json beside this.
+Writes what a soak run tried into README.md beside this: `table.py [RESULTS]`, by default from results.json.
 
 `make soak` calls it. Nobody writes that table by hand: a test compares the two.
 """
@@ -9,10 +9,10 @@ import json
 import sys
 from pathlib import Path
 
-import readme
+import tables
 
 RESULTS = Path(__file__).with_name("results.json")
-PLACE = readme.Place("make soak")
+PLACE = tables.Place(tables.TESTS / "faults" / "README.md", "make soak")
 
 
 def render(results):
@@ -20,7 +20,7 @@ def render(results):
     lines = [
         f'`make soak MINUTES={results["asked"]} SEED={results["seed"]}`, {results["began"][:10]}, '
         f'{results["minutes"]} minutes,',
-        f"with {readme.in_words(results['versions'])}:",
+        f"with {tables.in_words(results['versions'])}:",
         "",
         "| tried | times | what held |",
         "|---|---|---|",

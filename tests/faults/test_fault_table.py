@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The table in the README is what a soak run tried; rounds can be had again."""
+"""The table of faults is what a soak run tried; rounds can be had again."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ def numbers(monkeypatch):
     return lambda *arguments, **options: [chance.random() for chance in Rounds(*arguments, **options, only=None)]
 
 
-def test_the_readme_has_the_table_of_the_results():
+def test_the_page_has_the_table_of_the_results():
     assert table.PLACE.table() == table.render(json.loads(table.RESULTS.read_text(encoding="utf-8")))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tables in the README that programs write, each between two markers, and what took part in what they tell."""
+"""Tables that programs write into Markdown pages, each between two markers, and the versions of all that took part."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import vnb
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+TESTS = Path(__file__).resolve().parent
 END = "<!-- up to here -->\n"
 
 
@@ -32,16 +32,21 @@ def in_words(found):
 
 
 class Place:
-    """The place of one table. writer (str): the command that writes it, as the first marker names it."""
+    """
+    The place of one table.
 
-    def __init__(self, writer):
+    page (Path): the Markdown file. writer (str): the command that writes the table, as the first marker names it.
+    """
+
+    def __init__(self, page, writer):
+        self.page = page
         self.begin = f"<!-- {writer} writes this -->\n"
 
     def _parts(self):
-        before, found, rest = README.read_text(encoding="utf-8").partition(self.begin)
+        before, found, rest = self.page.read_text(encoding="utf-8").partition(self.begin)
         now, found_too, after = rest.partition(END)
         if not (found and found_too):
-            raise SystemExit(f"{README}: has no place for a table: {self.begin}")
+            raise SystemExit(f"{self.page}: has no place for a table: {self.begin}")
         return before + found, now, found_too + after
 
     def table(self):
@@ -51,4 +56,4 @@ class Place:
     def write(self, text):
         """Put a table there."""
         before, _, after = self._parts()
-        README.write_text(before + text + after, encoding="utf-8")
+        self.page.write_text(before + text + after, encoding="utf-8")
