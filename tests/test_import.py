@@ -123,6 +123,17 @@ def refused(directory, reason, *words):
             samples.read(done.stdout)
 
 
+def partly(directory, reason, *points):
+    """All but these checkpoints' points are imported, and each of these has its line."""
+    done = command(directory)
+    assert done.returncode == 3, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.endswith(": not imported")]
+    assert len(lines) == len(points)
+    assert reason in lines[0]
+    assert all(any(f"{point}.data: " in line for line in lines) for point in points), lines
+    return [head["point"].partition(".")[2] for head, *_ in samples.read(done.stdout)]
+
+
 @pytest.mark.parametrize("compressed", [False, True, 2])
 def test_each_point(tmp_path, compressed):
     states = backup(tmp_path, compressed, ("vda", "vdb"))
@@ -221,15 +232,16 @@ def test_no_time_after_the_last_one(tmp_path):
     """Each point is younger than the one it starts from, but for the end of all calendars."""
     data_file(tmp_path / "vda.full.data", meta(date="9999-12-31T23:59:59.999999"), [(0, SIZE)])
     data_file(tmp_path / f"vda.inc.{CPT}.1.data", meta(number=1), [(0, b"a")])
-    refused(tmp_path, f"nothing can come after 9999-12-31 23:59:59.999999+00:00, the time of {CPT}.0")
+    reason = f"nothing can come after 9999-12-31 23:59:59.999999+00:00, the time of {CPT}.0"
+    assert partly(tmp_path, reason, f"inc.{CPT}.1") == [f"{CPT}.0"]
 
 
 def test_a_file_of_no_year(monkeypatch, tmp_path):
     """A file system may hold times that no calendar has; the one here may not, so stat(2) is told what to say."""
     (tmp_path / "vda.full.data").write_bytes(bytes(SIZE))
     monkeypatch.setattr(importer.Input, "modified", property(lambda _: 1 << 60, lambda *_: None), raising=False)
-    with pytest.raises(Error, match="was last changed in a year that cannot be"):
-        importer.Directory(str(tmp_path))
+    (lost,) = importer.Directory(str(tmp_path)).lost
+    assert "was last changed in a year that cannot be" in str(lost)
 
 
 def test_a_number_of_other_digits(tmp_path):
@@ -265,14 +277,57 @@ def test_a_full_backup_under_the_name_of_an_increment(tmp_path):
     assert [segment[0]["level"] for segment in segments] == ["full"]
 
 
-def test_doubt_is_said_unless_the_log_knows(tmp_path):
+RUN = "[2026-01-31 11:00:00] INFO lib common - printVersion [MainThread]: Version: {} Arguments: virtnbdbackup {}\n"
+WROTE = "[2026-01-31 11:00:00] INFO [vda]: Write data to target file: [/b/vda.inc.virtnbdbackup.{}.data.partial].\n"
+
+
+@pytest.mark.parametrize("version, arguments, doubt", [
+    ("1.9.15", "-l inc", False), ("2.0", "-l inc", False), ("2.20", "-l inc", False), ("2.21", "-l inc", True),
+    ("2.28", "-l inc -o /b", True), ("2.47", "-l inc --no-sparse-detection", False),
+    ("2.47", "-l auto --no-sparse", False), ("2.47", "-l inc --no-sp", False), ("2.47", "--noprogress", True),
+    ("3.0", "-l inc", True),
+])
+def test_doubt_is_said_unless_the_log_knows(tmp_path, version, arguments, doubt):
+    """From 2.21 on zeroes are left out, unless the run was told not to look for them; options may be cut short."""
     backup(tmp_path)
     assert "it cannot be known" in command(tmp_path).stderr
-    (tmp_path / "backup.inc.01312026110000.log").write_text("INFO Version: 1.9.15 Arguments: virtnbdbackup\n")
-    assert command(tmp_path).stderr == ""
-    (tmp_path / "backup.inc.01312026120000.log").write_text("INFO Version: 2.47 Arguments: virtnbdbackup\n")
-    assert "it cannot be known" in command(tmp_path).stderr
+    (tmp_path / "backup.inc.01312026110000.log").write_text(RUN.format(version, arguments))
+    done = command(tmp_path)
+    assert ("it cannot be known" in done.stderr) == doubt
+    assert done.returncode == 0
     assert "it cannot be known" not in command(tmp_path, "--until", f"{CPT}.0").stderr
+
+
+def test_doubt_is_about_the_files_that_a_losing_run_wrote(tmp_path):
+    """A log names what its run wrote; one that no log names is judged by all of them."""
+    backup(tmp_path)
+    log = tmp_path / "backup.inc.01312026110000.log"
+    log.write_text(RUN.format("2.47", "-l inc") + WROTE.format(1) + RUN.format("2.20", "-l inc") + WROTE.format(2))
+    warning = command(tmp_path).stderr
+    assert f"{tmp_path}: 20260131T110000.{CPT}.1: may lack what the guest zeroed" in warning
+    assert f"{CPT}.2" not in warning
+    log.write_text(RUN.format("2.47", "-l inc --no-sparse-detection") + WROTE.format(1) + "x" * 300_000 + "\n")
+    assert command(tmp_path).stderr == ""
+    (tmp_path / "backup.inc.01312026120000.log").write_text(RUN.format("2.47", "-l inc") + WROTE.format(1))
+    warning = command(tmp_path).stderr
+    assert f"{CPT}.1, 20260131T120000.{CPT}.2: may lack" in warning
+
+
+def test_what_the_agent_said_is_taken_along(tmp_path):
+    """2.46 and later save it; a differential backup's file is named after a second of its own."""
+    backup(tmp_path)
+    for ident in (f"{CPT}.0", f"{CPT}.1", "1769900009"):
+        (tmp_path / f"osinfo.{ident}").write_text(json.dumps({"hostname": ident}))
+    header = meta(number=3, parent=2, date="2026-02-01T12:00:00")
+    data_file(tmp_path / "vda.diff.1769900000.data", header, [(0, b"abc")])
+    found = [
+        [(frame[1]["path"], json.loads(frame[2])["hostname"]) for frame in frames
+         if frame[0] == "File" and frame[1]["role"] == "guest-info"]
+        for _, _, frames, *_ in samples.read(imported(tmp_path))
+    ]
+    assert found == [
+        [("guest-info.json", f"{CPT}.0")], [("guest-info.json", f"{CPT}.1")], [], [("guest-info.json", "1769900009")],
+    ]
 
 
 def test_notes_on_what_is_not_there(tmp_path):
@@ -287,19 +342,63 @@ def test_notes_on_what_is_not_there(tmp_path):
 def test_a_gap(tmp_path):
     backup(tmp_path)
     (tmp_path / f"vda.inc.{CPT}.1.data").unlink()
-    refused(tmp_path, f"vda.inc.{CPT}.2.data: starts from {CPT}.1, of which nothing is here")
+    assert partly(tmp_path, f"starts from {CPT}.1, of which nothing is here", f"inc.{CPT}.2") == [f"{CPT}.0"]
 
 
 def test_a_circle(tmp_path):
     backup(tmp_path)
     data_file(tmp_path / f"vda.inc.{CPT}.1.data", meta("vda", 1, parent=2), [(0, b"x")])
-    refused(tmp_path, "a circle of parents")
+    assert partly(tmp_path, "a circle of parents", f"inc.{CPT}.1", f"inc.{CPT}.2") == [f"{CPT}.0"]
 
 
 def test_an_increment_of_a_disk_that_was_left_out_before(tmp_path):
     backup(tmp_path, disks=("vda", "vdb"))
     (tmp_path / f"vdb.inc.{CPT}.1.data").unlink()
-    refused(tmp_path, "has changes of disk vdb, but nothing before it has")
+    found = partly(tmp_path, "has changes of disk vdb, but nothing before it has", f"inc.{CPT}.2")
+    assert found == [f"{CPT}.0", f"{CPT}.1"]
+
+
+def test_an_increment_that_an_off_machine_wrote_over(tmp_path):
+    """It starts from the very checkpoint whose data it has replaced: both are lost, and what was before is not."""
+    states = backup(tmp_path)
+    data_file(tmp_path / f"vda.inc.{CPT}.2.data", meta(number=2, parent=2), [(0, b"abc")])
+    reason = f"starts from {CPT}.2: the data of that was overwritten by a backup of the machine when it was off"
+    assert partly(tmp_path, reason, f"inc.{CPT}.2") == [f"{CPT}.0", f"{CPT}.1"]
+    assert "no data of" not in command(tmp_path).stderr
+    done = command(tmp_path, "--until", f"{CPT}.1")  # the lost one is not asked for
+    assert (done.returncode, applied(done.stdout)) == (0, states[f"{CPT}.1"])
+    assert "not imported" not in done.stderr
+    assert command(tmp_path, "--until", "2026-01-31").returncode == 3
+    done = command(tmp_path, "--until", f"{CPT}.2")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr == f"vnb-import: {tmp_path}/vda.inc.{CPT}.2.data: {reason}\n"
+
+
+@pytest.mark.parametrize("number, left", [(0, 0), (1, 1), (2, 2)])
+def test_a_damaged_header_spoils_its_point_and_no_other(tmp_path, number, left):
+    """That the other disk's file is sound does not make a point of it."""
+    backup(tmp_path, disks=("vda", "vdb"))
+    level = f"inc.{CPT}.{number}" if number else "full"
+    (tmp_path / f"vdb.{level}.data").write_bytes(b"meta 0")
+    done = command(tmp_path)
+    assert done.returncode == (3 if left else 1)
+    assert f"vdb.{level}.data: " in done.stderr
+    assert len(samples.read(done.stdout)) == left if left else done.stdout == b""
+
+
+def test_a_damaged_differential_file_spoils_all_that_it_may_belong_to(tmp_path):
+    """Its name says the second in which it was begun, which may be that of either neighbour."""
+    backup(tmp_path, disks=("vda", "vdb"))
+    for disk, seconds in (("vda", 1769900000), ("vdb", 1769900001), ("vda", 1769990000), ("vdb", 1769990001)):
+        header = meta(disk, 3, date=f"2026-02-01T12:00:{seconds % 60:02}", parent=2)
+        data_file(tmp_path / f"{disk}.diff.{seconds}.data", header, [(0, b"%d" % seconds)])
+    (tmp_path / "vdb.diff.1769900001.data").write_bytes(b"meta 0")
+    done = command(tmp_path)
+    assert done.returncode == 3
+    assert [head["level"] for head, *_ in samples.read(done.stdout)] == ["full", "inc", "inc", "diff"]
+    (tmp_path / "vdb.diff.1769990001.data").unlink()
+    done = command(tmp_path)
+    assert [head["level"] for head, *_ in samples.read(done.stdout)] == ["full", "inc", "inc"]
 
 
 def test_a_checksum_that_differs(tmp_path):
@@ -395,15 +494,34 @@ def test_names_that_would_leave_the_directory(tmp_path):
     (lambda path: path.mkdir(), "no backup of virtnbdbackup here"),
     (lambda path: (path.mkdir(), os.mkfifo(path / "vda.full.data")), "not a regular file"),
     (lambda path: (path.mkdir(), (path / "vda.inc.x.data").write_text("image")), "not a stream of virtnbdbackup"),
-    (lambda path: (backup(path), (path / "vm.cpt").write_text("{}")), "is no list of checkpoints"),
-    (lambda path: (backup(path), (path / "vm.cpt").write_text("[" * 100_000)), "is no list of checkpoints"),
-    (lambda path: (backup(path), (path / "vmconfig.a.xml").write_text("<a")), "malformed XML"),
-    (lambda path: (backup(path), (path / "vmconfig.a.xml").write_bytes(b"\xff")), "is not UTF-8"),
-    (lambda path: (backup(path), (path / f"vmconfig.{CPT}.1.xml").write_text(NAMELESS)), "has a disk without a name"),
 ])
 def test_what_is_no_backup(tmp_path, make, reason):
     make(tmp_path / "it")
     refused(tmp_path / "it", reason)
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[" * 100_000, b"\xff"])
+def test_a_list_of_checkpoints_that_is_damaged_costs_nothing(tmp_path, content):
+    backup(tmp_path)
+    (tmp_path / "vm.cpt").write_bytes(content)
+    done = command(tmp_path)
+    assert done.returncode == 0
+    assert "vm.cpt: is no" in done.stderr
+    assert len(samples.read(done.stdout)) == 3
+
+
+@pytest.mark.parametrize("content, reason", [
+    (b"<a", "malformed XML"), (b"\xff", "is not UTF-8"), (NAMELESS.encode(), "has a disk without a name"),
+])
+def test_a_configuration_that_is_damaged_spoils_the_points_that_need_it(tmp_path, content, reason):
+    backup(tmp_path)
+    (tmp_path / "vmconfig.a.xml").write_bytes(content)  # no point's
+    assert len(samples.read(imported(tmp_path))) == 3
+    (tmp_path / f"vmconfig.{CPT}.1.xml").write_bytes(content)
+    done = command(tmp_path)
+    assert (done.returncode, len(samples.read(done.stdout))) == (3, 1)
+    assert reason in done.stderr
+    assert f"vda.inc.{CPT}.2.data: starts from {CPT}.1, which cannot be restored: not imported" in done.stderr
 
 
 def test_a_domain_without_configuration_has_the_name_of_its_list(tmp_path):

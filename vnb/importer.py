@@ -17,6 +17,7 @@ Options:
 """
 
 import contextlib
+import dataclasses
 import datetime
 import io
 import json
@@ -51,10 +52,16 @@ PACKED_FIRST = 4 * f.KiB  # of a frame, which may be a short one: what is behind
 PIECE = 512 * f.KiB  # plain bytes of a data frame, as vnb-read has it
 NAME = re.compile(r"([^.]+)\.(full|copy|inc|diff)(?:\.(.+))?\.data", re.DOTALL)
 CHAIN = "virtnbdbackup"
+RUN = re.compile(rb"Version: (\d+)\.(\d+)\S* Arguments: (.*)")  # a line of a log: a run of virtnbdbackup begins
+WROTE = re.compile(rb"target file: \[(?:.*/)?([^/]+)\.partial\]")  # another one: what this run writes
+LOSING = (2, 21)  # the first version that leaves out of an increment what is dirty and zero
+KEEPING = b"--no-sparse-detection"  # an option, which may be cut short, of a version that leaves nothing out
+MAX_LINE = 64 * f.KiB  # of a log: what is longer is taken for several lines
 DOUBT = (
-    "increments may lack what the guest zeroed or trimmed, and then its old bytes come back: it cannot be known "
-    "(virtnbdbackup 2.x leaves such ranges out)"
+    "may lack what the guest zeroed or trimmed, and then its old bytes come back: it cannot be known (virtnbdbackup "
+    "from 2.21 on leaves such ranges out, unless it is told --no-sparse-detection)"
 )
+INCOMPLETE = 3  # exit status: the stream is whole, but not all points of the directory are in it
 FIRST_CHECKPOINT = "virtnbdbackup.0"
 _ZEROES = bytes(PIECE)
 
@@ -64,60 +71,73 @@ def main(args):
     backup = Directory(args["DIRECTORY"])
     for line in backup.notes:
         log.warn(f"{backup.path}: {line}")
-    points = backup.points
-    chain.check(points, backup.path)
+    wanted, status = backup.points, 0
+    named = args["--until"] and backup.named(args["--until"])
+    if not named:
+        # Whoever wants all, or the last one of a time, has to know what is missing.
+        for error in backup.lost if wanted else backup.lost[1:]:
+            log.warn(f"{error}: not imported")
+        status = INCOMPLETE if backup.lost else 0
+    if not wanted:
+        raise backup.lost[0]
     if args["--until"]:
-        wanted = chain.path(points, backup.path, backup.named(args["--until"]))
-    else:
-        parents = {point.head["parent"] for point in points}
-        for point in points:
-            if point.head["point"] not in parents:
-                chain.path(points, backup.path, point.head["point"])
-        wanted = points
-    if any(file.incremental for point in wanted for file in point.files) and not backup.is_old:
-        log.warn(f"{backup.path}: {DOUBT}")
+        wanted = chain.path(wanted, backup.path, named or args["--until"])
+    doubtful = [point for point in wanted if point.may_lack_zeroes]
+    if doubtful:
+        names = ", ".join(point.head["point"] for point in doubtful[:3])
+        more = f" and {len(doubtful) - 3} others" if len(doubtful) > 3 else ""
+        log.warn(f"{backup.path}: {names}{more}: {DOUBT}")
     out = output.stdout()
     with Progress(args["--progress"]) as progress:
         for point, after in zip(wanted, [*wanted[1:], None]):
             progress.begin(point.head)
             point.write(out, progress, after)
+    return status
 
 
 class Directory:
     """
-    What virtnbdbackup left in a directory. points (list of Point): each after its parent.
+    What virtnbdbackup left in a directory. points (list of Point): those that can be restored, each after its parent.
 
-    notes (list of str): what a user should know. is_old (bool): all of it was written by a version before 2, which
-    saves all that is dirty. Raises Error for what can't be understood; data is not read.
+    lost (list of Error): why others cannot be. notes (list of str): what a user should know. Raises Error where the
+    directory has no backup of virtnbdbackup; data is not read.
     """
 
     def __init__(self, path):
         self.path = path
         self.notes = []
+        self.lost = []
         try:
             self.names = sorted(os.listdir(path))
         except OSError as error:
             raise os_error(path, error) from None
-        files = [DataFile(self.where(name), *match.groups())
-                 for name in self.names if (match := NAME.fullmatch(name))]
+        matches = {name: match for name in self.names if (match := NAME.fullmatch(name))}
         for name in self.names:
             if name.endswith(".data.partial"):
                 self.notes.append(f"{name}: left out: a backup that was not finished")
-        if not files:
+        if not matches:
             raise Error(path, "no backup of virtnbdbackup here (no file named DISK.LEVEL.data)")
         self.domain, self.uuid = self._domain()
-        self.points = self._points(files)
-        self.is_old = self._is_old()
+        self.runs = Runs(self)
+        self._understood = []  # Points, whether they can be restored or not
+        self._by_checkpoint = {}  # those that others may start from
+        self._replaced = set()  # checkpoints whose data was overwritten
+        self._unread = set()  # checkpoints whose data cannot be understood
+        self.points = self._points(matches)
+        self._compare_list()
 
     def where(self, *names):
         return os.path.join(self.path, *names)
 
     def named(self, until):
-        """The point of a checkpoint's name, or what was given."""
+        """The point (str) of a name: a checkpoint's, or its own; None where no point has it. Raises Error if lost."""
         for point in self.points:
-            if point.checkpoint == until:
+            if until in (point.checkpoint, point.head["point"]):
                 return point.head["point"]
-        return until
+        for point in self._understood:
+            if point.error is not None and until in (point.checkpoint, point.files[0].ident):
+                raise point.error
+        return None
 
     def text(self, *names):
         """The text of a file, or None if there is none. Raises Error."""
@@ -133,7 +153,10 @@ class Directory:
         """(name, UUID) of the domain, from its XML, else from the name of the list of checkpoints."""
         for name in self.names:
             if re.fullmatch(r"vmconfig\..+\.xml", name):
-                root = domxml.parse(self.text(name), self.where(name))
+                try:
+                    root = domxml.parse(self.text(name), self.where(name))
+                except Error:
+                    continue  # a point that needs it says so
                 domain, uuid = root.findtext("name"), root.findtext("uuid")
                 if f.is_name(domain) and f.is_name(uuid):
                     return domain, uuid
@@ -142,78 +165,160 @@ class Directory:
         self.notes.append(f"no configuration of the domain here: it is taken to be {domain}")
         return domain, heads.uuid_of(domain)
 
-    def _points(self, files):
-        groups = {}
-        for file in files:
-            if file.level != "diff":
-                groups.setdefault("base" if file.level in ("full", "copy") else file.ident, []).append(file)
-        points = [Point(self, group) for group in groups.values()]
-        points += [Point(self, group) for group in differential(files)]
-        by_checkpoint = {}
-        for point in points:
-            if point.checkpoint is not None:
-                by_checkpoint[point.checkpoint] = point
-        self._compare_list(by_checkpoint)
+    def _points(self, matches):
+        groups, differentials, spoilt = {}, [], []
+        for name, match in matches.items():
+            disk, level, ident = match.groups()
+            # A file that cannot be understood spoils the point that it is a part of, and no other.
+            try:
+                file = DataFile(self.where(name), disk, level, ident)
+            except Error as error:
+                file = Spoilt(disk, ident, error)
+            if level == "diff":
+                (spoilt if isinstance(file, Spoilt) else differentials).append(file)
+            else:
+                groups.setdefault("base" if level in ("full", "copy") else ident, []).append(file)
+        points = []
+        for group in [*groups.values(), *differential(differentials, spoilt)]:
+            try:
+                for file in group:
+                    if isinstance(file, Spoilt):
+                        raise file.error
+                points.append(Point(self, group))
+            except Error as error:
+                self.lost.append(error)
+                self._unread.add(group[0].ident or FIRST_CHECKPOINT)
+        self._understood = points
+        self._by_checkpoint = {point.checkpoint: point for point in points if point.checkpoint is not None}
+        self._replaced = {point.since for point in points if point.is_of_off and point.since not in self._by_checkpoint}
         found = []
         for point in sorted(points, key=lambda point: point.made):
-            self._place(point, by_checkpoint, found)
+            self._place(point, found)
         return found
 
-    def _place(self, point, by_checkpoint, found):
-        """Give a point, and first those it starts from, a head, and append it to found."""
+    def _place(self, point, found):
+        """Give a point, and first those that it starts from, a head, and append them to found; or say why not."""
         waiting = [point]
         while waiting:
             point = waiting[-1]
-            parent = None
-            if point.since:
-                parent = by_checkpoint.get(point.since)
-                if parent is None:
-                    raise Error(point.files[0].path, f"starts from {point.since}, of which nothing is here")
-                if parent in waiting:
-                    raise Error(point.files[0].path, "a circle of parents")
-                if parent.head is None:
-                    waiting.append(parent)
-                    continue
-            if point.head is None:
-                point.set_head(parent)
-                found.append(point)
+            parent = self._by_checkpoint.get(point.since) if point.since else None
+            if point.is_open and parent is not None and parent.is_open and parent not in waiting:
+                waiting.append(parent)
+                continue
+            if point.is_open:
+                try:
+                    self._accept(point, parent, parent in waiting)
+                    found.append(point)
+                except Error as error:
+                    point.head, point.error = None, error
+                    self.lost.append(error)
             waiting.pop()
 
-    def _compare_list(self, by_checkpoint):
+    def _accept(self, point, parent, circle):
+        if point.since in self._replaced:
+            why = "the data of that was overwritten by a backup of the machine when it was off"
+            raise Error(point.name, f"starts from {point.since}: {why}")
+        if circle:
+            raise Error(point.name, f"a circle of parents: it starts from {point.since}")
+        if point.since and parent is None and point.since not in self._unread:
+            raise Error(point.name, f"starts from {point.since}, of which nothing is here")
+        if point.since and (parent is None or parent.error is not None):
+            raise Error(point.name, f"starts from {point.since}, which cannot be restored")
+        point.set_head(parent)
+        follow = chain.Follow(point.name)
+        if parent is not None:
+            follow.begin(parent.head, parent.disks)
+        follow.accept(point.head, point.disks)
+
+    def _compare_list(self):
         """Tell of checkpoints that the tool's own list has, and no data: it lists them before it copies."""
         for name in self.names:
             if name.endswith(".cpt"):
-                listed = _json(self.text(name))
+                try:
+                    listed = _json(self.text(name))
+                except Error as error:
+                    self.notes.append(f"{name}: {error.reason}")
+                    continue
                 if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
-                    raise Error(self.where(name), "is no list of checkpoints")
-                missing = [entry for entry in listed if entry not in by_checkpoint]
+                    self.notes.append(f"{name}: is no list of checkpoints")
+                    continue
+                known = self._replaced.union(self._unread, self._by_checkpoint)
+                missing = [entry for entry in listed if entry not in known]
                 if missing:
                     self.notes.append(f"no data of {', '.join(missing)}: a backup that failed, or was moved away")
 
-    def _is_old(self):
-        versions = []
-        for name in self.names:
+
+class Runs:
+    """What the logs in a Directory say of the runs of virtnbdbackup: which of them left zeroes out of its files."""
+
+    def __init__(self, directory):
+        self._all = set()  # of all runs: whether they may lose zeroes
+        self._of_file = {}  # {name of a data file: whether a run that wrote it may}
+        for name in directory.names:
             if re.fullmatch(r"backup\..+\.log", name):
-                with contextlib.suppress(Error), open_file(self.where(name)) as file:
-                    versions += re.findall(rb"Version: (\d+)\.\S+ Arguments: ", file.read(MAX_META))
-        return bool(versions) and all(int(version) < 2 for version in versions)
+                # Without a log it is not known, and that is said.
+                with contextlib.suppress(Error), open_file(directory.where(name)) as file:
+                    self._read(io.BufferedReader(file))
+
+    def _read(self, file):
+        loses = True
+        while line := file.readline(MAX_LINE):
+            if match := RUN.search(line):
+                words = match[3].split()
+                keeps = any(KEEPING.startswith(word) and len(word) > len(b"--no-s") for word in words)
+                loses = (int(match[1]), int(match[2])) >= LOSING and not keeps
+                self._all.add(loses)
+            elif match := WROTE.search(line):
+                name = os.fsdecode(match[1])
+                self._of_file[name] = loses or self._of_file.get(name, False)
+
+    def may_lose(self, name):
+        """Whether zeroes may be missing from a data file. One that no log names is judged by all runs."""
+        return self._of_file.get(name, True in self._all or not self._all)
 
 
-def differential(files):
+def differential(files, spoilt=()):
     """
     The files of each differential backup, as lists, oldest first.
 
     Each is named after the second in which its disk was begun, so those of one backup differ. A new one starts
-    where a disk comes again, or where the changes are those since another checkpoint.
+    where a disk comes again, or where the changes are those since another checkpoint. A Spoilt file says neither
+    when it was begun nor since when: it is put into the backups before and after its second that lack its disk.
     """
     groups = []
-    numbered = [file for file in files if file.level == "diff"]
-    for file in sorted(numbered, key=lambda file: (file.made, file.disk)):
+    for file in sorted(files, key=lambda file: (file.made, file.disk)):
         last = groups[-1] if groups else []
         if not last or file.since != last[0].since or any(other.disk == file.disk for other in last):
             groups.append(last := [])
         last.append(file)
-    return groups
+    alone = []
+    for file in spoilt:
+        before = [group for group in groups if group[0].second <= file.second][-1:]
+        after = [group for group in groups if group[0].second > file.second][:1]
+        lacking = [group for group in before + after if all(other.disk != file.disk for other in group)]
+        for group in lacking:
+            group.append(file)
+        if not lacking:
+            alone.append([file])
+    return groups + alone
+
+
+@dataclasses.dataclass
+class Spoilt:
+    """A data file that cannot be understood. disk, ident (str): as its name has them. error (Error): why."""
+
+    disk: str
+    ident: str
+    error: Error
+
+    @property
+    def second(self):
+        return _second(self.ident)
+
+
+def _second(ident):
+    """The Unix time that a differential backup's file is named after; the end of time where it is none."""
+    return int(ident) if re.fullmatch("[0-9]{1,11}", ident or "") else 10**11
 
 
 class DataFile:
@@ -246,6 +351,10 @@ class DataFile:
                 self.format = "raw"
             else:
                 self._take(source.meta())
+
+    @property
+    def second(self):
+        return _second(self.ident)
 
     def _time(self, seconds):
         """A Unix time as a datetime. Raises Error for one that no calendar has: file systems hold more."""
@@ -295,15 +404,16 @@ class Point:
     """
     One backup: the files (list of DataFile) of its disks.
 
-    head, disks, name: as vnb.chain wants them. checkpoint (str or None): the tool's own name for it, if later ones can
-    start from it; since (str): the one it starts from, or "".
+    head, disks, name: as vnb.chain wants them; head is None until set_head(). error (Error or None): why it never gets
+    one. checkpoint (str or None): the tool's own name for it, if later ones can start from it; since (str): the one it
+    starts from, or "". is_of_off (bool): an increment of a domain that was off, which has no checkpoint of its own.
     """
 
     def __init__(self, directory, files):
         self.directory = directory
         self.files = sorted(files, key=lambda file: file.disk)
         self.name = self.files[0].path
-        self.head = None
+        self.head = self.error = None
         streams = [file for file in self.files if not file.is_raw] or self.files
         level = "copy" if {file.level for file in streams} == {"copy"} else streams[0].level
         names = {(file.checkpoint, file.since, file.incremental) for file in streams}
@@ -315,8 +425,9 @@ class Point:
             raise Error(self.name, f"two backups of disk {', '.join(sorted(twice))}, and both are full")
         if level == "inc" and checkpoint != self.files[0].ident:
             raise Error(self.name, f"is of {checkpoint}, not of {self.files[0].ident} as its name says")
-        if level == "inc" and checkpoint == self.since:
-            level = "diff"  # of a domain that was off: what has changed since, and no checkpoint of its own
+        self.is_of_off = level == "inc" and checkpoint == self.since
+        if self.is_of_off:
+            level = "diff"  # what has changed since
         elif not incremental:
             level = "copy" if level == "copy" else "full"
         self.level = level
@@ -334,6 +445,17 @@ class Point:
                 if re.fullmatch(r"[0-9]{1,11}", seconds.strip()):
                     return datetime.datetime.fromtimestamp(int(seconds), datetime.timezone.utc)
         return min(file.made for file in self.files)
+
+    @property
+    def is_open(self):
+        """Whether it has neither a head nor a reason why it gets none."""
+        return self.head is None and self.error is None
+
+    @property
+    def may_lack_zeroes(self):
+        """Whether the version that wrote it may have left out what became zero."""
+        names = (os.path.basename(file.path) for file in self.files if file.incremental)
+        return any(map(self.directory.runs.may_lose, names))
 
     @property
     def ident(self):
@@ -373,18 +495,20 @@ class Point:
         ]
 
     def _domain_xml(self):
-        """The XML of the domain at this point; a differential backup's is named after a second, like its files."""
-        names = [f"vmconfig.{self.ident}.xml"]
+        """The XML of the domain at this point, or None."""
+        name = self._beside("vmconfig.", ".xml")
+        return name and self.directory.text(name)
+
+    def _beside(self, before, after=""):
+        """The name of a file of this point, or None; a differential backup's is named after a second, like its data."""
+        names = [f"{before}{self.ident}{after}"]
         if self.level == "diff":
             begun = [int(file.ident) for file in self.files if re.fullmatch("[0-9]{1,11}", file.ident)]
-            times = [int(name.split(".")[1]) for name in self.directory.names
-                     if re.fullmatch(r"vmconfig\.[0-9]{1,11}\.xml", name)]
+            of_seconds = re.compile(rf"{re.escape(before)}([0-9]{{1,11}}){re.escape(after)}")
+            times = [int(match[1]) for name in self.directory.names if (match := of_seconds.fullmatch(name))]
             if begun and times:
-                names.append(f"vmconfig.{min(times, key=lambda time: abs(time - max(begun)))}.xml")
-        for name in names:
-            if name in self.directory.names:
-                return self.directory.text(name)
-        return None
+                names.append(f"{before}{min(times, key=lambda time: abs(time - max(begun)))}{after}")
+        return next((name for name in names if name in self.directory.names), None)
 
     def write(self, out, progress, after=None):
         """
@@ -411,6 +535,10 @@ class Point:
                     mode, payload = read_file(self.directory.where(name), MAX_FILE)
                     yield {"role": role, "path": path, "mode": mode}, payload
                     break
+        name = self._beside("osinfo.")
+        if name:  # what the guest's agent said, from version 2.46 on
+            mode, payload = read_file(self.directory.where(name), MAX_TEXT)
+            yield {"role": "guest-info", "path": "guest-info.json", "mode": mode}, payload
         for file in self.files:
             name = f"{file.disk}.{self.ident}.qcow.json"
             if name in names:
