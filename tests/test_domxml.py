@@ -99,6 +99,34 @@ def test_what_the_file_alone_does_not_say(source, what):
     assert disk.encrypted == ("encryption" in source)
 
 
+@pytest.mark.parametrize("attribute, source, inside, why", [
+    ("file", "file='/r'", "", None),
+    ("vhostuser", "type='unix' path='/s'", "", "is a vhost-user disk, whose data QEMU does not read"),
+    ("file", "file='/r'", "<transient/>", "is transient, and libvirt makes no backup job of such a disk"),
+    ("file", "file='/r'", "<target dev='sda' bus='sd'/>",
+     "is on the bus sd, and libvirt makes no backup job of such a disk"),
+])
+def test_what_libvirt_makes_no_backup_job_of(attribute, source, inside, why):
+    disk, = domxml.disks(
+        f"<domain><devices><disk type='{attribute}'><source {source}/>{inside}<target dev='sda'/></disk></devices>"
+        "</domain>"
+    )
+    assert disk.no_job_because == why
+
+
+@pytest.mark.parametrize("xml, names", [
+    ("<disk type='vhostvdpa'><source dev='/dev/vhost-vdpa-0'/>", ["/dev/vhost-vdpa-0"]),
+    ("<disk type='nvme'><source type='pci' namespace='1'><address domain='0x0000' bus='0x65'/></source>",
+     ["1 0x0000 0x65"]),
+    ("<disk type='dir'><source dir='/files'/>", ["/files"]),
+])
+def test_devices_that_only_qemu_can_read(xml, names):
+    """Their nodes are no images: qemu-img and qemu-nbd would read something else, or wait for ever."""
+    disk, = domxml.disks(f"<domain><devices>{xml}<target dev='vda'/></disk></devices></domain>")
+    assert (disk.path, disk.layers) == (None, names)
+    assert disk.kind_of_qemu == f"a disk of type {disk.type}"
+
+
 def test_files_are_absolute_paths():
     assert domxml.files(DOMAIN) == [("loader", "/usr/share/OVMF.fd"), ("nvram", "/var/lib/nvram/vm1.fd")]
     assert domxml.has_tpm(DOMAIN)

@@ -17,6 +17,8 @@ class Disk:
     network's or volume's source says. formats (list of str or None): of these. data (list of str or None): what names
     their data files. ends (bool): the XML says that nothing is below the last of them; where it does not, that is for
     the image to say. readonly, empty (bool). encrypted, sliced (bool): it, one below, or the data file of one is.
+    shareable (bool): other domains may use it at the same time. volume ((pool, name) or None): of a storage pool.
+    no_job_because (str or None): why libvirt can make no backup job of it.
     """
 
     def __init__(self, element):
@@ -26,9 +28,12 @@ class Disk:
         self.device = element.get("device", "disk")
         self.type = element.get("type", "file")
         self.format = "raw" if driver is None else driver.get("type", "raw")
-        self.path = None if source is None else source.get("file") or source.get("dev")
-        self.readonly = element.find("readonly") is not None
         self.empty = source is None or not (source.attrib or len(source))
+        self.path = None if source is None or self.type not in ("file", "block") else _image_of(element)
+        self.volume = (source.get("pool"), source.get("volume")) if self.type == "volume" and not self.empty else None
+        self.shareable = element.find("shareable") is not None
+        self.no_job_because = _no_job_because(element)
+        self.readonly = element.find("readonly") is not None
         places = list(_chain(element))
         stores = places[1:]
         named = [place for place in places if _image_of(place)]
@@ -76,6 +81,17 @@ def _has(paths, places):
     return any(place.find(path) is not None for place in places for path in paths)
 
 
+def _no_job_because(element):
+    """See Disk: what libvirt's qemuDomainDiskBlockJobIsSupported() refuses."""
+    if element.get("type") == "vhostuser":
+        return "is a vhost-user disk, whose data QEMU does not read"
+    if element.find("transient") is not None:
+        return "is transient, and libvirt makes no backup job of such a disk"
+    if element.find("target").get("bus") == "sd":
+        return "is on the bus sd, and libvirt makes no backup job of such a disk"
+    return None
+
+
 def _format_of(store):
     """The format of a backingStore element's image, or None."""
     format_ = store.find("format")
@@ -87,10 +103,11 @@ def _image_of(element):
     source = element.find("source")
     if source is None:
         return None
-    path = source.get("file") or source.get("dev")
+    path = source.get("file") or source.get("dev") or source.get("dir")
     if path:
         return path
-    words = [source.get(key) for key in ("protocol", "pool", "name", "volume")]
+    words = [source.get(key) for key in ("protocol", "pool", "name", "volume", "namespace")]
+    words += [value for address in source.iterfind("address") for value in address.attrib.values()]  # of an NVMe disk
     return " ".join(word for word in words if word) or None
 
 

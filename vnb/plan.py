@@ -209,6 +209,9 @@ class Plan:
             if disk.left_out_because:
                 self.note(f"{self.source.name}: {disk.name} {disk.left_out_because}: left out")
                 continue
+            why = self.source.cannot_read_because(disk)
+            if why:
+                raise Error(disk.name, f"{why}: --exclude {disk.name} leaves it out")
             if disk.encrypted and not self.options["allow_plaintext"]:
                 raise Error(disk.name, "is encrypted and would be stored in plain text: --allow-plaintext, or exclude")
             chosen.append(disk)

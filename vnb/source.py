@@ -82,6 +82,19 @@ class Running:
     def disks(self):
         return domxml.disks(self.domain.xml())
 
+    def cannot_read_because(self, disk):
+        """Why no backup of a disk can be made (str), which is to be known before the guest is frozen, or None."""
+        return disk.no_job_because or self.domain.block_job(disk.name) or self._shared_because(disk)
+
+    def _shared_because(self, disk):
+        """
+        Why a disk cannot be read that another running domain may write to, or None.
+
+        QEMU locks it against the other's writes, and is refused; libvirtd 9.0 dies of that.
+        """
+        other = self.domain.sharer(disk) if disk.shareable else None
+        return other and f"is shared with the domain {other}, which is running"
+
     def size_of(self, disk):
         return self.domain.size_of(disk.name)
 
@@ -359,6 +372,10 @@ class _Offline:
         while self._servers:
             self._servers.pop().end()
 
+    def cannot_read_because(self, disk):
+        """See Running. Images that others use are locked: qemu-img says so."""
+        return disk.no_job_because if disk.type == "vhostuser" else None
+
     def layers_of(self, disk):
         if disk.name not in self._layers:
             self._layers[disk.name] = qemuimg.layers(disk.name, disk.path, disk.format)
@@ -558,7 +575,7 @@ class ImageDisk:
 
     type = "file"
     device = "disk"
-    encrypted = readonly = empty = False
+    encrypted = readonly = empty = shareable = False
     left_out_because = None
 
     def __init__(self, name, path):

@@ -21,6 +21,12 @@ PRESERVE_SHUTDOWN_SINCE = 11_010_000  # the daemon's version, not the client lib
 SYSTEM_ROOT = "/var/lib/libvirt/qemu"  # of the directories that the system's daemon makes for domains
 SHORT_NAME = 20  # characters of a domain's name in these
 KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 10, 3  # a line is down when nothing has come for so many times so long
+BLOCK_JOBS = {
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_PULL: "pull",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY: "copy",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT: "commit",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: "active-commit",
+}
 MARK = "urn:vnb:started"  # the namespace of what we write into the live XML of a domain that we start
 JOB_END_SECONDS = 60  # ending a pull job takes milliseconds; a guest that is shutting down keeps it for 30 s
 # For the guest agent to answer; libvirt itself would wait for ever. A freeze writes back all that is dirty, and Windows
@@ -270,6 +276,48 @@ class Domain:
     def size_of(self, disk):
         """The size in bytes of a disk (name) as the guest sees it."""
         return self.call("blockInfo", disk)[0]
+
+    def block_job(self, disk):
+        """Why libvirt makes no backup job of a disk (name) now, for another block job of it, or None."""
+        kind = (self.call("blockJobInfo", disk) or {}).get("type")
+        return kind and f"has another block job ({BLOCK_JOBS.get(kind, kind)})"
+
+    def sharer(self, disk):
+        """The name of another domain that runs and has a disk (vnb.domxml.Disk) of the same source, or None."""
+        ours = self._source_of(disk)
+        for other in self.call_connection("listAllDomains", libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+            try:
+                if other.UUIDString() == self.uuid:
+                    continue
+                xml = other.XMLDesc()
+            except libvirt.libvirtError as error:
+                if error.get_error_code() in (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID):
+                    continue  # it has gone
+                raise error_of(self.what, error) from None
+            if any(ours == self._source_of(disk) for disk in domxml.disks(xml) if disk.shareable):
+                return other.name()
+        return None
+
+    def _source_of(self, disk):
+        """What tells the source of a disk from others, whatever it is called, as far as that can be known here."""
+        path = disk.path or self._volume_path(disk)
+        if path is None or not self.is_local:
+            return path or disk.layers[:1]
+        try:
+            found = os.stat(path)
+        except OSError:
+            return path
+        return found.st_rdev or (found.st_dev, found.st_ino)
+
+    def _volume_path(self, disk):
+        """The path of a volume of a storage pool, or None for other disks."""
+        if disk.volume is None:
+            return None
+        try:
+            pool = self._connection.storagePoolLookupByName(disk.volume[0])
+            return pool.storageVolLookupByName(disk.volume[1]).path()
+        except libvirt.libvirtError:
+            return None  # a domain that runs may have outlived it
 
     def private_directory(self, host=None):
         """
