@@ -44,7 +44,7 @@ def of_page(text):
         if macro == "Sh":
             section = " ".join(words[1:])
         if macro in _ENDS and kept:
-            yield " ".join(kept)
+            yield "\n".join(kept)
             kept = []
         if macro == "Ed":
             literal = False
@@ -57,7 +57,7 @@ def of_page(text):
         elif line:
             kept.append(line)
     if kept:
-        yield " ".join(kept)
+        yield "\n".join(kept)
 
 
 def _without_macros(words):
@@ -81,7 +81,9 @@ def of_markdown(text):
 def sentences(paragraph):
     """The sentences (list of str) of a paragraph."""
     plain = re.sub(r"\\(?:&|e)", "", paragraph)
-    return [part.strip() for part in re.split(r"(?<=[.!?])\)? +(?=[A-Z\"`(])", plain) if part.strip()]
+    # In mdoc every sentence begins on a line of its own, and may begin with the name of a command.
+    parts = re.split(r"(?<=[.!?])\)?(?: +(?=[A-Z\"`(])| *\n)", plain)
+    return [" ".join(part.split()) for part in parts if part.strip()]
 
 
 def paragraphs(path):
