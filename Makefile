@@ -26,6 +26,7 @@ demo: setup
 check: setup
 	.venv/bin/ruff check --quiet --output-format concise .
 	shellcheck -x $(SCRIPTS)
+	codespell
 	$(if $(PAGES),mandoc -T lint -W warning $(PAGES))
 	$(PYTEST) -q tests --ignore tests/live -m "not stage and not live"
 
