@@ -171,8 +171,10 @@ def segment(source, start):
 
 def check_head(head):
     need(isinstance(head, dict), "malformed head")
-    for key in ("id", "point", "domain", "uuid"):
+    for key in ("id", "point", "uuid"):
         need(is_name(head.get(key)), key)
+    domain = head.get("domain")
+    need(isinstance(domain, str) and 0 < len(domain) <= 255 and not set(domain) & set("\0\n"), "domain")
     for key in ("parent", "checkpoint"):
         need(key in head and (head[key] is None or is_name(head[key])), key)
     need(all(is_name(head[key]) for key in ("chain", "run", "next") if key in head), "chain, run or next")

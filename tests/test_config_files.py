@@ -63,11 +63,46 @@ def test_a_kernel_stays_readable_as_far_as_it_was(tmp_path):
 
 
 def test_without_a_directory_all_stays_where_it_was(tmp_path):
-    status, out, _ = config(stdin=stream(file()), cwd=tmp_path)
+    status, out, err = config("--keep-identity", stdin=stream(file()), cwd=tmp_path)
     assert status == 0
     assert "<nvram>/var/lib/vm1_VARS.fd</nvram>" in out
     assert '<source file="/old/vda" />' in out
+    assert "stays where it was" not in err
     assert os.listdir(tmp_path) == []
+
+
+def test_a_new_domain_on_the_original_s_disk_is_said_and_never_defined():
+    """Whoever looks at the XML may know better; nobody looks at what is defined."""
+    status, out, err = config(stdin=stream(file()))
+    assert (status, '<source file="/old/vda" />' in out) == (0, True)
+    assert err.splitlines() == [
+        "vnb-config: vda: stays where it was, and the original writes to it: see --disk-dir and --disk",
+        "vnb-config: nvram /var/lib/vm1_VARS.fd was not restored: the domain gets a new one",
+    ]
+    status, _, err = config("--define", "-c", "test:///default", stdin=stream(file()))
+    assert status == 1
+    assert err.startswith("vnb-config: vda: the new domain would write to the original's disk: ")
+
+
+def test_nvram_that_no_definition_names_is_restored(tmp_path):
+    """A domain that was off: its XML says only that it boots by UEFI."""
+    text = xml("").replace("<os>", "<os firmware='efi'>")
+    sample = stream(file(b"vars", size=8), file(b"vars", size=8, offset=4), text=text)
+    status, out, _ = config("--disk-dir", tmp_path, stdin=sample)
+    assert (status, f"<nvram>{tmp_path}/vm1_VARS.fd</nvram>" in out) == (0, True)
+    assert (tmp_path / "vm1_VARS.fd").read_bytes() == b"varsvars"
+    status, out, _ = config("--no-files", "--disk-dir", tmp_path, stdin=sample)
+    assert (status, "<nvram" in out) == (0, False)
+
+
+def test_output_goes_to_no_file_that_exists(tmp_path):
+    text = xml("").replace("<devices>", "<devices><serial type='file'><source path='/var/log/vm1'/></serial>")
+    status, out, _ = config("--disk-dir", tmp_path, stdin=stream(text=text))
+    assert (status, f'<source path="{tmp_path}/vm1" />' in out) == (0, True)
+    (tmp_path / "vm1").write_text("mine")
+    for arguments in ([], ["--check"]):
+        done = config(*arguments, "--disk-dir", tmp_path, stdin=stream(text=text))
+        assert (done[0], done[2].splitlines()[-1]) == (1, f"vnb-config: {tmp_path}/vm1: File exists")
 
 
 def test_the_last_segment_counts(tmp_path):
@@ -178,7 +213,8 @@ def test_a_missing_device_is_not_made_in_place():
 def test_no_files(tmp_path):
     status, out, _ = config("--no-files", "--disk-dir", tmp_path, stdin=stream(file()))
     assert status == 0
-    assert "<nvram>/var/lib/vm1_VARS.fd</nvram>" in out
+    assert "/var/lib/vm1_VARS.fd" not in out
+    assert config("--no-files", "--keep-identity", stdin=stream(file()))[1].count("/var/lib/vm1_VARS.fd") == 1
     assert os.listdir(tmp_path) == []
 
 
@@ -233,7 +269,8 @@ def test_disks_elsewhere(tmp_path):
     assert '<driver name="qemu" type="qcow2" />' in out
     status, out, _ = config("--disk", "vda=/dev/vg/vm1", stdin=stream(file()))
     assert '<source dev="/dev/vg/vm1" />' in out
-    assert config("--disk", "vdz=/x", stdin=stream()) == (1, "", "vnb-config: --disk: no disk vdz at point p0\n")
+    reason = "vnb-config: --disk: vdz is not at point p0: there is vda\n"
+    assert config("--disk", "vdz=/x", stdin=stream()) == (1, "", reason)
 
 
 @pytest.mark.parametrize("uri, export, server", [
@@ -265,7 +302,8 @@ def test_wrong_usage(arguments, capsys):
 
 def test_xml_that_nests_too_deeply():
     text = f"<domain><name>n</name>{'<a>' * 100_000}{'</a>' * 100_000}</domain>"
-    assert config(stdin=stream(text=text)) == (1, "", "vnb-config: domain XML: is nested too deeply\n")
+    sample = stream(text=text)
+    assert config("--disk-dir", "d", stdin=sample) == (1, "", "vnb-config: domain XML: is nested too deeply\n")
 
 
 def test_same_identity_names_what_to_do_about_checkpoints():

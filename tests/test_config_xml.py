@@ -171,7 +171,7 @@ def test_what_libvirt_adds_while_a_domain_runs():
         rest="<seclabel type='dynamic' model='dac' relabel='yes'><label>+64055:+107</label>"
              "<imagelabel>+1:+1</imagelabel></seclabel><seclabel type='none' model='apparmor'/>",
         attributes="id='3'",
-    ), {"vda": None})
+    ), {"vda": None}, keep_identity=True)
     assert "id" not in root.attrib
     assert [alias.get("name") for alias in root.iter("alias")] == ["ua-lan"]
     assert [target.get("dev") for target in root.findall("./devices/interface/target")] == ["mine"]
@@ -238,6 +238,92 @@ def test_nvram_that_is_not_in_the_backup_is_not_shared_with_the_original():
     assert adjusted(xml(os_=os_), files=files, keep_identity=True)[0].findtext("os/nvram") == "/nvram/v"
 
 
+@pytest.mark.parametrize("nvram, where", [
+    ("<nvram template='/usr/vars'>/nvram/v</nvram>", "/nvram/v"),
+    ("<nvram type='file' template='/usr/vars'><source file='/nvram/v'/></nvram>", "/nvram/v"),
+    ("<nvram type='block' template='/usr/vars'><source dev='/dev/vg/v'/></nvram>", "/dev/vg/v"),
+    ("<nvram type='network' template='/usr/vars'><source protocol='nbd' name='v'><host name='h'/></source></nvram>",
+     "on the network"),
+    ("<varstore template='/usr/vars' path='/nvram/v.json'/>", "/nvram/v.json"),
+])
+def test_a_clone_never_has_what_the_original_writes(nvram, where):
+    """With --no-files too: two machines that write one nvram break both."""
+    tag = nvram[1:].partition(" ")[0]
+    for files, why in ({}, "was not restored"), ({(tag, where): None}, "is not in the backup"):
+        root, said = adjusted(xml(os_=nvram), files=files)
+        element = root.find(f"os/{tag}")
+        assert (element.attrib, len(element), element.text) == ({"template": "/usr/vars"}, 0, None)
+        why = "is not in the backup" if where == "on the network" else why
+        assert said == [f"{tag} {where} {why}: the domain gets a new one"]
+    root, _ = adjusted(xml(os_=nvram), keep_identity=True)
+    assert ElementTree.tostring(root.find(f"os/{tag}")).count(b"v") >= nvram.count("v")
+
+
+def test_nvram_on_a_device_becomes_a_file():
+    nvram = "<nvram type='block'><source dev='/dev/vg/v'><seclabel relabel='no'/></source></nvram>"
+    root, said = adjusted(xml(os_=nvram), files={("nvram", "/dev/vg/v"): "/restore/v"})
+    assert root.find("os/nvram").attrib == {"type": "file"}
+    assert (root.find("os/nvram/source").attrib, len(root.find("os/nvram/source"))) == ({"file": "/restore/v"}, 0)
+    root, _ = adjusted(xml(os_="<varstore path='/v.json'/>"), files={("varstore", "/v.json"): "/restore/v.json"})
+    assert root.find("os/varstore").attrib == {"path": "/restore/v.json"}
+    assert said == []
+
+
+def test_a_loader_that_the_guest_writes_to():
+    """Code and variables in one file: libvirt makes no new one of it."""
+    text = xml(os_="<loader type='pflash' readonly='no'>/fw</loader>")
+    with pytest.raises(Error, match="loader /fw was not restored, and the original writes to it"):
+        adjusted(text)
+    assert adjusted(text, files={("loader", "/fw"): "/restore/fw"})[0].findtext("os/loader") == "/restore/fw"
+    assert adjusted(text, keep_identity=True)[0].findtext("os/loader") == "/fw"
+
+
+SERIAL = (
+    "<serial type='file'><source path='/var/log/vm1'/><target port='0'/></serial>"
+    "<console type='file'><source path='/var/log/vm1'/><target type='serial' port='0'/></console>"
+    "<parallel type='file'><source path='/other/vm1'/></parallel>"
+    "<serial type='pty'><log file='/var/log/..' append='on'/></serial>"
+)
+
+
+def test_output_of_a_clone_does_not_go_into_the_original_s_files():
+    root, said = adjusted(xml(SERIAL), directory="/restore")
+    assert [source.get("path") for source in root.iter("source")] == ["/restore/vm1"] * 2 + ["/restore/parallel.2.log"]
+    assert [log.attrib for log in root.iter("log")] == [{"file": "/restore/serial.log", "append": "on"}]
+    assert said == [
+        "serial: its output goes to /restore/vm1: /var/log/vm1 is the original's",
+        "parallel: its output goes to /restore/parallel.2.log: /other/vm1 is the original's",
+        "serial: its output goes to /restore/serial.log: /var/log/.. is the original's",
+    ]
+    root, said = adjusted(xml(SERIAL))
+    assert [device.get("type") for device in root.find("devices")] == ["pty"] * 4
+    assert not list(root.iter("log")) and not list(root.iter("source"))
+    root, said = adjusted(xml(SERIAL), keep_identity=True, directory="/restore")
+    assert root.find("./devices/serial/source").get("path") == "/var/log/vm1"
+    assert said == []
+
+
+def test_other_files_that_the_original_writes():
+    devices = (
+        "<memory model='nvdimm'><source><path>/pmem</path></source><target/></memory><memory model='dimm'/>"
+        "<pstore backend='acpi-erst'><path>/pstore</path><size>8</size></pstore>"
+        "<tpm model='tpm-crb'><backend type='emulator'><source type='dir' path='/tpm'/></backend></tpm>"
+    )
+    root, said = adjusted(xml(devices))
+    assert [memory.get("model") for memory in root.iter("memory")] == ["dimm"]
+    assert [child.tag for child in root.find("./devices/pstore")] == ["size"]
+    assert root.find("./devices/tpm/backend/source") is None
+    assert said == [
+        "nvdimm /pmem: is not in the backup: removed from the domain",
+        "pstore /pstore: is not in the backup: the domain gets a new one",
+        "the state of its TPM is not in the backup: the guest finds a new one",
+    ]
+    root, said = adjusted(xml(devices), keep_identity=True)
+    assert len(list(root.iter("memory"))) == 2
+    assert said == ["the state of its TPM is not in the backup: the guest finds what this host still has of it, which "
+                    "may be newer than the disks"]
+
+
 def test_firmware_that_libvirt_chose_at_the_start():
     """The definition does not name it, and the nvram would be forgotten."""
     live = xml(os_="<loader readonly='yes' type='pflash'>/usr/code</loader><nvram>/nvram/v</nvram>")
@@ -248,6 +334,48 @@ def test_firmware_that_libvirt_chose_at_the_start():
     assert root.find("os").attrib == {}
     assert root.findtext("os/loader") == "/restore/code"
     assert root.findtext("os/nvram") == "/restore/v"
+
+
+def test_firmware_for_secure_boot_has_what_libvirt_switched_on_for_it():
+    live = xml(os_="<loader secure='yes' type='pflash'>/c</loader><nvram>/v</nvram>", rest=(
+        "<features><acpi/><smm state='on'/></features>"))
+    inactive = xml(os_="<loader secure='yes'/><nvram template='/t'/>", rest="<features><acpi/></features>").replace(
+        "<os>", "<os firmware='efi'>")
+    root, _ = adjusted(live, inactive=inactive)
+    assert [child.tag for child in root.find("features")] == ["acpi", "smm"]
+    assert [(child.tag, child.text) for child in root.find("os")][1:] == [("loader", "/c"), ("nvram", None)]
+
+
+@pytest.mark.parametrize("os_, adopts", [
+    ("<os firmware='efi'><type>hvm</type></os>", True),
+    ("<os firmware='efi'><nvram template='/t'/></os>", True),
+    ("<os><loader type='pflash' readonly='yes'>/c</loader></os>", True),
+    ("<os><loader type='pflash' readonly='yes' stateless='yes'>/c</loader></os>", False),
+    ("<os firmware='efi'><nvram>/other</nvram></os>", False), ("<os firmware='efi'><varstore path='/o'/></os>", False),
+    ("<os firmware='bios'/>", False), ("<os/>", False), ("", False),
+])
+def test_nvram_that_no_definition_names(os_, adopts):
+    """Of a domain that is off there is no other XML, and what the guest remembers is in libvirt's own place."""
+    domain = Domain({"point": "p", "domain_xml": f"<domain><name>n</name>{os_}</domain>"}, lambda _: None)
+    assert domain.adopt_nvram("/nvram/n_VARS.fd") is adopts
+    assert (("nvram", "/nvram/n_VARS.fd") in domain.files()) is adopts
+
+
+FOREIGN = """<metadata>
+    <!-- whose it is -->
+    <a:app xmlns:a="urn:a" a:x="1">two
+lines,\ttab <a:b /> and &lt;text&gt;&#13;</a:app>
+<note xmlns="urn:default"><?keep this?>  <ns0:odd xmlns:ns0="urn:odd" /></note>
+</metadata>"""
+
+
+def test_metadata_come_back_as_they_were():
+    """Prefixes, comments and white space in them are their owners', who may look at any of it."""
+    head = {"point": "p", "domain_xml": f"<domain><name>n</name>{FOREIGN}<devices><disk/></devices></domain>"}
+    domain = Domain(head, lambda _: None)
+    domain.adjust(Wishes(), {}, {})
+    assert f"  {FOREIGN}\n  <devices" in domain.xml()
+    assert domain.xml() == domain.xml()
 
 
 def test_namespaces_survive():

@@ -133,6 +133,27 @@ def test_files_are_absolute_paths():
     assert not domxml.has_agent(DOMAIN)
 
 
+def test_names_are_read_as_they_are_written():
+    """Prefixes belong to names, and comments are there for whoever asks for them."""
+    text = '<a xmlns:x="urn:x"><x:b y:c="1"/>one<!-- two -->three</a>'
+    root = domxml.parse(text, "x")
+    assert (root.attrib, root.find("x:b").attrib, root.find("x:b").tail) == (
+        {"xmlns:x": "urn:x"}, {"y:c": "1"}, "onethree",
+    )
+    assert len(domxml.parse(text, "x", comments=True)) == 2
+
+
+def test_files_of_every_kind():
+    xml = """<domain><os><loader>/l</loader><nvram type='block'><source dev='/dev/v'/></nvram><shim>/s</shim>
+      <varstore path='/v.json' template='/t'/><kernel>/k</kernel></os></domain>"""
+    assert domxml.files(xml) == [
+        ("loader", "/l"), ("nvram", "/dev/v"), ("varstore", "/v.json"), ("kernel", "/k"), ("shim", "/s"),
+    ]
+    assert domxml.remote_firmware(xml) == []
+    xml = "<domain><os><nvram type='network'><source protocol='nbd' name='x'/></nvram></os></domain>"
+    assert (domxml.files(xml), domxml.remote_firmware(xml)) == ([], ["its nvram, of type network"])
+
+
 @pytest.mark.parametrize("text", [
     '<!DOCTYPE domain [<!ENTITY a "b">]><domain>&a;</domain>', "<domain>&a;</domain>", "<domain>", "", "text", "\0",
 ])
@@ -151,6 +172,7 @@ def test_backup_and_checkpoint_quote_what_they_are_given():
     modes = {disk.get("name"): (disk.get("backupmode"), disk.get("incremental")) for disk in root.iter("disk")}
     assert modes == {"vda": ("incremental", "c<1"), "vdb": ("full", None), "vdc": (None, None)}
     assert domxml.backup_endpoint(domxml.backup({"transport": "unix", "socket": "/x"}, [], [])) == "/x"
+    assert domxml.backup_endpoint('<domainbackup>\n  <server socket="/a\tb"/>\n</domainbackup>') == "/a\tb"  # libvirt's
     tcp = {"transport": "tcp", "name": "::1", "port": "49153", "tls": "yes"}
     assert domxml.backup_endpoint(domxml.backup(tcp, [], [])) == "::1:49153"
     xml = domxml.checkpoint("c1", 'vnb {"a": "<"}', ["vda"], ["vdb"])

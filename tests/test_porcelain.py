@@ -255,6 +255,18 @@ def test_backup_of_all_domains(stubs, virsh, tmp_path):
     assert not (tmp_path / "gone").exists()
 
 
+def test_sets_of_all_domains_are_below_the_directory(stubs, virsh, tmp_path):
+    """libvirt takes . and .. for names, and what begins with a dash."""
+    names = [".", "..", "...", ".hidden", "-dash", "tab\there", "100%Y"]
+    assert porcelain("vnb-backup-all", tmp_path, path=virsh(*names)).returncode == 0
+    words = seen(stubs, "vnb-pack")
+    found = [words[at + 1] for at, word in enumerate(words) if word == "-o"]
+    below = ["%2E", "%2E%2E", "...", ".hidden", "-dash", "tab\there", "100%Y"]
+    assert found == [f"{tmp_path}/{name}" for name in below]
+    words = seen(stubs, "vnb-checkpoint")
+    assert words[words.index("-dash") - 1] == "--"
+
+
 def test_backup_of_all_domains_for_programs(stubs, virsh):
     (stubs / "vnb-pack").write_text('#!/bin/sh\ncase $2 in *bad*) exit 1; esac\n')
     names = ["good", "a \"bad\" \\ one"]

@@ -101,6 +101,12 @@ def files(writer):
     out.end()
 
 
+def domain_name(writer):
+    """A domain whose name has a tab, a no-break space and the joiner of an emoji, as libvirt takes them."""
+    name = "a tab\there, a no-break\u00a0space, a joiner: \U0001f469\u200d\U0001f52c"
+    writer.segment(head(0, domain=name, uuid="u-2"), []).end()
+
+
 def unknown_optional(writer):
     """Frames of types that nobody knows, which consumers skip."""
     out = writer.segment(head(0), [disk("vda", 512)])
@@ -134,8 +140,9 @@ def stage_extents(writer):
 
 VECTORS = {
     "minimal": minimal, "full-none": full_none, "full-lz4": full_lz4, "inc": inc, "chain": chain,
-    "disks-interleaved": disks_interleaved, "files": files, "unknown-optional": unknown_optional,
-    "unknown-required": unknown_required, "stage-disks": stage_disks, "stage-extents": stage_extents,
+    "disks-interleaved": disks_interleaved, "files": files, "domain-name": domain_name,
+    "unknown-optional": unknown_optional, "unknown-required": unknown_required, "stage-disks": stage_disks,
+    "stage-extents": stage_extents,
 }
 
 
@@ -179,6 +186,8 @@ def refused():
         "key-twice": (replaced(small, hole, twice + b"\xcf" + f.xxh3(twice).to_bytes(8, "big")),
                       "a map with one key twice"),
         "next-missing": (made(lambda writer: full_none(writer, next="vnb.main.1")), "a segment was to follow"),
+        "domain-line-feed": (made(lambda writer: full_none(writer, domain="two\nlines")),
+                             "a domain's name with a line feed"),
         "text": (b"This is not a stream.\n", "text"),
         "empty": (b"", "nothing at all"),
     }

@@ -2,23 +2,17 @@
 """The XML of a saved domain, made to fit the place where it is restored. Pure: nothing is opened or asked."""
 
 import dataclasses
+import os.path
 import re
 from xml.etree import ElementTree  # noqa: S405 - vnb.domxml.parse lets no document type in
 
-from vnb import domxml
+from vnb import domxml, stream
 from vnb.errors import Error
-
-# Written as libvirt's users know them, instead of ns0, ns1, ...
-NAMESPACES = {
-    "qemu": "http://libvirt.org/schemas/domain/qemu/1.0",
-    "libosinfo": "http://libosinfo.org/xmlns/libvirt/domain/1.0",
-}
-for _prefix, _uri in NAMESPACES.items():
-    ElementTree.register_namespace(_prefix, _uri)
 
 # What libvirt makes of a domain's id or name when it starts, and makes anew.
 _MADE_PATH = re.compile(r"/domain-\d+-|/channel/target/|/run/libvirt/qemu/channel/|^/dev/pts/")
 _MADE_INTERFACE = re.compile(r"(vnet|macvtap|macvlan|vif)\d+")
+_CHARACTER_DEVICES = ("serial", "parallel", "console", "channel")
 
 
 def is_name(text):
@@ -49,17 +43,22 @@ class Place:
 
 @dataclasses.dataclass
 class Wishes:
-    """What the user wants. name (str or None): of the domain; the others as the options of vnb-config."""
+    """
+    What the user wants. name (str or None): of the domain; directory (str or None): where its files go, absolute; the
+    others as the options of vnb-config.
+    """
 
     name: str = None
     keep_identity: bool = False
     keep_graphics: bool = False
+    directory: str = None
 
 
 class Domain:
     """
     The domain of a segment's head (dict). root (Element): its XML, the definition rather than the state where both
-    are there. say (callable): takes a line to the user for each thing that does not stay as it was. Raises Error.
+    are there. say (callable): takes a line to the user for each thing that does not stay as it was. outputs (list of
+    str): paths of files that it will write, once adjust() was called. Raises Error.
     """
 
     def __init__(self, head, say):
@@ -72,19 +71,19 @@ class Domain:
         if not self.name:
             raise Error("domain XML", "has no name")
         self.say = say
+        self.outputs = []
         self._live = live
 
     def files(self):
         """[(role, path)] of the files that the domain needs beside its disks, once adopt_firmware() was called."""
-        return [(role, path) for role, path, _ in self._files()]
+        return [(role, path) for role, path, _ in self._files() if path]
 
     def _files(self):
         os_ = self.root.find("os")
         for role in domxml.FILE_ROLES:
             for element in () if os_ is None else os_.findall(role):
-                path = domxml.file_path(element)
-                if path:
-                    yield role, path, element
+                if domxml.is_named(element):
+                    yield role, domxml.file_path(element), element
 
     def adopt_firmware(self):
         """
@@ -93,11 +92,34 @@ class Domain:
         Where libvirt chooses the firmware when a domain starts, its definition does not say which: the nvram that is
         in the backup would be forgotten, and with it what the guest wrote there.
         """
-        os_, live = self.root.find("os"), None if self._live is None else self._live.find("os")
-        if os_ is None or live is None or os_ is live:
+        live = None if self._live is None or self._live is self.root else self._live.find("os")
+        if live is None or live.find("nvram") is None or not domxml.leaves_nvram_to_libvirt(self.root):
             return
-        if os_.find("loader") is None and os_.find("nvram") is None and live.find("nvram") is not None:
-            os_.extend(live.findall("loader") + live.findall("nvram"))
+        os_ = self.root.find("os")
+        for tag in ("loader", "nvram"):
+            if not any(map(domxml.is_named, os_.findall(tag))):
+                _remove(os_, ".", tag)
+                os_.extend(live.findall(tag))
+        smm = self._live.find("features/smm")
+        if smm is not None and self.root.find("features/smm") is None:
+            # A loader for secure boot goes with it alone, and libvirt has switched it on.
+            features = self.root.find("features")
+            if features is None:
+                features = ElementTree.SubElement(self.root, "features")
+            features.append(smm)
+
+    def adopt_nvram(self, path):
+        """
+        Have the definition name an nvram; True if it names none, and leaves that to libvirt.
+
+        Of a domain that was off there is nothing but such a definition, and libvirt's nvram beside it.
+        """
+        if not domxml.leaves_nvram_to_libvirt(self.root):
+            return False
+        os_ = self.root.find("os")
+        nvram = os_.find("nvram")
+        domxml.set_file_path(ElementTree.SubElement(os_, "nvram") if nvram is None else nvram, path)
+        return True
 
     def adjust(self, wishes, places, files):
         """
@@ -110,15 +132,28 @@ class Domain:
         for disk in self.root.findall("./devices/disk"):
             self._disk(disk, places)
         self._restored_files(files, wishes)
+        if not wishes.keep_identity:
+            taken = {place.path for place in places.values() if place} | {path for path in files.values() if path}
+            self._output(wishes.directory, taken)
+            self._other_state()
         if not wishes.keep_graphics:
             self._graphics()
         if self.root.find("./devices/tpm/backend[@type='emulator']") is not None:
-            self.say("the state of its TPM is not in the backup: the guest finds a new one")
+            found = "what this host still has of it, which may be newer than the disks" if wishes.keep_identity else \
+                "a new one"
+            self.say(f"the state of its TPM is not in the backup: the guest finds {found}")
 
     def xml(self):
-        """The XML (str), ending with a newline."""
+        """The XML (str), ending with a newline. Metadata, which are not libvirt's, have white space of their own."""
+        foreign = {place: element for place, element in enumerate(self.root) if element.tag == "metadata"}
+        for place in foreign:
+            self.root[place] = ElementTree.Element("metadata")
         ElementTree.indent(self.root)
-        return ElementTree.tostring(self.root, encoding="unicode") + "\n"
+        for place, element in foreign.items():
+            element.tail = self.root[place].tail
+            self.root[place] = element
+        # As it stands there it would be read as a line feed.
+        return ElementTree.tostring(self.root, encoding="unicode").replace("\r", "&#13;") + "\n"
 
     def _identity(self, wishes):
         self.name = wishes.name or (self.name if wishes.keep_identity else f"restore_{self.name}")
@@ -219,23 +254,77 @@ class Domain:
     def _restored_files(self, files, wishes):
         os_ = self.root.find("os")
         for role, path, element in list(self._files()):
-            if (role, path) not in files:
-                continue
-            restored = files[role, path]
+            key = role, path
+            restored = files.get(key)
             if restored is not None:
                 domxml.set_file_path(element, restored)
                 if role == "loader" and restored != path:
                     # With it libvirt looks for a loader that it knows, and takes no other.
                     os_.attrib.pop("firmware", None)
                     _remove(os_, ".", "firmware")
-            elif role == "nvram" and not wishes.keep_identity:
+                continue
+            why = "is not in the backup" if key in files or path is None else "was not restored"
+            if wishes.keep_identity or not _is_written(role, element, os_):
+                if key in files or path is None:
+                    self.say(f"{role} {path or 'on the network'} is not in the backup: the domain needs it there")
+            elif role in domxml.WRITTEN_ROLES:
                 # The original's: two machines must not write to it.
-                self.say(f"nvram {path} is not in the backup: the domain gets a new one")
-                kept = ("template", "templateFormat")
-                os_.remove(element)
-                ElementTree.SubElement(os_, "nvram", {key: element.get(key) for key in kept if element.get(key)})
+                self.say(f"{role} {path or 'on the network'} {why}: the domain gets a new one")
+                domxml.forget_file(element)
             else:
-                self.say(f"{role} {path} is not in the backup: the domain needs it there")
+                raise Error("domain XML", f"{role} {path} {why}, and the original writes to it: see --keep-identity")
+
+    def _output(self, directory, taken):
+        """
+        Have no output of the original's: files that its character devices write to.
+
+        directory (str or None): for its own; without one libvirt has it for whoever opens the console. taken (set of
+        str): paths in it that are others'.
+        """
+        moved = {}  # a console may be a serial device once more
+
+        def own(device, path):
+            if path not in moved:
+                name = os.path.basename(path)
+                new = os.path.join(directory, name if stream.is_safe_name(name) else f"{device.tag}.log")
+                number = 1
+                while new in taken or new in moved.values():
+                    number += 1
+                    new = os.path.join(directory, f"{device.tag}.{number}.log")
+                moved[path] = new
+                self.outputs.append(new)
+                self.say(f"{device.tag}: its output goes to {new}: {path} is the original's")
+            return moved[path]
+
+        for device in self.root.findall("./devices/*"):
+            source = device.find("source")
+            if device.tag in _CHARACTER_DEVICES and device.get("type") == "file" and source is not None:
+                path = source.get("path", "")
+                if directory is not None:
+                    source.set("path", own(device, path))
+                else:
+                    self.say(f"{device.tag}: its output is for virsh console: {path} is the original's")
+                    device.set("type", "pty")
+                    device.remove(source)
+            for log in device.findall("log"):
+                if directory is not None and log.get("file"):
+                    log.set("file", own(device, log.get("file")))
+                else:
+                    self.say(f"{device.tag}: is not logged: {log.get('file')} is the original's")
+                    device.remove(log)
+
+    def _other_state(self):
+        """Name nothing else that the original writes, and is not in a backup."""
+        for memory in self.root.findall("./devices/memory"):
+            path = memory.findtext("source/path")
+            if path:
+                self.say(f"{memory.get('model')} {path}: is not in the backup: removed from the domain")
+                self.root.find("devices").remove(memory)
+        for pstore in self.root.findall("./devices/pstore"):
+            if pstore.find("path") is not None:
+                self.say(f"pstore {pstore.findtext('path')}: is not in the backup: the domain gets a new one")
+                _remove(pstore, ".", "path")
+        _remove(self.root, "./devices/tpm/backend[@type='emulator']", "source")
 
     def _graphics(self):
         """Let nobody in whom a password kept out: it was not stored, and nothing tells whether there was one."""
@@ -265,11 +354,18 @@ def _is_open(graphics):
     return not listens or any(listen.get("type") not in ("none", "socket") for listen in listens)
 
 
+def _is_written(role, element, os_):
+    """Whether a running guest writes to the file of an element of one of domxml.FILE_ROLES."""
+    if role != "loader":
+        return role in domxml.WRITTEN_ROLES
+    return element.get("type") == "pflash" and element.get("readonly") != "yes" and os_.find("nvram") is None
+
+
 def _root(head, key):
     text = head.get(key)
     if not isinstance(text, str) or not text:
         return None
-    root = domxml.parse(text, "domain XML")
+    root = domxml.parse(text, "domain XML", comments=True)
     if root.tag != "domain":
         raise Error("domain XML", f"is not a domain, but <{root.tag}>")
     return root

@@ -2,14 +2,16 @@
 """vnb-checkpoint - begin and end a backup job and its checkpoint
 
 Usage:
-  vnb-checkpoint begin [options] [--include DISK]... [--exclude DISK]... DOMAIN
+  vnb-checkpoint begin [options] [--include DISK]... [--exclude DISK]...
+                 [--] DOMAIN
   vnb-checkpoint begin [options] --image NAME=FILE...
-  vnb-checkpoint run [options] [--include DISK]... [--exclude DISK]... DOMAIN
-                 -- COMMAND...
+  vnb-checkpoint run [options] [--include DISK]... [--exclude DISK]...
+                 [--] DOMAIN -- COMMAND...
   vnb-checkpoint run [options] --image NAME=FILE... -- COMMAND...
-  vnb-checkpoint (commit | abort) [options] DOMAIN
+  vnb-checkpoint (commit | abort) [options] [--] DOMAIN
   vnb-checkpoint (commit | abort) [options] --image NAME=FILE...
-  vnb-checkpoint (list | size | cleanup | redefine | delete) [options] DOMAIN
+  vnb-checkpoint (list | size | cleanup | redefine | delete) [options] [--]
+                 DOMAIN
   vnb-checkpoint --help | --version
 
 begin starts a job and writes a stream of its head, disks and files; a keeper
@@ -282,8 +284,8 @@ def _read_parts(path):
 
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(22, "not a regular file", path)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):  # an nvram may be a block device
+            raise OSError(22, "neither a regular file nor a block device", path)
         parts = []
         while part := file.read(FILE_PART):
             parts.append(part)

@@ -32,6 +32,7 @@ Options:
                       its first line is the password that libvirt asks for
 """
 
+import errno
 import os
 import shlex
 import stat
@@ -41,7 +42,7 @@ from vnb import log, stream
 from vnb.adjust import Domain, Place, Wishes, is_name
 from vnb.endpoint import NBD_PORT
 from vnb.errors import Error, UsageError
-from vnb.files import Files, destinations, originals
+from vnb.files import Files, check_path, destinations, originals
 from vnb.run import show
 
 FORMATS = ("qcow2", "raw")
@@ -57,7 +58,7 @@ def main(args):
             restored = Restored(segment, args)
             for frame in segment:
                 if frame.__class__ is stream.File:
-                    restored.files.add(frame)
+                    restored.add(frame)
         domain = restored.adjusted(args, chosen)
         try:
             xml = domain.xml()
@@ -142,6 +143,7 @@ class Restored:
 
     def __init__(self, segment, args):
         self.head = segment.head
+        self._args = args
         self._disks = [disk["name"] for disk in segment.disks]
         self._destinations = {}
         self._domain = self._failure = None
@@ -151,18 +153,34 @@ class Restored:
         except Error as error:
             self._failure = error  # of no account where another segment follows
         else:
-            self._choose_destinations(args)
+            if self._restores_files:
+                self._domain.adopt_firmware()
+            self._choose_destinations()
         self.files = Files(self._destinations, args["--check"])
 
-    def _choose_destinations(self, args):
-        if args["--no-files"] or not (args["--disk-dir"] or args["--files-in-place"]):
+    @property
+    def _restores_files(self):
+        return not self._args["--no-files"] and bool(self._args["--disk-dir"] or self._args["--files-in-place"])
+
+    def _choose_destinations(self):
+        """Fill _destinations, which is the one that self.files has."""
+        if not self._restores_files:
             return
-        self._domain.adopt_firmware()
         wanted = self._domain.files()
-        if args["--files-in-place"]:
-            self._destinations = originals(wanted)
+        if self._args["--files-in-place"]:
+            self._destinations.update(originals(wanted))
         else:
-            self._destinations = destinations(wanted, os.path.abspath(args["--disk-dir"]))
+            self._destinations.update(destinations(wanted, os.path.abspath(self._args["--disk-dir"])))
+
+    def add(self, frame):
+        """Take a part of a file."""
+        role, path = frame.fields["role"], frame.fields["path"]
+        if role == "nvram" and self._restores_files and self._domain is not None and (role, path) not in \
+                self._destinations:
+            check_path(role, path)
+            if self._domain.adopt_nvram(path):
+                self._choose_destinations()
+        self.files.add(frame)
 
     def adjusted(self, args, chosen):
         """The Domain, once all frames were seen. chosen: {disk name: Place}. Raises Error."""
@@ -170,7 +188,8 @@ class Restored:
             raise self._failure
         for name in chosen:
             if name not in self._disks:
-                raise Error("--disk", f'no disk {name} at point {self.head["point"]}')
+                there = ", ".join(self._disks) or "no disk"
+                raise Error("--disk", f'{name} is not at point {self.head["point"]}: there is {there}')
         directory, format_ = args["--disk-dir"], args["--format"]
         self.places = {
             name: chosen.get(name) or (
@@ -183,8 +202,21 @@ class Restored:
             # What is where it was, and must not be replaced, is as good as a file that came.
             is_there = final is None or key in self.files.complete
             files[key] = (final or key[1]) if is_there else None
-        wishes = Wishes(args["--name"], args["--keep-identity"], args["--keep-graphics"])
+        wishes = Wishes(
+            args["--name"], args["--keep-identity"], args["--keep-graphics"], directory and os.path.abspath(directory)
+        )
+        shared = [name for name in self._disks if self.places[name] is None and not args["--keep-identity"]]
+        if shared and args["--define"]:
+            raise Error(
+                ", ".join(shared), "the new domain would write to the original's disk: give it another by --disk-dir "
+                "or --disk NAME=TARGET, or restore the original with --keep-identity"
+            )
+        for name in shared:
+            self._domain.say(f"{name}: stays where it was, and the original writes to it: see --disk-dir and --disk")
         self._domain.adjust(wishes, self.places, files)
+        for path in self._domain.outputs:
+            if os.path.lexists(path):
+                raise Error(path, os.strerror(errno.EEXIST))
         return self._domain
 
 

@@ -3,6 +3,7 @@
 
 import json
 from xml.etree import ElementTree  # noqa: S405 - parse() lets no document type in
+from xml.parsers import expat  # noqa: S407 - the same
 
 from vnb.errors import Error
 
@@ -111,14 +112,27 @@ def _image_of(element):
     return " ".join(word for word in words if word) or None
 
 
-def parse(text, what):
-    """The root element of XML that has no document type, so no entities; Error."""
+def parse(text, what, comments=False):
+    """
+    The root element of XML that has no document type, so no entities; Error.
+
+    A prefix is a part of a name, and xmlns:PREFIX is an attribute: what is written again has them as they were. So
+    have comments and processing instructions, which libvirt keeps in metadata alone, where comments (bool) says so.
+    """
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise Error(what, "XML with a document type is not accepted")
+    builder = ElementTree.TreeBuilder(insert_comments=True, insert_pis=True)
+    parser = expat.ParserCreate("utf-8")
+    parser.buffer_text = True
+    parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
+    parser.CharacterDataHandler = builder.data
+    if comments:
+        parser.CommentHandler, parser.ProcessingInstructionHandler = builder.comment, builder.pi
     try:
-        return ElementTree.fromstring(text)  # noqa: S314
-    except ElementTree.ParseError as error:
+        parser.Parse(text.encode(), True)
+    except (expat.ExpatError, UnicodeEncodeError) as error:
         raise Error(what, f"malformed XML: {error}") from None
+    return builder.close()
 
 
 def disks(domain_xml):
@@ -148,7 +162,9 @@ def images_then(checkpoint_xml):
 
 def backup_endpoint(backup_xml):
     """Where the server of a running backup job listens: the key of its endpoint (see vnb.endpoint), or None."""
-    server = parse(backup_xml, "backup XML").find("server")
+    # libvirt writes a tab, which a domain's name and so its directory may have, as it is: in an attribute a parser
+    # takes that for a space. It indents by spaces.
+    server = parse(backup_xml.replace("\t", "&#9;"), "backup XML").find("server")
     if server is None:
         return None
     return server.get("socket") or f"{server.get('name')}:{server.get('port')}"
@@ -225,31 +241,75 @@ def sizes(checkpoint_xml):
     }
 
 
-FILE_ROLES = ("loader", "nvram", "kernel", "initrd", "dtb")
+FILE_ROLES = ("loader", "nvram", "varstore", "kernel", "initrd", "dtb", "shim")
+WRITTEN_ROLES = ("nvram", "varstore")  # by the firmware, while the guest runs
 
 
 def files(domain_xml):
-    """[(role, path)] of the files that the domain needs beside its disks."""
+    """[(role, path)] of the files that the domain needs beside its disks; an nvram may be a block device."""
     root = parse(domain_xml, "domain XML")
     found = [(role, file_path(element)) for role in FILE_ROLES for element in root.iterfind(f"./os/{role}")]
     return [(role, path) for role, path in found if path]
 
 
+def remote_firmware(domain_xml):
+    """What is no file and no device of the host (list of str), and a domain's firmware writes to it."""
+    found = parse(domain_xml, "domain XML").iterfind("./os/nvram")
+    return [f"its nvram, of type {element.get('type')}" for element in found
+            if file_path(element) is None and is_named(element)]
+
+
+def leaves_nvram_to_libvirt(root):
+    """Whether a domain (Element) boots by UEFI that remembers something, and its definition does not say where."""
+    os_ = root.find("os")
+    if os_ is None or any(is_named(element) for tag in WRITTEN_ROLES for element in os_.iterfind(tag)):
+        return False
+    loader = ElementTree.Element("loader") if os_.find("loader") is None else os_.find("loader")
+    if loader.get("stateless") == "yes":
+        return False
+    return os_.get("firmware") == "efi" or (loader.get("type"), loader.get("readonly")) == ("pflash", "yes")
+
+
 def file_path(element):
     """The absolute path that an element of one of FILE_ROLES names, or None."""
-    # An nvram may have a source, as disks have.
+    # An nvram may have a source, as disks have; a varstore has an attribute.
     source = element.find("source")
-    path = (element.text if source is None else source.get("file")) or ""
-    return path.strip() if path.strip().startswith("/") else None
+    if source is not None:
+        path = source.get("file") or source.get("dev")
+    else:
+        path = element.get("path") if element.tag == "varstore" else element.text
+    path = (path or "").strip()
+    return path if path.startswith("/") else None
+
+
+def is_named(element):
+    """Whether an element of one of FILE_ROLES names anything: a file, a device, or a place on the network."""
+    source = element.find("source")
+    if source is not None:
+        return bool(source.attrib or len(source))
+    return bool(((element.get("path") if element.tag == "varstore" else element.text) or "").strip())
 
 
 def set_file_path(element, path):
     """Have an element of one of FILE_ROLES name another file."""
     source = element.find("source")
-    if source is None:
-        element.text = path
-    else:
+    if source is not None:
+        element.set("type", "file")
         source.attrib = {"file": path}
+        for child in list(source):
+            source.remove(child)
+    elif element.tag == "varstore":
+        element.set("path", path)
+    else:
+        element.text = path
+
+
+def forget_file(element):
+    """Have an nvram or varstore name nothing any more: libvirt makes a new one, of the same template."""
+    element.attrib = {key: element.get(key) for key in ("template", "templateFormat") if element.get(key)}
+    element.text = None
+    for child in list(element):
+        element.remove(child)
 
 
 def has_tpm(domain_xml):

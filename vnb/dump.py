@@ -198,7 +198,7 @@ class _TextDump(_Dump):
         for key in SHOWN_HEAD[1:]:
             if head.get(key) is not None:
                 show(f"  {key:<12} {one_line(head[key])}\n")
-        show(f'  {"domain":<12} {head["domain"]} ({head["uuid"]})\n')
+        show(f'  {"domain":<12} {one_line(head["domain"])} ({head["uuid"]})\n')
         for key, value in head.items():
             if key in ("domain_xml", "checkpoint_xml") and value is not None:
                 show(f"  {key:<12} {len(value)} characters\n")

@@ -34,9 +34,10 @@ def originals(wanted):
     found = {}
     for role, path in wanted:
         check_path(role, path)
-        if os.path.normpath(path).startswith(tuple(f"{directory}/" for directory in _SYSTEM)):
+        is_there = os.path.lexists(path)
+        if not is_there and os.path.normpath(path).startswith(tuple(f"{directory}/" for directory in _SYSTEM)):
             raise Error("file", "is not restored to a directory of the system's own", path)
-        found[role, path] = None if os.path.lexists(path) else path
+        found[role, path] = None if is_there else path
     return found
 
 
@@ -127,7 +128,7 @@ class Files:
         if is_last:
             # QEMU, another user, has to read a kernel or a loader, which libvirt may leave as they are. What others
             # could not read before they can't now, and the nvram, which libvirt makes QEMU's own, they never can.
-            others = 0 if fields["role"] == "nvram" else fields["mode"] & 0o044
+            others = 0 if fields["role"] in domxml.WRITTEN_ROLES else fields["mode"] & 0o044
             os.fchmod(fd, 0o600 | others)
             os.fsync(fd)
             os.close(self._descriptors.pop(key))

@@ -158,7 +158,7 @@ class Directory:
                 except Error:
                     continue  # a point that needs it says so
                 domain, uuid = root.findtext("name"), root.findtext("uuid")
-                if f.is_name(domain) and f.is_name(uuid):
+                if stream.is_domain_name(domain) and f.is_name(uuid):
                     return domain, uuid
         lists = [name[: -len(".cpt")] for name in self.names if name.endswith(".cpt")]
         domain = lists[0] if lists else os.path.basename(os.path.abspath(self.path))

@@ -261,6 +261,10 @@ def _files(source, plan, job):
         xml = plan.head["domain_xml"]
         for role, path in domxml.files(xml):
             found.append({"role": role, "path": path})
+        if source.kind == "stopped" and (path := source.nvram_of_libvirt(xml)) is not None:
+            found.append({"role": "nvram", "path": path})
+        for what in domxml.remote_firmware(xml):
+            job.warn(f"{source.name}: {what}, is not in the backup")
         if domxml.has_tpm(xml):
             job.warn(f"{source.name}: the state of its TPM is not in the backup")
         # Not while an agent hangs that was asked to freeze: nobody watches over the job yet.

@@ -28,7 +28,7 @@ import traceback
 import nbdkit
 
 from vnb import frame as f
-from vnb.errors import Error, os_error
+from vnb.errors import Error, one_line, os_error
 from vnb.image import MAX_EXTENTS, Images
 
 API_VERSION = 2
@@ -150,7 +150,7 @@ def get_size(image):
 
 def export_description(image):
     """For people."""
-    return f'{image.name} of {image.head["domain"]} at {image.head["point"]}'
+    return f'{image.name} of {one_line(image.head["domain"])} at {image.head["point"]}'
 
 
 def block_size(_image):

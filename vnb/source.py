@@ -487,6 +487,17 @@ class Stopped(_Offline):
         if what is not None:
             raise Error(disk.name, f"{what} can be read while its domain runs only (--start-paused)")
 
+    def nvram_of_libvirt(self, xml):
+        """
+        The path of an nvram that the domain's definition does not name, or None where there is no such file.
+
+        libvirt names it after the domain; up to 9.0 it is only in the XML of a domain that runs.
+        """
+        if not domxml.leaves_nvram_to_libvirt(domxml.parse(xml, "domain XML")):
+            return None
+        path = os.path.join(self.domain.nvram_directory, f"{self.name}_VARS.fd")
+        return path if os.path.exists(path) else None
+
     def have(self):
         """What libvirt knows and the images still have."""
         disks = {disk.name: disk for disk in self.disks() if disk.kind_of_qemu is None and disk.format == "qcow2"}

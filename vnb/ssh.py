@@ -81,11 +81,11 @@ class Host:
         return [path for path in found.decode(errors="surrogateescape").split("\0") if path and path != pattern]
 
     def read(self, path, limit):
-        """(mode, bytes) of a regular file there of at most limit bytes. Raises Error."""
+        """(mode, bytes) of a regular file or a block device there of at most limit bytes. Raises Error."""
         name = shlex.quote(path)
         # One byte more than the limit: a longer file is seen.
         found = qemuimg.run(path, *self.argv(
-            f"test -f {name} && stat -L -c %a -- {name} && head -c {limit + 1} -- {name}"
+            f"{{ test -f {name} || test -b {name}; }} && stat -L -c %a -- {name} && head -c {limit + 1} -- {name}"
         ))
         mode, _, content = found.partition(b"\n")
         if len(content) > limit:

@@ -676,9 +676,11 @@ def checked_head(fields, payload, error):
     if fields[1] != f.VERSION:
         raise error(f"format version {fields[1]}, this vnb knows version {f.VERSION}: a newer vnb is needed")
     head = fields[2]
-    for key in ("id", "point", "domain", "uuid"):
+    for key in ("id", "point", "uuid"):
         if not f.is_name(head.get(key)):
             raise error(f'malformed head: "{key}"')
+    if not is_domain_name(head.get("domain")):
+        raise error('malformed head: "domain"')
     for key in ("parent", "checkpoint"):
         if key not in head or not (head[key] is None or f.is_name(head[key])):
             raise error(f'malformed head: "{key}"')
@@ -733,6 +735,11 @@ def checked_file(fields, payload, error):
     if any(type(number) is not int for number in numbers) or file["offset"] + len(payload) > file["size"]:
         raise error(f'malformed frame "file": {path}')
     return file
+
+
+def is_domain_name(name):
+    """Whether a value may be the name of a domain: libvirt takes tabs and joiners, which are not printable."""
+    return isinstance(name, str) and 0 < len(name) <= f.MAX_NAME and "\0" not in name and "\n" not in name
 
 
 def is_safe_name(name):

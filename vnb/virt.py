@@ -407,6 +407,13 @@ class Domain:
             raise error_of(self.uri, error) from None
 
     @property
+    def nvram_directory(self):
+        """Where libvirt keeps what UEFI remembers, unless a domain's XML says so itself."""
+        if not self.uri.partition("?")[0].endswith("/session"):
+            return "/var/lib/libvirt/qemu/nvram"
+        return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "libvirt/qemu/nvram")
+
+    @property
     def is_local(self):
         """Whether paths in the domain's XML are paths of this host."""
         return _is_local(self.uri)

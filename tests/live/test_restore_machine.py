@@ -11,10 +11,10 @@ import guest
 import libvirt
 import pytest
 import samples
-from backups import backup
+from backups import backup, levels
 from lab import ROOT, Disk, MiB, run
 
-RESTORE = ROOT / "bin" / "vnb-restore"
+BACKUP, RESTORE = ROOT / "bin" / "vnb-backup", ROOT / "bin" / "vnb-restore"
 
 
 class Restored(guest.Linux):
@@ -71,15 +71,17 @@ def test_a_machine_of_each_point_boots_and_has_its_files(lab):
             target = lab.path(f"restored {number}")
             name = f"{vm.name}-restored"
             done = lab.sh(f'{RESTORE} --until {point} --define --name {name} {directory_q} "{target}"')
-            assert done.stderr == f"vnb-config: {name}: defined\n"
+            own = f"{target}/{os.path.basename(vm.console)}"
+            moved = f"serial: its output goes to {own}: {vm.console} is the original's"
+            assert done.stderr == f"vnb-config: {moved}\nvnb-config: {name}: defined\n"
             assert sorted(os.listdir(target)) == ["initrd", "vda.qcow2", "vdb.qcow2", "vmlinuz"]
             for file in ("initrd", "vmlinuz"):
                 assert Path(target, file).read_bytes() == Path(lab.path(file)).read_bytes()
             for disk in FILE_SYSTEMS if number == len(STEPS) - 1 else ():
                 found = allocation(f"{target}/{disk}.qcow2")
                 assert abs(found - allocated[disk]) <= allocated[disk] / 20, (disk, found, allocated[disk])
-            vm.destroy()  # they share a file for their console
-            restored = Restored(lab, name, vm.console)
+            vm.destroy()  # for its memory
+            restored = Restored(lab, name, own)
             restored.start()
             for disk, expected in sums[number].items():
                 assert restored.run(f"cat /mnt/{disk}/sums") == expected
@@ -140,11 +142,11 @@ def test_what_uefi_remembers_comes_back(lab):
         assert remembered != Path(template).read_bytes()
         directory, target, name = lab.new_directory("set"), lab.path("uefi restored"), f"{vm.name}-restored"
         backup(lab, vm, "full", directory)
-        vm.destroy()  # they share a file for their console
+        vm.destroy()
         assert Path(nvram).read_bytes() == remembered
         done = lab.sh(f"{RESTORE} --define --name {name} {directory} '{target}'")
-        assert done.stderr == f"vnb-config: {name}: defined\n"
-        restored = Restored(lab, name, vm.console)
+        assert done.stderr.endswith(f"vnb-config: {name}: defined\n")
+        restored = Restored(lab, name, f"{target}/{os.path.basename(vm.console)}")
         root = ElementTree.fromstring(restored.handle.XMLDesc())  # noqa: S314 - libvirt's
         own = root.findtext("os/nvram")
         assert own == f"{target}/uefi vars.fd"
@@ -158,6 +160,111 @@ def test_what_uefi_remembers_comes_back(lab):
         if restored is not None:
             restored.remove()
         vm.remove()
+
+
+def test_what_uefi_remembers_where_only_libvirt_knows_the_place(lab):
+    """
+    A definition may say firmware='efi' and no more: libvirt 9.0 names loader and nvram while the domain runs alone.
+
+    The nvram of one that is off is found where libvirt keeps it, and a clone has it for itself.
+    """
+    uefi()
+    vm = lab.domain(Disk("vda", 16 * MiB), start=False)
+    clones = []
+    try:
+        lab.connection.defineXML(vm.xml().replace("<os>", "<os firmware='efi'>"))
+        vm.start(paused=True)
+        root = ElementTree.fromstring(vm.handle.XMLDesc())  # noqa: S314 - libvirt's
+        nvram = Path(root.findtext("os/nvram"))
+        remembered = b"remembered".ljust(nvram.stat().st_size, b".")
+        nvram.write_bytes(remembered)
+        running, off = lab.new_directory("set"), lab.new_directory("set")
+        backup(lab, vm, "copy", running, "--no-freeze")
+        vm.destroy()
+        backup(lab, vm, "copy", off)
+        for number, directory in enumerate((running, off)):
+            name, target = f"{vm.name}-{number}", lab.path(f"{vm.name} clone {number}")
+            lab.sh(f"{RESTORE} --define --name {name} {directory} '{target}'")
+            clones.append(lab.connection.lookupByName(name))
+            assert Path(target, nvram.name).read_bytes() == remembered
+            clones[-1].createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+            root = ElementTree.fromstring(clones[-1].XMLDesc())  # noqa: S314 - libvirt's
+            assert root.findtext("os/nvram") == f"{target}/{nvram.name}"
+    finally:
+        for clone in clones:
+            if clone.isActive():
+                clone.destroy()
+            clone.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM)
+        vm.remove()
+
+
+@pytest.mark.parametrize("name", [
+    "-dash\tand tab", "no\u00a0break, \U0001f469\u200d\U0001f52c",
+], ids=["dash", "joiner"])
+def test_a_machine_of_any_name(lab, name):
+    """libvirt takes tabs, no-break spaces, joiners and leading dashes: so do a backup, a set and a restore."""
+    vm = lab.domain(Disk("vda", 16 * MiB), start=False)
+    restored = None
+    try:
+        vm.handle.rename(name)  # its images stay where they are: libvirt loses a tab in a path
+        lab.domains[name] = lab.domains.pop(vm.name)
+        vm.name = name
+        vm.start()
+        target, directory = lab.path("of any name"), lab.path("set of", name)
+        for script in (
+            f'{BACKUP} --no-freeze -- "$NAME" "$SET"', f'{BACKUP} --no-freeze -- "$NAME" "$SET"',
+            'vnb-checkpoint list -- "$NAME"', 'vnb-verify "$SET"', 'vnb-dump "$SET"',
+            f'{RESTORE} --name="$NAME-2" --define "$SET" "$TARGET"', 'vnb-checkpoint delete --set "$SET" -- "$NAME"',
+        ):
+            done = lab.sh(script, env={"NAME": name, "SET": directory, "TARGET": target})
+            assert "Traceback" not in done.stderr
+            assert "\t" not in done.stderr and "\u200d" not in done.stderr  # what is shown is made visible
+        assert vm.checkpoints() == []
+        assert levels(directory) == ["full", "inc"]
+        restored = lab.connection.lookupByName(f"{name}-2")
+    finally:
+        if restored is not None:
+            restored.undefine()
+        vm.remove()
+        shutil.rmtree(target, ignore_errors=True)
+
+
+def test_nvram_on_a_block_device_and_output_in_a_file(lab):
+    """The device and the file are the original's: a clone, which runs beside it, has files of its own."""
+    device = lab.sh("truncate -s 4M nvram.img && losetup -f --show nvram.img").stdout.decode().strip()
+    loader, output = lab.path("code.fd"), lab.path("output")
+    Path(loader).write_bytes(bytes(64 << 10))
+    os.chmod(loader, 0o644)
+    os_xml = f"""
+        <loader readonly="yes" type="pflash">{loader}</loader>
+        <nvram type="block"><source dev="{device}"/></nvram>"""
+    serial = f'<serial type="file"><source path="{output}"/></serial>'
+    vm = restored = None
+    try:
+        Path(device).write_bytes(b"N" * (4 * MiB))
+        vm = lab.domain(Disk("vda", 16 * MiB), os_xml=os_xml, extra_xml=serial, start=False).start(paused=True)
+        directory, target = lab.new_directory("set"), lab.path("nvram elsewhere")
+        backup(lab, vm, "copy", directory, "--no-freeze")
+        done = lab.sh(f"{RESTORE} --define --name clone {directory} '{target}'")
+        assert f"vnb-config: serial: its output goes to {target}/output: {output} is the original's" in done.stderr
+        restored = lab.connection.lookupByName("clone")
+        restored.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+        root = ElementTree.fromstring(restored.XMLDesc())  # noqa: S314 - libvirt's
+        nvram = root.find("os/nvram/source").get("file")
+        assert nvram == f"{target}/{os.path.basename(device)}"
+        assert Path(nvram).read_bytes() == b"N" * (4 * MiB)
+        assert root.find("./devices/serial/source").get("path") == f"{target}/output"
+        assert Path(target, "output").exists()
+    finally:
+        if restored is not None:
+            if restored.isActive():
+                restored.destroy()
+            restored.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM)
+        if vm is not None:
+            vm.destroy()
+            vm.handle.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM)
+            vm.remove()
+        lab.sh(f"losetup -d {device}")
 
 
 @pytest.fixture
