@@ -107,12 +107,6 @@ def test_each_option_of_the_usage_is_described(name):
     assert listed - used == set() or "[options]" in text
 
 
-@pytest.mark.parametrize("name", ["vnb-backup", "vnb-backup-all", "vnb-restore", SOURCED])
-def test_porcelain_is_short(name):
-    """Whoever wants another backup than vnb-backup's reads it, and writes one."""
-    assert len(Path(ROOT, "bin", name).read_text().splitlines()) <= 100
-
-
 @by_command
 def test_there_is_a_page(name):
     assert Path(ROOT, "man", f"{name}.1") in COMMAND_PAGES

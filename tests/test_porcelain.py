@@ -150,13 +150,6 @@ def test_all_domains_are_backed_up_though_nobody_can_be_told(stubs, virsh):
     assert seen(stubs, "vnb-pack") == ["-o", "/b/one", "-o", "/b/two"]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_it_is_read_at_one_sitting(name):
-    """A hundred lines beside the usage text."""
-    with open(os.path.join(samples.ROOT, "bin", name)) as script:
-        assert len(script.readlines()) - len(printed(name, "--help").splitlines()) <= 100
-
-
 def test_backup_dry_run_is_the_pipeline():
     assert printed("vnb-backup", "--dry-run", "-z", "--verify", "--exclude=vdb", "vm1", "/backup/vm1") == (
         "vnb-checkpoint run --level auto --set /backup/vm1 --exclude vdb vm1 -- "
