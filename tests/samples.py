@@ -12,7 +12,6 @@ from vnb import codec, index, stream
 from vnb import frame as f
 from vnb.frame import DATA, HOLE, ZERO
 
-# A machine that is busy is no failure.
 # A machine that has other work is no fault of a test.
 settings.register_profile("vnb", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("vnb")

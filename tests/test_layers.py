@@ -63,10 +63,11 @@ def test_cursor_finds_what_a_scan_finds(found, offsets):
 
 
 @settings(deadline=None)
-@given(rows(), st.integers(0, SIZE), st.integers(0, SIZE))
-def test_lookup_gives_the_rows_that_meet_a_range(found, offset, end):
+@given(rows(), st.sets(st.integers(0, SIZE), min_size=2, max_size=2))
+def test_lookup_gives_the_rows_that_meet_a_range(found, cuts):
+    offset, end = sorted(cuts)  # nobody asks for an empty range
     expected = [row for row in found if row[0] < end and row[0] + row[1] > offset]
-    assert list(layer(found).lookup(offset, end)) == expected if offset < end else True
+    assert list(layer(found).lookup(offset, end)) == expected
 
 
 def test_tail_of_a_grown_disk_is_nobodys():

@@ -25,12 +25,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from lab import KiB, MiB, run, wait_for
+from lab import NEW_MOUNTS, KiB, MiB, change_root, leave_mounts, run, wait_for
 
 SIZE = 400 * MiB  # of a sparse file: xfs takes no less than 300
 GOING_DOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN: _IOR('X', 125, __u32)
 NO_LOG_FLUSH = 2
-NEW_MOUNTS = 0x00020000  # CLONE_NEWNS
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts file systems: needs root")
 
@@ -43,20 +42,22 @@ def private_mounts():
     Whoever makes one beside us, as a laboratory does, gets a copy of each mount that it sees, and so keeps it busy:
     this keeps ours out of sight. And they go with the namespace, whatever happens to the test.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
     here = os.getcwd()
     before = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    root = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if libc.unshare(NEW_MOUNTS) != 0:
-            pytest.skip(f"no mount namespace of our own: {os.strerror(ctypes.get_errno())}")
         try:
-            run("mount", "--make-rprivate", "/")
+            leave_mounts()
+        except OSError as error:
+            pytest.skip(f"no mount namespace of our own: {error.strerror}")
+        try:
             yield
         finally:
-            if libc.setns(before, NEW_MOUNTS) != 0:
+            if ctypes.CDLL(None, use_errno=True).setns(before, NEW_MOUNTS) != 0:
                 raise OSError(ctypes.get_errno(), "setns")
-            os.chdir(here)
+            change_root(root, here)  # it need not be the root directory of the namespace
     finally:
+        os.close(root)
         os.close(before)
 
 

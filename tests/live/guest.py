@@ -16,6 +16,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import lzma
 import os
 import re
 import shutil
@@ -30,11 +31,8 @@ import pytest
 from lab import DEADLINE, Domain, MiB, run, wait_for
 
 CACHE = Path.home() / ".cache" / "vnb-lab"
-MODULES = (  # in this order
-    "virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk",
-    "virtio_console",
-)
-XFS_MODULES = ("libcrc32c", "xfs")  # put in where a disk has it; ext4 is built in
+MODULES = ("virtio_pci", "virtio_blk", "virtio_console")  # with all that these need
+XFS_MODULES = ("xfs",)  # put in where a disk has it; ext4 is built in
 AGENT_PORT = "org.qemu.guest_agent.0"
 INIT = f"""#!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -42,13 +40,13 @@ mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs tmp /run
-for module in {" ".join(MODULES)}; do insmod /modules/$module.ko; done
+for module in /modules/*; do [ -f $module ] && insmod $module; done
 for disk in /sys/block/vd*; do
     disk=${{disk##*/}}
     type=ext4
     if [ "$(head -c 4 /dev/$disk)" = XFSB ]; then
         type=xfs
-        for module in {" ".join(XFS_MODULES)}; do insmod /modules/$module.ko; done
+        for module in /xfs/*; do [ -f $module ] && insmod $module; done
     fi
     mkdir -p /mnt/$disk
     mount -t $type /dev/$disk /mnt/$disk || rmdir /mnt/$disk
@@ -76,7 +74,7 @@ class Linux(Domain):
     def __init__(self, lab, name, disks, kernel, initrd, extra_xml="", firmware="", memory=192 * MiB):
         self.console = lab.path(f"{name}.console")
         os_xml = f"""{firmware}<kernel>{kernel}</kernel><initrd>{initrd}</initrd>
-            <cmdline>console=ttyS0 quiet panic=-1 rdinit=/init</cmdline>"""
+            <cmdline>console=ttyS0 quiet no_timer_check panic=-1 rdinit=/init</cmdline>"""
         extra_xml += f"""
             <serial type="file"><source path="{self.console}"/></serial>
             <channel type="unix"><target type="virtio" name="{AGENT_PORT}"/></channel>"""
@@ -174,13 +172,18 @@ def assemble(root, target):
     """Put vmlinuz and initrd into target, from what the packages have."""
     shutil.copy(next(root.glob("boot/vmlinuz-*")), target / "vmlinuz")
     agent = root / "usr/sbin/qemu-ga"
+    busybox = next(path for path in (root / "bin/busybox", root / "usr/bin/busybox") if path.exists())
     files = {
         "init": INIT.encode(), "sbin/shutdown": SHUTDOWN.encode(), "bin/sh": None,
-        "bin/busybox": (root / "bin/busybox").read_bytes(), "bin/qemu-ga": agent.read_bytes(),
+        "bin/busybox": busybox.read_bytes(), "bin/qemu-ga": agent.read_bytes(),
     }
-    for module in MODULES + XFS_MODULES:
-        files[f"modules/{module}.ko"] = next(root.rglob(f"{module}.ko")).read_bytes()
-    for library in re.findall(r"(/\S+) \(0x", run("ldd", agent)):
+    for directory, names in ("modules", MODULES), ("xfs", XFS_MODULES):
+        for number, module in enumerate(modules(root, names)):
+            files[f"{directory}/{number:02}.ko"] = module
+    linked = run("ldd", agent)
+    if "not found" in linked:
+        raise RuntimeError(f"qemu-guest-agent: this host lacks a library of it: {linked}")
+    for library in re.findall(r"(/\S+) \(0x", linked):
         files[library.lstrip("/")] = Path(library).read_bytes()
     directories = {"proc", "sys", "dev", "run", "mnt", "tmp", "etc", "var"}
     for name in files:
@@ -194,6 +197,26 @@ def assemble(root, target):
             else:
                 add(archive, number, name, stat.S_IFREG | 0o755, files[name])
         add(archive, 0, "TRAILER!!!", 0, b"")
+
+
+def modules(root, names):
+    """The content of these modules, and of all that they need, in the order to put them in; none that is built in."""
+    builtin = {Path(line).stem for path in root.rglob("modules.builtin") for line in path.read_text().splitlines()}
+    found = {}
+
+    def put(name):
+        if name in found or {name, name.replace("_", "-")} & builtin:
+            return
+        path = next(root.rglob(f"{name.replace('_', '[-_]')}.ko*"))
+        content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+        for needed in re.search(rb"\0depends=([^\0]*)\0", content)[1].decode().split(","):
+            if needed:
+                put(needed)
+        found[name] = content
+
+    for name in names:
+        put(name)
+    return list(found.values())
 
 
 def add(archive, inode, name, mode, data):

@@ -52,6 +52,8 @@ GiB = 1 << 30
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ROOT / ".venv" / "bin"
 DEADLINE = 60  # seconds for whatever should take one at most: the machine may be busy
+NEW_MOUNTS = 0x00020000  # CLONE_NEWNS
+MAKE_ALL_PRIVATE = 0x44000  # MS_PRIVATE | MS_REC
 WRITE_SIZE = 32 * MiB  # QEMU's monitor does nothing else meanwhile
 
 libvirt.registerErrorHandler(lambda _context, _error: None, None)  # errors are raised, not printed
@@ -576,11 +578,11 @@ def isolate(directory):
         return True
     for place in SYSTEM_DIRECTORIES.values():
         os.makedirs(place, exist_ok=True)
-    new_mounts = 0x00020000  # CLONE_NEWNS
-    if ctypes.CDLL(None, use_errno=True).unshare(new_mounts) != 0:
+    try:
+        leave_mounts()
+    except OSError:
         return False
     try:
-        run("mount", "--make-rprivate", "/")
         for name, place in SYSTEM_DIRECTORIES.items():
             os.mkdir(f"{directory}/{name}", mode=0o755)
             run("mount", "--bind", f"{directory}/{name}", place)
@@ -592,6 +594,40 @@ def isolate(directory):
         return False
     configure("/etc/libvirt")
     return True
+
+
+def leave_mounts():
+    """
+    Give this process and its children a mount namespace of their own. Raises OSError where that is not allowed.
+
+    Whatever they mount, nobody else sees. Our root may be a chroot: its directory is then no mount point, so nothing
+    can be said about the mounts above it before we stand there.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    here = os.getcwd()
+    _checked(libc.unshare(NEW_MOUNTS), "unshare")
+    root = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with open("/proc/thread-self/ns/mnt") as ours:
+            _checked(libc.setns(ours.fileno(), NEW_MOUNTS), "setns")  # out of the chroot, in our own namespace
+        try:
+            _checked(libc.mount(None, b"/", None, MAKE_ALL_PRIVATE, None), "mount")
+        finally:
+            change_root(root, here)
+    finally:
+        os.close(root)
+
+
+def change_root(root, here):
+    """Make a directory (descriptor) the root directory, and here (str) the working directory."""
+    os.fchdir(root)
+    os.chroot(".")
+    os.chdir(here)
+
+
+def _checked(result, what):
+    if result != 0:
+        raise OSError(ctypes.get_errno(), what)
 
 
 def configure(directory):
