@@ -21,7 +21,8 @@ FAST = (
 # These wait for agents that hang and for scratch files that fill up, and leave the processors to others.
 PATIENT = ("test_checkpoint_freeze", "test_checkpoint_keeper")
 
-os.environ["PATH"] = f"{COMMANDS}:{os.environ['PATH']}"
+# Servers and mkfs are where not every user's PATH goes.
+os.environ["PATH"] = f"{COMMANDS}:{os.environ['PATH']}:/usr/sbin:/sbin"
 os.environ["VNB_CONFIG"] = ""  # nor does a vnb.ini of whoever runs the tests count, or how they like what is said
 for name in ("VNB_LOG_LEVEL", "VNB_LOG_FORMAT", "VNB_PROGRESS", "VNB_RUN"):
     os.environ.pop(name, None)

@@ -56,6 +56,7 @@ NEW_MOUNTS = 0x00020000  # CLONE_NEWNS
 MAKE_ALL_PRIVATE = 0x44000  # MS_PRIVATE | MS_REC
 WRITE_SIZE = 32 * MiB  # QEMU's monitor does nothing else meanwhile
 
+os.environ["PATH"] += ":/usr/sbin:/sbin"  # where libvirtd and mkfs are: not in the PATH of every user
 libvirt.registerErrorHandler(lambda _context, _error: None, None)  # errors are raised, not printed
 
 
