@@ -1,27 +1,31 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Command lines that make no sense: what is said names what is wrong with them."""
 
+import os
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
-from samples import COMMANDS
+from samples import COMMANDS, ROOT
 
 WAYS = "--socket, --listen, --fuse, --device or --run is needed"
 STEPS = "one of begin, run, commit, abort, list, size, cleanup, redefine, delete"
+OTHER_DOCOPT = Path(ROOT, ".venv", "docopt-ng")
 SCRIPTS = ("vnb-backup", "vnb-backup-all", "vnb-restore")
 
 
-def refused(name, *argv):
+def refused(name, *argv, **environment):
     """The reason, from the first line."""
-    done = subprocess.run([name, *argv], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+    done = subprocess.run([name, *argv], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60,
+                          env={**os.environ, **environment})
     assert (done.returncode, done.stdout) == (2, "")
     first, _, usage = done.stderr.partition("\n")
     assert usage.startswith("Usage:\n")
     return first.removeprefix(f"{name}: ")
 
 
-@pytest.mark.parametrize("line, reason", [
+WRONG = [
     ("vnb-cat", "SET_OR_FILE is missing"),
     ("vnb-cat --until x", "SET_OR_FILE is missing"),
     ("vnb-prune", "SET is missing"),
@@ -46,9 +50,37 @@ def refused(name, *argv):
     ("vnb-checkpoint run --level full -- cat", "DOMAIN is missing"),
     ("vnb-checkpoint run --level full", "DOMAIN and COMMAND are missing"),
     ("vnb-pack " + "x " * 999, "wrong usage"),  # told soon
-])
+    ("vnb-cat --frobnicate set", "unknown option --frobnicate"),
+    ("vnb-cat --ver set", "--ver is not a unique prefix: --verbose, --version?"),
+    ("vnb-cat set --until", "--until requires argument"),
+    ("vnb-cat --head=yes set", "--head must not have an argument"),
+]
+
+
+@pytest.mark.parametrize("line, reason", WRONG)
 def test_what_is_wrong(line, reason):
     assert refused(*line.split()) == reason
+
+
+@pytest.fixture
+def other_docopt():
+    """An environment in which Python finds docopt-ng before docopt, as where Debian 13 has both."""
+    if not OTHER_DOCOPT.exists():
+        pytest.skip("docopt-ng could not be had")
+    return {"PYTHONPATH": str(OTHER_DOCOPT)}
+
+
+def test_all_commands_run_with_the_other_docopt(other_docopt):
+    for name in {*COMMANDS, "vnb-checkpoint"} - {*SCRIPTS}:
+        done = subprocess.run([name, "--help"], capture_output=True, text=True, env={**os.environ, **other_docopt})
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "\nUsage:\n" in done.stdout
+
+
+@pytest.mark.parametrize("line, reason", WRONG)
+def test_what_is_wrong_in_our_words(line, reason, other_docopt):
+    """docopt-ng has words of its own."""
+    assert refused(*line.split(), **other_docopt) == reason
 
 
 @pytest.mark.parametrize("name", sorted({*COMMANDS, "vnb-checkpoint"} - {*SCRIPTS}))

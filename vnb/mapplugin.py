@@ -210,7 +210,9 @@ def tell(error):
     if isinstance(error, MemoryError):
         error = Error(None, "out of memory")
     expected = isinstance(error, Error)
-    line = f"vnb-map: {error}" if expected else "".join(traceback.format_exception(error)).rstrip()
+    # Python 3.9 wants all three.
+    stack = [] if expected else traceback.format_exception(type(error), error, error.__traceback__)
+    line = f"vnb-map: {error}" if expected else "".join(stack).rstrip()
     with lock:
         if line in told:
             return

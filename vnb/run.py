@@ -30,16 +30,15 @@ def outcome(name, module, argv):
             # A signal that is ignored stays so: nohup(1) and shells without job control rely on it.
             if signal.getsignal(signum) is not signal.SIG_IGN:
                 signal.signal(signum, interrupts.handle)
-        from docopt import DocoptExit, docopt
+        from docopt import DocoptExit
 
         if isinstance(module, str):
             module = importlib.import_module(module)
         usage = arguments.usage(module.__doc__)
         try:
-            args = docopt(usage, argv, help=False, options_first=_options_first(module))
+            args = _parse(usage, argv, module)
         except DocoptExit as exit_:
-            reason = str(exit_).replace(str(DocoptExit.usage), "").strip()
-            raise UsageError(None, reason or _misuse(usage, argv, module)) from None
+            raise UsageError(None, _misuse(usage, argv, module, str(exit_).partition("\n")[0])) from None
         finally:
             synopsis = f"\n{DocoptExit.usage.strip()}"
         arguments.refuse_empty(args)
@@ -80,23 +79,27 @@ def outcome(name, module, argv):
         _die(interrupted.signum)
 
 
-def _options_first(module):
-    return getattr(module, "OPTIONS_FIRST", False)
+def _parse(usage, argv, module):
+    """The dict of docopt, or of docopt-ng, which has its name and hides it; DocoptExit where the line is wrong."""
+    from docopt import docopt
+
+    # help and version by their places: the one has another name there.
+    return docopt(usage, argv, False, None, options_first=getattr(module, "OPTIONS_FIRST", False))
 
 
-def _misuse(usage, argv, module):
-    """Why docopt refuses this command line, which it does not tell."""
-    from docopt import DocoptExit, docopt
+def _misuse(usage, argv, module, said):
+    """Why docopt refuses this command line. It said (str) so only where it is about one option."""
+    from docopt import DocoptExit
 
     from vnb import misuse
 
-    option = arguments.unknown(usage, argv)
-    if option:
-        return f"unknown option {option}"
+    wrong = arguments.wrong_option(usage, argv) or (said if said.startswith("-") else None)
+    if wrong:
+        return wrong
 
     def parse(words):
         try:
-            return docopt(usage, words, help=False, options_first=_options_first(module))
+            return _parse(usage, words, module)
         except DocoptExit:
             return None
 
