@@ -27,6 +27,7 @@ from vnb.source import open_source, source_of
 from vnb.state import JobDirectory, is_dead, owner
 
 TICK_SECONDS = 1.0  # free room, clients and deadline have no event that one could wait for
+RAREST_SECONDS = 300  # between two attempts to end a job that does not end; the first pause is a tick
 MAX_MESSAGE = 16 << 20  # a head has XML in it, disks are a few hundred bytes each
 REQUEST_SECONDS = 10  # for whoever speaks to the keeper to say what it wants, and to take the answer
 ANSWER_SECONDS = 180  # a guest that shuts down keeps its job for half a minute
@@ -303,14 +304,15 @@ def _keep_for(connection, options):
 
 
 def _keep(line, options):
-    source = open_source(options)
-    directory = JobDirectory(options["state"], source.uuid)
-    make_way(directory)
-    try:
-        _keep_locked(line, options, source, directory)
-    except BaseException:
-        stay(directory)  # what we took over, and could not even begin with
-        raise
+    # Closed at the end: libvirtd logs an error for a client that goes without a word.
+    with contextlib.closing(open_source(options)) as source:
+        directory = JobDirectory(options["state"], source.uuid)
+        make_way(directory)
+        try:
+            _keep_locked(line, options, source, directory)
+        except BaseException:
+            stay(directory)  # what we took over, and could not even begin with
+            raise
 
 
 def _keep_locked(line, options, source, directory):
@@ -330,6 +332,8 @@ def _keep_locked(line, options, source, directory):
                 keeper.loop()
             finally:
                 keeper.end_if_running("the keeper was ended")
+                if keeper.job.held is not None:
+                    keeper.job.held.close()  # it may be another one than the source by now
 
 
 def _begin(directory, source, line, listener, options):
@@ -406,7 +410,8 @@ def who_runs(directory):
             f"its backup has ended, and process {who['pid']} on {who['host']} stays until the guest agent has thawed "
             "the guest"
         )
-    return f"a backup runs already, begun {record['head']['created']} (process {who['pid']} on {who['host']})"
+    trouble = f", and its job does not end: {record['trouble']}" if record.get("trouble") else ""
+    return f"a backup runs already, begun {record['head']['created']} (process {who['pid']} on {who['host']}){trouble}"
 
 
 def _redirect(log):
@@ -442,6 +447,8 @@ class Keeper:
         self.ending = None
         self.kept_alone = False
         self.troubles = {}
+        self.pause = TICK_SECONDS  # until a job that could not be ended is tried again
+        self.next_try = time.monotonic()
         self.looked = time.monotonic()
         self.deadline = time.monotonic() + options["deadline"]
         self.last_client = time.monotonic()
@@ -468,7 +475,7 @@ class Keeper:
         """
         End the job by ourselves: it does not count, unless its segment is in the ledger.
 
-        Where libvirt does not answer, this is tried again at every tick: it may be restarting.
+        Where libvirt does not answer, this is tried again, more and more rarely: it may be restarting.
         """
         if self.done:
             return
@@ -478,7 +485,11 @@ class Keeper:
         try:
             self.job.abort(self.ending)
         except Error as error:
-            self._trouble("end", str(error))
+            self.next_try = time.monotonic() + self.pause
+            self.pause = min(2 * self.pause, RAREST_SECONDS)
+            if self._trouble("end", str(error)):
+                with contextlib.suppress(Error):
+                    self.job.intend("trouble", error.reason)
         else:
             self.done = True
 
@@ -490,10 +501,12 @@ class Keeper:
             self.starter.tell(text)
 
     def _trouble(self, about, text):
-        """A line on what fails tick after tick: only when it is another one than before."""
-        if self.troubles.get(about) != text:
-            self.troubles[about] = text
-            self.log(text)
+        """A line on what fails tick after tick: only when it is another one than before, which is returned."""
+        if self.troubles.get(about) == text:
+            return False
+        self.troubles[about] = text
+        self.log(text)
+        return True
 
     def _hear_starter(self):
         try:
@@ -564,7 +577,8 @@ class Keeper:
 
     def _look(self):
         if self.ending is not None:
-            self.end_if_running(self.ending)
+            if time.monotonic() >= self.next_try:
+                self.end_if_running(self.ending)
         elif not self.done:
             self._look_at_time()
             for look in (self._look_at_scratch, self._look_at_guest):
@@ -634,6 +648,7 @@ class Keeper:
             self.end_if_running("its domain is gone")
             return
         held.forward = self.job.held.forward
+        self.job.held.close()
         self.job.held = held
 
     def _is_idle(self):

@@ -43,6 +43,7 @@ def source_of(record):
         domain = Domain(record["uri"], record["head"]["uuid"], record.get("user"), record.get("password_file"))
     except NoDomain:
         return Gone(ssh.Host.of_uri(record["uri"], **record["ssh"]))
+    domain.what = domain.name  # nobody has typed its UUID
     if record["kind"] == "stopped":
         return Stopped(domain)
     return Running(domain, ssh.Host.of_uri(domain.uri, **record["ssh"]))

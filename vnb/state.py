@@ -106,13 +106,18 @@ def _stat(pid):
 
 
 class JobDirectory:
-    """The directory of a domain's job. state (str): the state directory. uuid (str): the domain's."""
+    """
+    The directory of a domain's job. state (str): the state directory. uuid (str): the domain's.
 
-    def __init__(self, state, uuid):
+    make (bool): make it, where it is not there.
+    """
+
+    def __init__(self, state, uuid, make=True):
         self.state = state
         self.uuid = uuid
         self.path = os.path.join(state, "jobs", uuid)
-        make_private_directory(self.path)
+        if make:
+            make_private_directory(self.path)
         self.log = os.path.join(self.path, "keeper.log")
         self._record = os.path.join(self.path, "job.json")
 

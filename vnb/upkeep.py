@@ -28,7 +28,9 @@ def list(args, say):  # noqa: A001 - the command's own word
     """Print the domain's checkpoints, one a line: name, disks, size of an increment from it, where it is saved."""
     with open_domain(args) as domain:
         found = domain.checkpoints()
-        measurable = domain.is_active and domain.running_job() is None
+        job = domain.running_job() if domain.is_active else None
+        _tell_of_jobs(domain, args, job, say)
+        measurable = domain.is_active and job is None
         ledger = Ledger.of(args["--state-dir"], domain.uuid, args["--set"])
         saved = {segment.head["checkpoint"]: segment for segment in ledger.segments()}
         for name in sorted(found):
@@ -52,6 +54,15 @@ def list(args, say):  # noqa: A001 - the command's own word
             else:
                 words = [name, ",".join(row["disks"]), "-" if size is None else str(size)]
                 show(f"{'  '.join([*words, row['saved'] or _whose(row, ledger)])}\n")
+
+
+def _tell_of_jobs(domain, args, job, say):
+    """Say whose job a domain has. job: of Domain.running_job()."""
+    directory = JobDirectory(args["--state-dir"], domain.uuid, make=False)
+    if directory.load() is not None:
+        say(f"{domain.name}: {who_runs(directory)}")
+    elif job is not None:
+        say(f"{domain.name}: a {job} job is active that is not of vnb, or not of this host")
 
 
 def _whose(row, ledger):

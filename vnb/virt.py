@@ -21,14 +21,27 @@ PRESERVE_SHUTDOWN_SINCE = 11_010_000  # the daemon's version, not the client lib
 SYSTEM_ROOT = "/var/lib/libvirt/qemu"  # of the directories that the system's daemon makes for domains
 SHORT_NAME = 20  # characters of a domain's name in these
 KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 10, 3  # a line is down when nothing has come for so many times so long
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10  # seconds between two questions for what an event tells, too
+# libvirt's codes for what it cannot read from a QEMU that has ended: it says them in the language of its locale.
+MONITOR_GONE = (libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_ERR_OPERATION_FAILED, libvirt.VIR_ERR_SYSTEM_ERROR)
+JOBS = {
+    libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP: "backup",
+    libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT: "migration",
+    libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN: "migration",
+    libvirt.VIR_DOMAIN_JOB_OPERATION_SAVE: "save",
+    libvirt.VIR_DOMAIN_JOB_OPERATION_DUMP: "dump",
+    libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT: "snapshot",
+}
 BLOCK_JOBS = {
     libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_PULL: "pull",
     libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY: "copy",
     libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT: "commit",
     libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: "active-commit",
 }
-MARK = "urn:vnb:started"  # the namespace of what we write into the live XML of a domain that we start
 JOB_END_SECONDS = 60  # ending a pull job takes milliseconds; a guest that is shutting down keeps it for 30 s
+STILL_THERE = f"the backup job is still there after {JOB_END_SECONDS} seconds"
+UNKNOWN = f"{STILL_THERE}, and libvirt knows nothing about it, as after a crash: it ends when the domain is shut down"
+MARK = "urn:vnb:started"  # the namespace of what we write into the live XML of a domain that we start
 # For the guest agent to answer; libvirt itself would wait for ever. A freeze writes back all that is dirty, and Windows
 # gives its writers a minute; no job runs yet that somebody would have to watch over. Thawing and asking is quick.
 FREEZE_SECONDS, THAW_SECONDS, INFO_SECONDS = 60, 5, 5
@@ -64,10 +77,10 @@ def _is_local(uri):
 
 
 def _open(uri, user, password_file):
-    if _is_local(uri):
-        return _open_any(uri, user, password_file)
     _run_events()
     connection = _open_any(uri, user, password_file)
+    if _is_local(uri):
+        return connection
     # Else a call on a line that is down would wait as long as TCP does, and the keeper would watch over nothing.
     connection.setKeepAlive(KEEPALIVE_SECONDS, KEEPALIVE_COUNT)
     return connection
@@ -75,7 +88,7 @@ def _open(uri, user, password_file):
 
 @functools.cache
 def _run_events():
-    """Run libvirt's event loop in a thread, once in a process: keepalive messages need it."""
+    """Run libvirt's event loop in a thread, once in a process: events and keepalive messages need it."""
     libvirt.virEventRegisterDefaultImpl()
 
     def run():
@@ -128,6 +141,23 @@ def _password(path):
         raise os_error(path, error) from None
     except UnicodeDecodeError:
         raise Error(path, "is not UTF-8") from None
+
+
+class Patience:
+    """How long to wait for something, with polls that become rare: each may be an error in a daemon's log."""
+
+    def __init__(self, seconds):
+        self._end = time.monotonic() + seconds
+        self._pause = FIRST_PAUSE
+
+    @property
+    def is_over(self):
+        return time.monotonic() > self._end
+
+    def next_pause(self):
+        """Seconds until the next question."""
+        pause, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+        return pause
 
 
 class Host:
@@ -225,11 +255,10 @@ class Domain:
         raise NoDomain(name, f"no such domain at {self.uri}")
 
     def close(self):
-        """Let go of the connection."""
-        try:
+        """Let go of the connection, which the domain holds, too."""
+        self._domain = None
+        with contextlib.suppress(libvirt.libvirtError):  # the daemon was faster
             self._connection.close()
-        except libvirt.libvirtError:
-            return  # the daemon was faster
 
     def __enter__(self):
         return self
@@ -347,28 +376,25 @@ class Domain:
 
     def running_job(self):
         """What kind of job runs, in words, or None. Never waits."""
+        return self._job()[0]
+
+    def _job(self):
+        """(kind of the job that runs, or None; whether libvirt knows anything about it)."""
         try:
-            if self._domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE:
-                return None
-            operation = self._domain.jobStats().get("operation")
+            stats = self._domain.jobStats()
         except libvirt.libvirtError as error:
-            # "backup job data missing": a backup job is beginning or ending at this moment.
-            if error.get_error_code() == libvirt.VIR_ERR_INTERNAL_ERROR and "backup job" in error.get_error_message():
-                return "backup"
+            # "backup job data missing": a backup job is beginning or ending at this moment, or libvirtd died then.
+            if error.get_error_code() == libvirt.VIR_ERR_INTERNAL_ERROR:
+                return "backup", False
             raise error_of(self.what, error) from None
-        names = {
-            libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP: "backup",
-            libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT: "migration",
-            libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN: "migration",
-            libvirt.VIR_DOMAIN_JOB_OPERATION_SAVE: "save",
-            libvirt.VIR_DOMAIN_JOB_OPERATION_DUMP: "dump",
-            libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT: "snapshot",
-        }
-        return names.get(operation, "job")
+        if stats["type"] == libvirt.VIR_DOMAIN_JOB_NONE:
+            return None, True
+        return JOBS.get(stats.get("operation"), "job"), True
 
     def backup_endpoint(self):
         """Where the running pull-mode backup job listens (see vnb.domxml), or None where there is no backup job."""
-        if self.running_job() != "backup":
+        # What is not asked for in vain is no error in libvirtd's log.
+        if self._job() != ("backup", True):
             return None
         try:
             return domxml.backup_endpoint(self._domain.backupGetXMLDesc())
@@ -427,48 +453,79 @@ class Domain:
         A pull job has no other end than abort. Another one may begin the moment that ours is gone: it is not ours to
         end. A guest that is shutting down is waited for: libvirt answers nothing about its job until it is off.
         """
-        deadline = time.monotonic() + JOB_END_SECONDS
         ready = asked = False
-        while True:
-            try:
-                if not self.is_active or self.running_job() != "backup":
-                    return ready
-                found = self.backup_endpoint()  # None while a job begins or ends: which one, is not known yet
-                if found not in (None, endpoint):
-                    return ready
-                if found == endpoint and not ready:
-                    get_ready()
-                    ready = True
-                    deadline = time.monotonic() + JOB_END_SECONDS
-                    continue  # meanwhile it may have ended, and another one begun
-                if found == endpoint and not asked:
-                    self.call("abortJob")
-                    asked = True
-                failure = Error(self.what, f"the backup job is still there after {JOB_END_SECONDS} seconds")
-            except Error as error:
-                failure = error
-            if time.monotonic() > deadline:
-                raise failure
-            time.sleep(0.01)  # the abort is answered before the block jobs are gone, and nothing else tells
+        with self._changes() as wait:
+            patience = Patience(JOB_END_SECONDS)
+            while True:
+                try:
+                    kind, is_known = self._job() if self.is_active else (None, True)
+                    if kind != "backup":
+                        return ready
+                    found = self.backup_endpoint() if is_known else None
+                    # None while a job begins or ends: which one, is not known yet.
+                    if found not in (None, endpoint):
+                        return ready
+                    if found == endpoint and not ready:
+                        get_ready()
+                        ready = True
+                        patience = Patience(JOB_END_SECONDS)
+                        continue  # meanwhile it may have ended, and another one begun
+                    if found == endpoint and not asked:
+                        self.call("abortJob")
+                        asked = True
+                    failure = Error(self.what, STILL_THERE if is_known else UNKNOWN)
+                except Error as error:
+                    failure = error
+                if patience.is_over or not self._connection.isAlive():
+                    raise failure
+                wait(patience.next_pause())  # the abort is answered before the block jobs are gone
+
+    @contextlib.contextmanager
+    def _changes(self):
+        """
+        A function that waits for some seconds, or until a job of this domain has ended or its state has changed.
+
+        What happens between two calls of it is not missed. It is for a poll, which may be rare then.
+        """
+        changed = threading.Event()
+        events = []
+        for event in (libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE):
+            with contextlib.suppress(libvirt.libvirtError):  # the poll has to do, where libvirt has no events
+                events.append(
+                    self._connection.domainEventRegisterAny(self._domain, event, lambda *_: changed.set(), None)
+                )
+
+        def wait(seconds):
+            changed.wait(seconds)
+            changed.clear()
+
+        try:
+            yield wait
+        finally:
+            for event in events:
+                with contextlib.suppress(libvirt.libvirtError):  # the daemon has gone
+                    self._connection.domainEventDeregisterAny(event)
 
     def settle(self):
         """Wait until a guest that is shutting down is off: libvirt says so a moment after QEMU's monitor is gone."""
-        deadline = time.monotonic() + SETTLE_SECONDS
-        while self.call("isActive") and self._is_going():
-            if time.monotonic() > deadline:
-                raise Error(self.what, f"is still shutting down after {SETTLE_SECONDS} seconds")
-            time.sleep(0.1)  # as above
+        if not self._is_going():
+            return
+        with self._changes() as wait:
+            patience = Patience(SETTLE_SECONDS)
+            while self._is_going():
+                if patience.is_over:
+                    raise Error(self.what, f"is still shutting down after {SETTLE_SECONDS} seconds")
+                wait(patience.next_pause())
 
     def _is_going(self):
+        if not self.is_active:
+            return False
         if self.call("state")[0] == libvirt.VIR_DOMAIN_SHUTDOWN:
             return True
         try:
-            # Any question to QEMU's monitor will do.
-            self._domain.blockInfo(next(iter(domxml.disks(self.xml()))).name)
+            self._domain.ioThreadInfo()  # any question to QEMU's monitor that every domain can answer will do
         except libvirt.libvirtError as error:
-            return "monitor" in error.get_error_message()
-        except StopIteration:
-            return False
+            return error.get_error_domain() == libvirt.VIR_FROM_QEMU and error.get_error_code() in MONITOR_GONE
         return False
 
     def is_paused_by_error(self):

@@ -231,6 +231,11 @@ class Domain:
                 return pid
         raise ProcessLookupError(f"{self.name}: no QEMU")
 
+    def status_file(self):
+        """Where libvirtd writes what it will want to know of it when it is started again, the job that runs too."""
+        runtime = "/run" if os.geteuid() == 0 else os.environ["XDG_RUNTIME_DIR"]
+        return f"{runtime}/libvirt/qemu/{'' if os.geteuid() == 0 else 'run/'}{self.name}.xml"
+
     def private_directory(self):
         """Where only QEMU's user and root look: its monitor's socket is there. None when it is off."""
         for state in self.lab.state_directories:

@@ -17,7 +17,7 @@ from backups import STORE, backup, in_handshake, listed, record, restores, tip
 from guest import linux
 from lab import Disk, MiB, run, wait_for
 
-from vnb.virt import Domain
+from vnb.virt import JOB_END_SECONDS, Domain
 
 LISTEN = ["", "--nbd-listen 127.0.0.1"]
 # A stage that has its input and does not end by itself: tail follows what never grows.
@@ -545,4 +545,55 @@ def test_ctrl_c_in_the_middle(lab, vm, directory):
     _, said = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT
     assert "Traceback" not in said
+    assert vm.checkpoints() == []
+
+
+def lose_job_data(lab, vm):
+    """
+    Have libvirt believe for ever that the machine has a backup job, of which it knows nothing.
+
+    That is what a libvirtd leaves that died while it began one: it waits for a QEMU that stands still, and is killed.
+    """
+    qemu = vm.qemu_pid()
+    server = f'<server transport="unix" socket="{vm.private_directory()}/lost"/>'
+    scratch = f'<scratch file="{vm.private_directory()}/lost.scratch"/>'
+    job = lab.path("lost.xml")
+    with open(job, "w", encoding="utf-8") as file:
+        file.write(f'<domainbackup mode="pull">{server}<disks><disk name="vda" type="file">{scratch}</disk></disks>'
+                   "</domainbackup>")
+    os.kill(qemu, signal.SIGSTOP)
+    try:
+        client = start(lab, f"virsh backup-begin {vm.name} {job}")
+        wait_for(lambda: "async='backup'" in run("cat", vm.status_file()), "the job")
+        lab.restart_libvirtd()
+    finally:
+        os.kill(qemu, signal.SIGCONT)
+    client.communicate()
+
+
+def test_a_job_that_does_not_end_is_said_once_and_tried_more_and_more_rarely(lab, vm, directory):
+    """libvirtd logs every question that it has no answer to; whoever looks is told, and when it ends all is well."""
+    begin(lab, vm, directory, options="--deadline 10s")
+    vm.handle.abortJob()
+    wait_for(lambda: not vm.has_job(), "the end of the job")
+    lose_job_data(lab, vm)
+    log = lab.path("libvirtd.log")
+    size = os.path.getsize(log)
+    wait_for(lambda: "trouble" in (record(lab, vm) or {}), "the first attempt", 2 * JOB_END_SECONDS)
+    reason = (
+        "the backup job is still there after 60 seconds, and libvirt knows nothing about it, as after a crash: "
+        "it ends when the domain is shut down"
+    )
+    said = lab.sh(f"vnb-checkpoint list {vm.name} --set {directory}").stderr
+    assert re.fullmatch(
+        rf"vnb-checkpoint: {vm.name}: a backup runs already, begun .* \(process \d+ on .*\), and its job does not end: "
+        rf"{reason}\n", said,
+    )
+    with open(log, encoding="utf-8") as file:
+        file.seek(size)
+        assert file.read().count(": error :") < JOB_END_SECONDS / 3
+    vm.destroy()
+    wait_for(lambda: record(lab, vm)["phase"] == "ended", "the end of the job", JOB_END_SECONDS)
+    assert keeper_log(lab, vm).count(reason) == 1
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
     assert vm.checkpoints() == []
