@@ -55,7 +55,10 @@ def test_as_the_original(tmp_path, options):
     original = tmp_path / "original/vda.qcow2"
     qemu_img("create", "-f", "qcow2", "-o", options, original, len(EXPECTED), cwd=original.parent)
     told = json.loads(qemu_img("info", "--backing-chain", "--output=json", original))
-    restored(content(told), tmp_path / "out")
+    done = applied.apply(content(told), tmp_path / "out")
+    data = f"vnb-apply: vda: its data is in {tmp_path}/out/vda.data: QEMU's user has to read and write it, and libvirt "
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert done.stderr.startswith(data) if "data_file" in options else done.stderr == ""
     image = tmp_path / "out/vda.qcow2"
     assert same(image, "qcow2", EXPECTED, tmp_path)
     assert settings_of(image) == settings_of(original)

@@ -235,6 +235,19 @@ def test_a_disk_that_is_chosen_is_the_default(saved, tmp_path):
         assert copy(f"nbd+unix:///?socket={tmp_path / 's'}", tmp_path / "out") == EXPECTED[1]["vdb"]
 
 
+@pytest.mark.parametrize("how", [[], ["--writable"], ["--overlay"]])
+def test_an_export_of_a_name_that_was_asked_for(saved, tmp_path, how):
+    """A client may know one name alone; with an overlay it is another server that has the export."""
+    how = [*how, tmp_path / "overlay.qcow2"] if how == ["--overlay"] else how
+    options = ["--disk", "vda", "--export-name", "sda of it", *how, "--socket", tmp_path / "s", saved]
+    with mapped(*options) as served:
+        assert served.lines == [f"nbd+unix:///sda%20of%20it?socket={tmp_path}/s"]
+        size = subprocess.run(["nbdinfo", "--size", served.lines[0]], capture_output=True, text=True, check=True).stdout
+        assert int(size) > 0
+    done = subprocess.run(["vnb-map", "--export-name", "x", "--socket", tmp_path / "s", saved], capture_output=True)
+    assert (done.returncode, b"vnb-map: --export-name: is for one disk: choose one of " in done.stderr) == (1, True)
+
+
 def test_run_has_the_uri_and_our_status(saved, tmp_path):
     out = tmp_path / "out"
     done = run("vnb-map", "--disk", "vda", "--run", f'nbdcopy "$uri" {out} && exit 3', saved)

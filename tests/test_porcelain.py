@@ -364,6 +364,33 @@ def test_restore_dry_run_is_the_pipelines(tmp_path):
     assert os.listdir(tmp_path) == ["set"]
 
 
+def test_restore_dry_run_with_a_file_for_the_xml(tmp_path):
+    make_set(tmp_path / "set", PLAN)
+    lines = printed("vnb-restore", "--dry-run", "--config-file", "-x.xml", tmp_path / "set", "/t").splitlines()
+    assert lines[-1].endswith(" | vnb-config --disk-dir /t -o ./-x.xml")
+    for option in ("--define", "--no-config"):
+        done = porcelain("vnb-restore", "--config-file", "x", option, tmp_path / "set", "/t")
+        assert (done.returncode, done.stderr.splitlines()[0]) == (2, f"vnb-restore: --config-file contradicts {option}")
+
+
+@pytest.mark.parametrize("options, default, refused", [
+    (["-c", "qemu+ssh://root@hv/system"], None, True), (["--connect=qemu+tls://hv/system"], None, True),
+    ([], "qemu+ssh://hv/system", True), (["-c", "qemu:///system"], "qemu+ssh://hv/system", False),
+    (["-c", "qemu:///session"], None, False), ([], None, False),
+])
+def test_restore_does_not_define_a_domain_on_another_host_than_its_disks(stubs, monkeypatch, options, default, refused):
+    """The disks would be here, and the domain there."""
+    monkeypatch.delenv("LIBVIRT_DEFAULT_URI", raising=False)
+    if default:
+        monkeypatch.setenv("LIBVIRT_DEFAULT_URI", default)
+    path = f"{stubs}:{os.environ['PATH']}"
+    done = porcelain("vnb-restore", "--define", *options, "set", "/t", path=path)
+    assert done.returncode == (2 if refused else 0)
+    assert ("is another host, and the disks are restored on this one" in done.stderr) == refused
+    assert (seen(stubs, "vnb-cat") is None) == refused
+    assert porcelain("vnb-restore", *options, "set", "/t", path=path).returncode == 0
+
+
 def test_restore_passes_on_all_words_as_they_are(stubs, tmp_path):
     path = f"{stubs}:{os.environ['PATH']}"
     options = ["--until", ODD, "--disk=" + ODD, "--image-options", ODD, "--name", ODD, "--format=raw"]
@@ -386,7 +413,8 @@ def test_operands_that_look_like_options(stubs, tmp_path):
     assert seen(stubs, "vnb-apply") == ["./-target"]
     assert porcelain("vnb-backup", "--", "vm1", "-set", path=path).returncode == 0
     assert seen(stubs, "vnb-pack") == ["-o", "./-set"]
-    assert porcelain("vnb-backup", "--", "-vm1", "set", path=path).returncode == 2
+    assert porcelain("vnb-backup", "--", "-vm1", "set", path=path).returncode == 0
+    assert seen(stubs, "vnb-checkpoint")[-4:-1] == ["--", "-vm1", "--"]
 
 
 def with_xml(directory, plan, xml):

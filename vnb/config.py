@@ -228,6 +228,11 @@ def _define(args, domain, xml, restored):
     with virt.Host(args["--connect"], *access) as host:
         uuid = (domain.root.findtext("uuid") or "").strip()
         host.refuse_to_replace(domain.name, uuid)
+        if not host.is_local and restored.files.complete:
+            raise Error(
+                host.uri, "is another host, and files of the domain would be restored on this one: run vnb-config "
+                "there, or give --no-files"
+            )
         if args["--check"]:
             return
         restored.files.publish()
@@ -239,6 +244,8 @@ def _define(args, domain, xml, restored):
         for name, place in restored.places.items():
             if place and place.type != "network" and host.is_local and not os.path.exists(place.path):
                 log.note(f"{name}: {place.path} is not there")
+        if host.is_local and os.geteuid() == 0:
+            _give_data_files(restored, host.user_for_data_files(xml))
         paths = {place.path for place in restored.places.values() if place and place.type == "file"}
         for directory in sorted(set(map(os.path.dirname, paths))):
             host.refresh_pool(directory, log.note)
@@ -250,6 +257,24 @@ def _define(args, domain, xml, restored):
         if left:
             log.note(f"{domain.name}: libvirt knows {len(left)} checkpoints of it, which {_IN_THE_WAY}: "
                  f"{_forget_checkpoints(domain.name, args['--connect'])}")
+
+
+def _give_data_files(restored, user):
+    """Let QEMU have the data files that vnb-apply made beside images. user: (uid, gid), or None."""
+    for name, place in restored.places.items() if user else ():
+        path = os.path.join(os.path.dirname(place.path), f"{name}.data") if place else None
+        if place is None or place.type != "file" or os.path.basename(place.path) != f"{name}.qcow2":
+            continue
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                os.fchown(fd, *user)
+                log.note(f"{name}: {path} is QEMU's now (user {user[0]}): libvirt before 10.10 does not see to it")
+        finally:
+            os.close(fd)
 
 
 # vnb takes the disks in full then, and says so; others fail.

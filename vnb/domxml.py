@@ -337,6 +337,11 @@ def qemu_user(domain_xml):
     return parse(domain_xml, "domain XML").findtext("./seclabel[@model='dac']/label")
 
 
+def default_qemu_user(capabilities_xml):
+    """The user and group that QEMU runs as where a domain says nothing else ("+64055:+107"), or None."""
+    return parse(capabilities_xml, "capabilities").findtext("./host/secmodel[model='dac']/baselabel")
+
+
 def about(checkpoint_xml):
     """What a checkpoint of ours says of itself (dict: owner, ledger, run, chain), or None."""
     description = parse(checkpoint_xml, "checkpoint XML").findtext("description") or ""

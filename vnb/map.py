@@ -18,6 +18,8 @@ Options:
   --device DEV   as this NBD device of the kernel, such as /dev/nbd0
   --run CMD      to this shell command, with the URI as $uri; end with it
   --disk NAME    only this disk; may be given several times
+  --export-name NAME
+                 call the export of the only disk so
   --until POINT  as of this point: a checkpoint's name, or a time as
                  2026-01-31T12:00, local, or with Z or +01:00 behind it, or
                  cut short as 2026-01-31; the default is the latest point
@@ -122,6 +124,7 @@ def serve(args, ready, log=False):
             "until": args["--until"],
             "disks": args["--disk"],
             "cache": arguments.size(args, "--cache", 0, MAX_CACHE),
+            "export_name": None if args["--overlay"] else args["--export-name"],
             "all_points": not args["--writable"],  # the cow filter has one overlay for whatever is written to
         }
         nbdkit = stack.enter_context(mapserver.Nbdkit(below, choice, private, nbdkit_options(args), debug, log))
@@ -129,25 +132,27 @@ def serve(args, ready, log=False):
         served = nbdkit.ready()
         disks = served["disks"]
         running = [nbdkit]
-        for option in ("--writable", "--overlay", "--device"):
+        for option in ("--writable", "--overlay", "--device", "--export-name"):
             if args[option] and len(disks) != 1:
                 raise Error(option, f"is for one disk: choose one of {', '.join(disks)} with --disk")
         if args["--overlay"]:
             ((name, size),) = disks.items()
             base = f'{name}@{served["point"]}'
-            overlay = mapserver.Overlay(address, args["--overlay"], base, size, private, debug)
+            export = args["--export-name"] or name
+            overlay = mapserver.Overlay(address, args["--overlay"], base, export, size, private, debug)
             running.append(stack.enter_context(overlay))
             address.close()
             overlay.ready()
         if args["--run"]:
-            return run(args["--run"], address.uri(served["default"] or ""), str(address.where))
-        lines = [address.uri(name) for name in disks]
+            return run(args["--run"], address.uri(args["--export-name"] or served["default"] or ""), str(address.where))
+        uris = [address.uri(args["--export-name"] or name) for name in disks]
+        lines = uris
         clients = []
         if args["--fuse"]:
             directory = stack.enter_context(mapserver.directory(args["--fuse"]))
             lines = [os.path.join(directory, name) for name in disks]
-            for path, name in zip(lines, disks):
-                clients.append(stack.enter_context(mapserver.Fuse(path, address.uri(name), private, debug)))
+            for path, uri in zip(lines, uris):
+                clients.append(stack.enter_context(mapserver.Fuse(path, uri, private, debug)))
             for file in clients:
                 file.ready()
         elif args["--device"]:

@@ -122,7 +122,8 @@ def reply(message):
 
 def list_exports(_readonly, _is_tls):
     """Called for clients that ask what is here."""
-    return images.names()
+    own, names = choice["export_name"], images.names()
+    return names if own is None else [own, *(name for name in names if name != own)]
 
 
 def default_export(_readonly, _is_tls):
@@ -138,7 +139,8 @@ def open(_readonly):
 def export_name():
     """What the client calls it: any bytes. Raises Error."""
     try:
-        return nbdkit.export_name()
+        name = nbdkit.export_name()
+        return "" if name == choice["export_name"] else name
     except UnicodeDecodeError:
         raise Error("a client", "asked for an export whose name is not UTF-8") from None
 

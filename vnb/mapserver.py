@@ -242,12 +242,13 @@ class Overlay(Child):
     qemu-nbd, serving a qcow2 file that holds what was written, on top of a saved disk.
 
     path (str): made if it is not there. base (str): the export, DISK@POINT, that it belongs to: on top of any other
-    its content would make no sense. size (int): of the disk. directory (str): where BELOW serves that export.
+    its content would make no sense. name (str): of its own export. size (int): of the disk. directory (str): where
+    BELOW serves that export.
     """
 
     BELOW = "vnb-map"  # a relative socket: the image names it, and leads to an error where vnb-map does not run
 
-    def __init__(self, address, path, base, size, directory, debug):
+    def __init__(self, address, path, base, name, size, directory, debug):
         path = os.path.abspath(path)
         backing = f"nbd+unix:///{quote(base, safe='@:')}?socket={self.BELOW}"
         if os.path.lexists(path):
@@ -264,7 +265,6 @@ class Overlay(Child):
                 _run(path, "qemu-img", "create", *options, "--", path, str(size))
             finally:
                 os.umask(mask)
-        name, _, _ = base.partition("@")
         super().__init__(
             ["qemu-nbd", "--persistent", "--shared=0",
              f"--export-name={name}", "--format=qcow2", "--discard=unmap", path],

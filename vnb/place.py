@@ -123,6 +123,10 @@ class NewImage:
         if len(self.file_names) > 1:
             outside = os.path.abspath(self._directory.final(self.file_names[1]))
             qemu.amend(self._path, self.name, self._format, {"data_file": outside})
+            log.note(
+                f"{self.name}: its data is in {self._directory.final(self.file_names[1])}: QEMU's user has to read and "
+                "write it, and libvirt before 10.10 does not see to that"
+            )
         if not self._recipe.compress:
             return
         final = self._directory.partial(self.file_names[0])

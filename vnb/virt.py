@@ -20,6 +20,7 @@ PRESERVE_SHUTDOWN = 1 << 1  # VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN: 
 PRESERVE_SHUTDOWN_SINCE = 11_010_000  # the daemon's version, not the client library's, has to know it
 SYSTEM_ROOT = "/var/lib/libvirt/qemu"  # of the directories that the system's daemon makes for domains
 SHORT_NAME = 20  # characters of a domain's name in these
+SEES_TO_DATA_FILES = 10_010_000  # version of libvirt
 KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 10, 3  # a line is down when nothing has come for so many times so long
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10  # seconds between two questions for what an event tells, too
 # libvirt's codes for what it cannot read from a QEMU that has ended: it says them in the language of its locale.
@@ -206,6 +207,22 @@ class Host:
             self._connection.defineXML(xml)
         except libvirt.libvirtError as error:
             raise error_of(name, error) from None
+
+    def user_for_data_files(self, xml):
+        """
+        (uid, gid) that QEMU runs as for a domain (its XML), where libvirt does not see to data files of qcow2 images.
+
+        It does so from version 10.10 on, and before it gives QEMU the qcow2 file alone: None then, and where libvirt
+        does not say who QEMU is.
+        """
+        try:
+            if self._connection.getLibVersion() >= SEES_TO_DATA_FILES:
+                return None
+            label = domxml.qemu_user(xml) or domxml.default_qemu_user(self._connection.getCapabilities())
+        except libvirt.libvirtError as error:
+            raise error_of(self.uri, error) from None
+        match = re.fullmatch(r"\+?(\d+):\+?(\d+)", label or "", re.ASCII)
+        return match and (int(match[1]), int(match[2]))
 
     def refresh_pool(self, directory, say):
         """Have the storage pools that are in a directory see what is new there. It is a favour: failures are said."""

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Every script in examples/ runs, as it stands."""
 
+import contextlib
 import os
+import re
 import shutil
 import subprocess
 import time
 from pathlib import Path
 
 import guest
+import libvirt
 import pytest
-from backups import levels, restores
+from backups import backup, levels, restores
 from lab import ROOT, Disk, MiB, compare
 from remote import SSHD, Hypervisor
 from stores import MOTO, S3
@@ -297,6 +300,29 @@ def test_fleet(lab, vm):
     finally:
         hypervisor.close()
         raw.remove()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or SSHD is None, reason="logs in as root, to an sshd")
+def test_restore_to_a_host_without_vnb(lab, vm):
+    """As vnb-restore(1) has it: image and qemu-nbd there, a forwarded socket, and the XML through ssh."""
+    page = (ROOT / "man" / "vnb-restore.1").read_text().partition(".Sh REMOTE RESTORE")[2]
+    block = re.findall(r"(?ms)^\.Bd -literal.*?\n(.*?)^\.Ed", page)[1]
+    hypervisor = Hypervisor(lab)
+    name = f"restore_{vm.name}"
+    try:
+        directory, images = lab.new_directory("set"), lab.new_directory("images")
+        reference = vm.reference("vda")
+        backup(lab, vm, "copy", directory, "--no-freeze --include vda")
+        for old, new in (("/backup/vm1", directory), ("/images", images), ("/run/", f"{images}/"), ("20G", "64M")):
+            assert old in block
+            block = block.replace(old, new)
+        lab.sh(f"set -e\n{block}", env=hypervisor.env)
+        compare(reference["vda"], f"{images}/vda.qcow2", "qcow2")
+        assert f"{images}/vda.qcow2" in lab.connection.lookupByName(name).XMLDesc()
+    finally:
+        with contextlib.suppress(libvirt.libvirtError):
+            lab.connection.lookupByName(name).undefine()
+        hypervisor.close()
 
 
 @needs("pv", "mbuffer")
