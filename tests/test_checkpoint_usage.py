@@ -31,17 +31,25 @@ def checkpoint(*words, tmp_path=None):
     (["begin", "vm1", "--level", "inc", "--threshold", "lots"],
      '--threshold: "lots" is not a size within 0-1152921504606846976'),
     (["begin", "vm1", "--level", "inc", "--idle", "soon"], '--idle: "soon" is not a time such as 90s, 10m, 4h or 1d'),
-    (["redefine", "vm1"], "--set: is needed: the set whose checkpoints are to be redefined"),
+    (["begin", "vm1", "--level", "auto"], "--level: auto needs --set DIR, or for what is no directory of this host "
+     "--destination NAME, as s3://bucket/vm1"),
+    (["run", "vm1", "--level", "full", "--", "true"], "--level: full needs --set DIR, or "),
+    (["begin", "vm1", "--level", "diff", "--base", "last"], "--level: diff needs --set DIR, or "),
+    (["begin", "vm1", "--level", "full", "--set", "s", "--destination", "d"], "--destination: contradicts --set"),
+    (["begin", "vm1", "--level", "full", "--destination", "a\nb"],
+     "--destination: has characters that cannot be printed"),
+    (["commit", "vm1", "--destination", "d"], "--destination: is known since begin: commit needs none"),
 ])
 def test_usage(words, reason):
     done = checkpoint(*words)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"vnb-checkpoint: {reason}\nUsage:\n"), done.stderr
+    assert done.stderr.startswith(f"vnb-checkpoint: {reason}"), done.stderr
+    assert "\nUsage:\n" in done.stderr
     assert done.stdout == ""
 
 
 def test_no_libvirt_is_one_line(tmp_path):
-    words = ["begin", "vm1", "--level", "full", "-c", f"qemu:///system?socket={tmp_path}/none"]
+    words = ["begin", "vm1", "--level", "copy", "-c", f"qemu:///system?socket={tmp_path}/none"]
     done = checkpoint(*words, tmp_path=tmp_path / "state")
     assert done.returncode == 1
     assert done.stderr.startswith(f"vnb-checkpoint: qemu:///system?socket={tmp_path}/none: Failed to connect socket")
@@ -49,7 +57,7 @@ def test_no_libvirt_is_one_line(tmp_path):
 
 
 def test_an_image_that_is_not_there_is_one_line(tmp_path):
-    words = ["begin", "--image", f"vda={tmp_path}/none", "--level", "full"]
+    words = ["begin", "--image", f"vda={tmp_path}/none", "--level", "copy"]
     done = checkpoint(*words, tmp_path=tmp_path / "state")
     assert (done.returncode, done.stderr) == (1, f"vnb-checkpoint: vda: {tmp_path}/none: No such file or directory\n")
 

@@ -161,10 +161,11 @@ def test_every_page_is_found_from_the_overview():
 
 
 README = Path(ROOT, "README.md").read_text()
-PLACEHOLDERS = re.compile(r"\b(?:DIR|NAME|TIME|HOST|POINT|REASON|N|main|backup(?= job)|raw(?= image)|qemu:\S+)(?!\w)")
+PLACEHOLDERS = re.compile(
+    r"\b(?:(?:in |at )?(?:DIR|NAME)|TIME|HOST|POINT|REASON|N|main|backup(?= job)|raw(?= image)|qemu:\S+)(?!\w)")
 NOT_OURS = {  # messages of libvirt and QEMU that users of vnb meet
     "Bitmap already exists", "Device has active dirty bitmaps", "checkpoint inconsistent", "missing or broken bitmap",
-    "Permission denied",
+    "Permission denied", "cannot delete inactive domain with",
 }
 
 

@@ -180,11 +180,14 @@ def test_backup_and_checkpoint_quote_what_they_are_given():
     assert domxml.about(xml) == {"a": "<"}
 
 
-def test_a_parent_is_replaced_and_removed():
-    xml = domxml.with_parent(domxml.checkpoint("c3", "", ["vda", "vdb"], []), "c2")
-    assert domxml.parse(xml, "x").findtext("./parent/name") == "c2"
-    assert domxml.parse(domxml.with_parent(xml, "c1"), "x").findtext("./parent/name") == "c1"
-    assert domxml.parse(domxml.with_parent(xml, None), "x").find("parent") is None
+def test_a_checkpoint_of_some_disks():
+    """libvirt takes none with a parent that it does not know, nor with a disk that the domain does not have."""
+    parent = "<parent><name>c2</name></parent><disks>"
+    xml = domxml.checkpoint("c3", "", ["vda", "vdb", "vdc"], []).replace("<disks>", parent)
+    some = domxml.checkpoint_of(xml, ["vda"], ["vda", "vdb"])
+    assert domxml.parse(some, "x").find("parent") is None
+    assert domxml.bitmaps(some) == {"vda": "c3"}
+    assert [disk.get("name") for disk in domxml.parse(some, "x").iterfind("./disks/disk")] == ["vda", "vdb"]
     assert domxml.bitmaps(domxml.checkpoint_of_one(xml, "vdb")) == {"vdb": "c3"}
 
 

@@ -366,7 +366,7 @@ class Store:
 
     Without commit() the temporary file is removed. The constructor refuses what the set may not take, before
     any data is read; commit() asks again, since another writer may have been faster. check (bool): False for
-    a ledger of heads, which need not hold a whole chain.
+    a catalog of heads, which need not hold a whole chain.
     """
 
     def __init__(self, directory, head, disks, check=True):

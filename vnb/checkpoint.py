@@ -26,9 +26,13 @@ Options:
   --image NAME=FILE      an image that no guest uses, without libvirt; given
                          once for each
   --level LEVEL          full, copy, inc, diff, or auto
-  --set DIR              the backup set that the segment goes to: says what the
-                         next increment starts from, and whether it was saved
-  --base CHECKPOINT     start from this checkpoint; for diff also last or full
+  --set DIR              the backup set that the segment goes to: it says what
+                         an increment starts from, and what was saved
+  --destination NAME     where the segment goes that is no directory of this
+                         host, by any name, as s3://bucket/vm1: what was
+                         committed to it is remembered under this name
+  --base CHECKPOINT      start from this checkpoint, which the receiver has
+                         named; for diff also last or full
   --chain NAME           which chain of checkpoints [default: main]
   --include DISK         only this disk; may be given several times
   --exclude DISK         not this disk; may be given several times
@@ -42,8 +46,8 @@ Options:
   --no-freeze            freeze nothing
   --require-freeze       fail where the guest cannot be frozen
   --strict               exit with status 1 after warnings
-  --threshold SIZE       do nothing where there is less to back up; begin exits
-                         with status 3, run with 0
+  --threshold SIZE       take no increment that has less than this; begin
+                         exits with status 4, run with 0
   --scratch-dir DIR      where the old data goes that the guest overwrites
                          meanwhile; default: beside each image
   --scratch-reserve SIZE
@@ -65,8 +69,8 @@ Options:
   --idle TIME            end the job when nobody was connected for this time,
                          between begin and commit [default: 10m]
   --state-dir DIR        default: VNB_STATE_DIR, else /var/lib/vnb for root
-  --force                cleanup and delete: also what another ledger or a
-                         process of another host owns
+  --force                cleanup and delete: also what is of another set or
+                         destination, or of a process of another host
   --json                 list and size: print JSON, one object a line
 """
 
@@ -81,9 +85,10 @@ from vnb.frame import MiB
 from vnb.state import JobDirectory, default_directory
 
 LEVELS = ("full", "copy", "inc", "diff", "auto")
+NEEDS_CATALOG = "needs --set DIR, or for what is no directory of this host --destination NAME, as s3://bucket/vm1"
 MAX_SIZE = 1 << 60
 FILE_PART = MiB  # of one file frame
-BELOW_THRESHOLD = 3
+BELOW_THRESHOLD = 4
 
 
 def main(args):
@@ -91,6 +96,7 @@ def main(args):
         raise UsageError("COMMAND", "is empty")  # sh would run it, and it would have done nothing
     args["--state-dir"] = os.path.abspath(args["--state-dir"] or default_directory())
     args["--set"] = args["--set"] and os.path.abspath(args["--set"])
+    check_destination(args)
     if args["begin"] or args["run"]:
         log.name_run()
     if args["begin"]:
@@ -101,20 +107,26 @@ def main(args):
         return _finish(args, "commit" if args["commit"] else "abort")
     from vnb import upkeep
 
-    task = next(task for task in ("list", "size", "cleanup", "redefine", "delete") if args[task])
+    if args["size"]:
+        args["--level"] = args["--level"] or "auto"
+        if not args["--base"]:
+            with upkeep.open_domain(args) as domain:
+                upkeep.wanted(args, domain)
+        return upkeep.size(_options(args), args["--json"], log.note, log.warn)
+    task = next(task for task in ("list", "cleanup", "redefine", "delete") if args[task])
     return getattr(upkeep, task)(args, log.note)
 
 
 def _options(args):
     """What the keeper needs, checked; see vnb.job.begin and vnb.keeper.Starter."""
-    level, since = args["--level"], args["--base"]
+    level, base = args["--level"], args["--base"]
     if level not in LEVELS:
         found = "is needed:" if level is None else f'"{level}" is not'
         raise UsageError("--level", f"{found} one of {', '.join(LEVELS)}")
     check_chain(args)
-    if since in ("last", "full") and level != "diff":
-        raise UsageError("--base", f'"{since}" is for level diff')
-    if since and level in ("full", "copy"):
+    if base in ("last", "full") and level != "diff":
+        raise UsageError("--base", f'"{base}" is for level diff')
+    if base and level in ("full", "copy"):
         raise UsageError("--base", f"level {level} starts from nothing")
     if args["--no-freeze"] and (args["--freeze"] or args["--require-freeze"]):
         raise UsageError("--no-freeze", "contradicts --freeze and --require-freeze")
@@ -128,15 +140,16 @@ def _options(args):
             raise UsageError(option, f"is for {other}")
     if args["--nbd-listen"] and args["--socket"]:
         raise UsageError("--socket", "contradicts --nbd-listen")
-    return {
+    found = {
         "domain": args["DOMAIN"],
         "images": _images(args),
         "uri": args["--connect"],
         "user": args["--user"],
         "password_file": args["--password-file"] and os.path.abspath(args["--password-file"]),
         "level": level,
-        "ledger": args["--set"],
-        "since": since,
+        "set": args["--set"],
+        "destination": args["--destination"],
+        "base": base,
         "chain": args["--chain"],
         "include": args["--include"],
         "exclude": args["--exclude"],
@@ -160,6 +173,9 @@ def _options(args):
         "idle": arguments.seconds(args, "--idle"),
         "state": args["--state-dir"],
     }
+    if level != "copy" and not args["--set"] and not args["--destination"] and base in (None, "last", "full"):
+        raise UsageError("--level", f"{level} {NEEDS_CATALOG}")
+    return found
 
 
 def ssh_options(args):
@@ -167,6 +183,14 @@ def ssh_options(args):
     if args["--ssh-port"]:
         arguments.integer(args, "--ssh-port", 1, 65535)
     return {"user": args["--ssh-user"], "port": args["--ssh-port"], "key": args["--ssh-key"]}
+
+
+def check_destination(args):
+    name = args["--destination"]
+    if name and args["--set"]:
+        raise UsageError("--destination", "contradicts --set")
+    if name and not name.isprintable():
+        raise UsageError("--destination", "has characters that cannot be printed")
 
 
 def check_chain(args):
@@ -327,17 +351,22 @@ def _unread(error):
 
 def _finish(args, what):
     from vnb.keeper import ask
+    from vnb.upkeep import open_domain, tell_of_job
 
+    if args["--destination"]:
+        raise UsageError("--destination", f"is known since begin: {what} needs none")
     images = _images(args)
     if images:
         from vnb.source import Images
 
         uuid = Images(images).uuid
     else:
-        from vnb.upkeep import open_domain
-
         with open_domain(args) as domain:
             uuid = domain.uuid
-    found = ask(JobDirectory(args["--state-dir"], uuid), what, args["--set"], log.note)
-    if not found and what == "commit":
+    if ask(JobDirectory(args["--state-dir"], uuid), what, args["--set"], log.note):
+        return
+    if what == "commit":
         raise Error(args["DOMAIN"], "has no backup job of ours to commit")
+    if not images:
+        with open_domain(args) as domain:
+            tell_of_job(domain, log.note)

@@ -215,13 +215,22 @@ def checkpoint_of_one(xml, disk):
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def with_parent(xml, parent):
-    """The XML of a checkpoint with another parent (str), or with none (None): libvirt wants one that it knows."""
+def checkpoint_of(xml, disks, present):
+    """
+    The XML of a checkpoint without a parent, and with the bitmaps of some disks (container of str) alone.
+
+    present (container of str): the disks that the domain has: libvirt takes none that names others.
+    """
     root = parse(xml, "checkpoint XML")
     for element in root.findall("parent"):
         root.remove(element)
-    if parent is not None:
-        ElementTree.SubElement(ElementTree.SubElement(root, "parent"), "name").text = parent
+    found = root.find("disks")
+    for element in [] if found is None else found.findall("disk"):
+        name = element.get("name")
+        if name not in present:
+            found.remove(element)
+        elif name not in disks:
+            element.attrib = {"name": name, "checkpoint": "no"}
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -343,7 +352,7 @@ def default_qemu_user(capabilities_xml):
 
 
 def about(checkpoint_xml):
-    """What a checkpoint of ours says of itself (dict: owner, ledger, run, chain), or None."""
+    """What a checkpoint of ours says of itself (dict: owner, catalog, destination, base, run, chain), or None."""
     description = parse(checkpoint_xml, "checkpoint XML").findtext("description") or ""
     word, _, text = description.partition(" ")
     if word != "vnb":

@@ -27,7 +27,8 @@ MANY_EXTENTS = 16384  # in one reply: ask for less, its list takes memory
 # The state of an extent with these two flags of base:allocation: a hole that is not zero has to be read.
 _STATES = (DATA, DATA, ZERO, HOLE)
 _GONE = (ECONNABORTED, ECONNRESET, ENOTCONN, EPIPE)
-_DIRTY = 1  # the flag of a bitmap's meta context
+DIRTY = 1  # the flag of a bitmap's meta context
+READS_ZERO = 2  # the flag of base:allocation
 
 _EVENTS = {
     nbd.AIO_DIRECTION_READ: select.POLLIN,
@@ -392,10 +393,10 @@ def changes(dirty, base, size):
     since two contexts never come back in the same pieces; clean ranges are not asked for their allocation.
     """
     walk = Walk(base, unknown=0)
-    for start, lengths, flags in _parts(Walk(dirty, unknown=_DIRTY), size):
+    for start, lengths, flags in _parts(Walk(dirty, unknown=DIRTY), size):
         ranges = []
         for length, flag in zip(lengths, flags):
-            if flag & _DIRTY and start < size:
+            if flag & DIRTY and start < size:
                 ranges.append((start, min(start + length, size)))
             start += length
         runs = []

@@ -11,9 +11,9 @@ import json
 import os
 
 from vnb import backupset, domxml, qemuimg
+from vnb.catalog import Catalog
 from vnb.clients import clients_of
 from vnb.errors import Error, os_error
-from vnb.ledger import Ledger
 from vnb.plan import Plan
 from vnb.pool import AT_ONCE, Ordered
 from vnb.source import source_of, thaw
@@ -74,36 +74,34 @@ class Job:
         self.record[what].append(value)
         self.directory.save(self.record)
 
-    def ledger(self, directory=None):
-        """The ledger that the job was begun with, or the one in a directory."""
-        if directory is not None:
-            return Ledger(directory)
-        return Ledger(self.record["ledger"], self.record["own_ledger"])
+    def catalog(self, set_=None):
+        """The catalog that the job was begun with, or that of a set (its directory)."""
+        return Catalog(**self.record["catalog"]) if set_ is None else Catalog(set_)
 
-    def commit(self, ledger_directory=None):
+    def commit(self, set_=None):
         """
         The segment is safe: end the job, keep its checkpoint, drop others that nothing needs.
 
-        Raises Error, and leaves the job as it is, where a ledger that others write does not hold the segment.
+        Raises Error, and leaves the job as it is, where a set does not hold the segment: that of the job, or set_.
         """
         if self.record["phase"] == "ended":
             raise Error(self.head["domain"], f'the job was ended already: {self.record["reason"]}')
         if self.record["phase"] == "starting":
             raise Error(self.head["domain"], "the job has not begun: there is nothing to commit")
-        ledger = self.ledger(ledger_directory)
-        if not ledger.own and not ledger.holds(self.head):
-            raise Error(ledger.directory, f'does not hold {self.head["point"]}: not committed')
-        begun_with = self.ledger()  # the checkpoint says that it is of that
-        if begun_with.own and not begun_with.holds(self.head):
+        catalog = self.catalog(set_)
+        if catalog.is_set and not catalog.holds(self.head):
+            raise Error(catalog.directory, f'does not hold {self.head["point"]}: not committed')
+        begun_with = self.catalog()  # the checkpoint says that it is of that
+        if begun_with.destination is not None and not begun_with.holds(self.head):
             begun_with.record(self.head, self.record["disks"])
         self.is_committing = True
         with self._ended() as source:
-            self._drop_old(source, ledger)
+            self._drop_old(source, catalog)
         self._forget()
 
     def abort(self, reason=None):
         """
-        End the job and delete its checkpoint, unless the ledger holds its segment: then it counts.
+        End the job and delete its checkpoint, unless the catalog holds its segment: then it counts.
 
         reason (str or None): why, kept for whoever asks later.
         """
@@ -112,7 +110,7 @@ class Job:
             with self._ended() as source:
                 if self.head["checkpoint"] is not None:
                     if self._is_saved():
-                        self.note(f"{self.head['point']} is in {self.record['ledger']}: its checkpoint stays")
+                        self.note(f"{self.head['point']} is saved {self.catalog().where}: its checkpoint stays")
                     else:
                         source.delete_checkpoint(self.head["checkpoint"])
                         if self.record["added"]:
@@ -178,15 +176,18 @@ class Job:
 
     def _is_saved(self):
         try:
-            return self.ledger().holds(self.head)
+            return self.catalog().holds(self.head)
         except Error as error:
-            # A ledger that cannot be read may hold it: a checkpoint too many does no harm, one too few costs a full.
+            # A catalog that cannot be read may hold it: a checkpoint too many does no harm, one too few costs a full.
             self.note(f"{error}: keeping checkpoint {self.head['checkpoint']}")
             return True
 
-    def _drop_old(self, source, ledger):
+    def _drop_old(self, source, catalog):
         have = source.have()
-        held = ledger.segments()
+        if catalog.directory is None:
+            self._drop_grandparent(source, have)
+            return
+        held = catalog.segments()
         ours = sorted(
             (
                 segment.head for segment in held
@@ -194,8 +195,8 @@ class Job:
             ),
             key=lambda head: head["created"],
         )
-        if not ledger.own:
-            self._drop_pruned(source, ledger.directory, set(have) - {segment.head["checkpoint"] for segment in held})
+        if catalog.is_set:
+            self._drop_pruned(source, catalog.directory, set(have) - {segment.head["checkpoint"] for segment in held})
         if self.head["checkpoint"] is None and self.record["broken"]:
             return  # nothing here is newer than what is broken on some disk, and may be sound on others
         if self.record["broken"]:
@@ -207,6 +208,18 @@ class Job:
         for head in ours:
             if head["checkpoint"] not in kept:
                 source.delete_checkpoint(head["checkpoint"])
+
+    def _drop_grandparent(self, source, have):
+        """
+        Where nothing is known of the receiver, it has named the base: keep that, and drop the one before it.
+
+        Only one that was made so, too, and from which nothing else goes on: that may be of another receiver.
+        """
+        abouts = source.abouts() if self.head["checkpoint"] else {}
+        ours = {name: about.get("base") for name, about in abouts.items() if about.get("catalog") is None}
+        before = ours.get(self.head["parent"])
+        if before in ours and [about.get("base") for about in abouts.values()].count(before) == 1:
+            source.delete_checkpoint(before)
 
     def _drop_pruned(self, source, directory, others):
         """Delete the checkpoints whose points vnb-prune dropped from the set. others (set): those it does not hold."""
@@ -222,14 +235,14 @@ def begin(directory, source, options, note, warn):
     """
     Begin a backup job; returns its Job. The caller holds the lock of directory.
 
-    source: see vnb.source. options (dict): domain, images, uri, user, password_file, level, ledger, since, chain,
-    include, exclude, raw, allow_plaintext, scratch_dir, socket, listen, tls, certificates, ssh, state, freeze,
+    source: see vnb.source. options (dict): domain, images, uri, user, password_file, level, set, destination, base,
+    chain, include, exclude, raw, allow_plaintext, scratch_dir, socket, listen, tls, certificates, ssh, state, freeze,
     require_freeze, pause, start_paused, sparse, threshold. Raises Error or BelowThreshold; nothing is left then.
     """
     source.refuse_if_busy()
     plan = Plan(source, options, directory.path, note, warn)
-    if options["threshold"] is not None:
-        estimate = plan.estimate()
+    if options["threshold"] is not None and plan.parent is not None:  # what is not saved yet is never too little
+        estimate = sum(plan.estimate().values())
         if estimate < options["threshold"]:
             raise BelowThreshold(f"{source.name}: {estimate} bytes to back up, less than {options['threshold']}")
     job = Job(directory, plan.record(), note, warn)

@@ -7,12 +7,13 @@ import os
 import stat
 
 from vnb import chain, domxml, heads
+from vnb.catalog import Catalog
 from vnb.errors import Error
-from vnb.ledger import Ledger
 from vnb.state import owner
 from vnb.virt import BrokenBitmap
 
 QCOW2_MAGIC = b"QFI\xfb"
+LATEST = 3  # checkpoints that are redefined, beside the last full's
 SUN_PATH = 107  # bytes of a socket's path, without the zero behind it
 
 
@@ -28,11 +29,12 @@ class Plan:
         self.options = options
         self.note = note
         self.warn = warn
-        self.ledger = Ledger.of(options["state"], source.uuid, options["ledger"])
+        self.catalog = Catalog.of(options["state"], source.uuid, options["set"], options["destination"])
         self.have = source.have()
         # What the set will refuse is refused before the guest is frozen.
-        self.held = self.ledger.of_domain(source.uuid, source.name)
+        self.held = self.catalog.of_domain(source.uuid, source.name)
         self.broken = False  # bitmaps of older checkpoints turned out to be: these checkpoints are of no use
+        self.forgotten = None  # why a checkpoint that libvirt does not know any more could not be redefined
         self.level, self.parent, self.known = self._level()
         self.marks = self.level in ("full", "inc")  # a point that the next increment may start from
         everything = source.disks()
@@ -69,8 +71,7 @@ class Plan:
             "images": options["images"],
             "phase": "starting",
             "reason": None,
-            "ledger": self.ledger.directory,
-            "own_ledger": self.ledger.own,
+            "catalog": self.catalog.key,
             "ssh": options["ssh"],
             "endpoint": self.endpoint.key,
             "tcp": self.endpoint.is_tcp,
@@ -136,13 +137,26 @@ class Plan:
             return None
         with_bitmap = [disk["name"] for disk in self.disks if disk["bitmap"]]
         without = [disk["name"] for disk in self.disks if not disk["bitmap"]] + self.others
-        about = {"owner": owner(), "ledger": self.ledger.name, "run": self.head["run"], "chain": self.head["chain"]}
+        about = {
+            "owner": owner(), "catalog": self.catalog.id, "destination": self.catalog.destination, "base": self.parent,
+            "run": self.head["run"], "chain": self.head["chain"],
+        }
         return domxml.checkpoint(self.head["checkpoint"], f"vnb {json.dumps(about)}", with_bitmap, without)
 
     def estimate(self):
-        """Bytes that the backup would read."""
-        names = [disk["name"] for disk in self.disks]
-        return sum(self.source.estimate(self.parent, names).values())
+        """
+        {disk: bytes} that the backup has at most: all data of a disk that is taken in full, else what has changed.
+
+        What the guest zeroed or trimmed counts as changed, though it takes no room in a segment.
+        """
+        names = [disk["name"] for disk in self.disks if disk["level"] == "inc"]
+        found = self.source.changed(self.parent, names) if names else {}
+        for disk in self.disks:
+            if disk["name"] in names and disk["name"] not in found:
+                self.broken = True
+                self._take_in_full(disk, f"its bitmap of {self.parent} is missing or inconsistent")
+        full = [disk["name"] for disk in self.disks if disk["name"] not in found]
+        return {**found, **self.source.allocated(full)}
 
     def _newest(self):
         """
@@ -156,42 +170,103 @@ class Plan:
         return max(times, default=None)
 
     def _level(self):
-        """(level, parent's point or None, parent's segment where the ledger has it or None)."""
-        level, since = self.options["level"], self.options["since"]
+        """(level, parent's point or None, parent's segment where the catalog has it or None)."""
+        level, base = self.options["level"], self.options["base"]
         if level in ("full", "copy"):
             return level, None, None
-        known = self.held
-        ours = [segment for segment in known if segment.head.get("chain") == self.options["chain"]]
-        if since not in (None, "last", "full"):
-            if since not in self.have:
-                raise Error(self.source.name, f"there is no checkpoint {since}")
-            parent = next((segment for segment in known if segment.head["checkpoint"] == since), None)
-            return "inc" if level == "auto" else level, since, parent
-        if since == "full":
-            ours = [segment for segment in ours if segment.head["level"] == "full"]
+        ours = [segment for segment in self.held if segment.head.get("chain") == self.options["chain"]]
+        if base not in (None, "last", "full"):
+            return self._level_from(base)
         whole = ours
-        if not self.ledger.own:
+        if self.catalog.is_set:
             # The set would refuse an increment to what it cannot restore.
-            restorable = set(chain.restorable(known))
+            restorable = set(chain.restorable(self.held))
             whole = [segment for segment in ours if segment.head["point"] in restorable]
-        usable = {name for name, disks in self.have.items() if disks}
-        parent = chain.tip(whole, usable)
+        self._redefine(whole)
+        wanted = [segment for segment in whole if segment.head["level"] == "full"] if base == "full" else whole
+        parent = chain.tip(wanted, self._usable())
         if parent is not None:
             if level == "auto":
                 self.note(f"{self.source.name}: level inc, since {parent.head['point']}")
             return "inc" if level == "auto" else level, parent.head["point"], parent
-        why = (
-            f"nothing of chain {self.options['chain']} is saved in {self.ledger.directory}" if not ours
-            else f"{self.ledger.directory} does not hold what its points need" if not whole
-            else "no disk has a sound bitmap that goes back to a saved point"
-            if any(segment.head["checkpoint"] in self.have for segment in whole)
-            else "the checkpoints of the saved points are all gone"
+        self.broken = any(segment.head["checkpoint"] in self.have for segment in wanted)
+        return self._full(self._full_needed_because(ours, whole, wanted))
+
+    def _level_from(self, base):
+        """As _level(), where the receiver of the stream has named the base: it knows what it holds."""
+        level = self.options["level"]
+        parent = next((segment for segment in self.held if segment.head["checkpoint"] == base), None)
+        if parent is None and self.catalog.is_set:
+            raise Error(self.catalog.directory, f"does not hold {base}, which --base names")
+        if parent is not None:
+            self._redefine([parent])
+        if base in self.have:
+            return "inc" if level == "auto" else level, base, parent
+        return self._full(f"there is no checkpoint {base}{self._why_forgotten()}")
+
+    def _full(self, why):
+        """As _level(), where no increment is possible. Raises Error where a full backup was not asked for."""
+        if self.options["level"] != "auto":
+            raise Error(self.source.name, f"{why}: a full backup is needed first (--level full, or auto)")
+        self.note(f"{self.source.name}: level full: {why}")
+        return "full", None, None
+
+    def _full_needed_because(self, ours, whole, wanted):
+        """
+        Why no increment can start from any of these segments.
+
+        ours: of this chain. whole: of these, those with all that they need. wanted: of these, those of the right level.
+        """
+        where = self.catalog.where
+        if not ours:
+            return f"nothing of chain {self.options['chain']} is saved {where}"
+        if not whole:
+            return f"no restore point {where} has all that it needs"
+        if not wanted:
+            return f"no full backup of chain {self.options['chain']} is known {where}"
+        if not any(segment.head["checkpoint"] for segment in wanted):
+            return f"no restore point {where} has a checkpoint: levels copy and diff make none"
+        if self.broken:
+            return "no disk has a sound bitmap that goes back to a restore point"
+        return f"the checkpoints of the restore points {where} are all gone{self._why_forgotten()}"
+
+    def _why_forgotten(self):
+        """What else to say of checkpoints that libvirt does not know."""
+        if self.forgotten is not None:
+            return f", and cannot be redefined: {self.forgotten}"
+        if self.source.kind == "images":
+            return ""
+        return " (vnb-checkpoint redefine has libvirt know again what the images still hold)"
+
+    def _usable(self):
+        """The names (set of str) of checkpoints for which a disk has a sound bitmap."""
+        return {name for name, disks in self.have.items() if disks}
+
+    def _redefine(self, whole):
+        """
+        Have libvirt know the latest checkpoints of these segments again, where the images still hold their bitmaps.
+
+        It forgets them with a transient domain, and where one is defined anew. Their names are unique for ever, and a
+        bitmap is copied and restored with its image, so that what it says of an image is true.
+        """
+        marked = sorted(
+            (segment for segment in whole if segment.head["checkpoint"]), key=lambda segment: segment.head["created"]
         )
-        self.broken = any(segment.head["checkpoint"] in self.have for segment in whole)
-        if level == "auto":
-            self.note(f"{self.source.name}: level full: {why}")
-            return "full", None, None
-        raise Error(self.source.name, f"{why}: a full backup is needed first")
+        if not marked or marked[-1].head["checkpoint"] in self.have:
+            return
+        fulls = [segment for segment in marked if segment.head["level"] == "full"]
+        # What a commit keeps, and one more; so the next commit drops what is not needed any more.
+        latest = marked[-LATEST:]
+        for segment in [full for full in fulls[-1:] if full not in latest] + latest:
+            name = segment.head["checkpoint"]
+            if name not in self.have:
+                try:
+                    self.source.redefine(checkpoint_xml(segment))
+                except Error as error:
+                    self.forgotten = error.reason
+                else:
+                    self.note(f"{name}: redefined: libvirt had forgotten it, and the images still hold its bitmaps")
+        self.have = self.source.have()
 
     def _choose(self, everything):
         """The disks to back up; says which are left out, and refuses what cannot be done."""
@@ -262,14 +337,14 @@ class Plan:
         return None
 
     def _saved_images(self):
-        """{disk name: image map} of the parent's segment, as far as the ledger has it."""
+        """{disk name: image map} of the parent's segment, as far as the catalog has it."""
         if self.known is None:
             return {}
         with contextlib.closing(self.known):
             return {disk["name"]: disk.get("image", {}) for disk in self.known.open().disks}
 
     def _images_then(self):
-        """{disk name: what named its image at the parent}, as far as libvirt or the ledger knows."""
+        """{disk name: what named its image at the parent}, as far as libvirt or the catalog knows."""
         found = self.source.images_then(self.parent)
         if not found and self.source.kind != "images":
             found = {name: image.get("path") for name, image in self.saved.items()}
@@ -310,12 +385,18 @@ class Plan:
             free = self.source.room(directory)
         except OSError:
             return  # QEMU will say so
-        used = self.source.estimate(None, [disk.name])[disk.name]
+        used = self.source.allocated([disk.name])[disk.name]
         if free is not None and free < used:
             self.warn(
                 f"{self.source.name}: {disk.name}: the scratch directory {directory} has {free} bytes left, "
                 f"the disk has {used} bytes of data"
             )
+
+
+def checkpoint_xml(segment):
+    """The XML (str or None) of a saved segment's checkpoint: there may be many, and it is not kept in memory."""
+    with contextlib.closing(segment):
+        return segment.open().head.get("checkpoint_xml")
 
 
 def _inode(path):

@@ -62,9 +62,9 @@ def info(name, path, format_, shared=False, run=run):
     ).decode()
 
 
-def layers(name, path, format_):
-    """The backing chain (list of Layer) of an image from the top; Error where it is in use."""
-    return [Layer(found) for found in json.loads(info(name, path, format_))]
+def layers(name, path, format_, shared=False):
+    """The backing chain (list of Layer) of an image from the top; Error where it is in use, unless shared."""
+    return [Layer(found) for found in json.loads(info(name, path, format_, shared))]
 
 
 def holders(chain, bitmap):

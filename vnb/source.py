@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
 Sources: what a backup reads from. A running domain by libvirt's backup job, a domain that is off or plain image
-files by qemu-nbd. All have the same few methods, so that levels, ledgers and the end of a job know no difference.
+files by qemu-nbd. All have the same few methods, so that levels, catalogs and the end of a job know no difference.
 """
 
 import contextlib
+import heapq
 import os
 import re
 import shlex
+import tempfile
 import time
 
-from vnb import domxml, heads, qemuimg, ssh
+from vnb import domxml, export, heads, qemuimg, ssh
 from vnb.clients import LISTS, clients_of
 from vnb.endpoint import Tcp, Unix, parse_listen
 from vnb.errors import Error
 from vnb.pool import AT_ONCE, Ordered
 from vnb.state import start_of
+from vnb.tempdir import temporary_directory
 from vnb.virt import BrokenBitmap, Domain, NoDomain, Unanswered
 
 FAR_LOOK_SECONDS = 1  # between two logins
@@ -103,6 +106,10 @@ class Running:
         """{checkpoint: {disk: bitmap}} of what an increment may start from."""
         return {name: domxml.bitmaps(xml) for name, xml in self.domain.checkpoints().items()}
 
+    def abouts(self):
+        """{checkpoint: what it says of itself}, of those of ours; see vnb.domxml.about()."""
+        return _abouts(self.domain)
+
     def images_then(self, checkpoint):
         """{disk name: what named its image when a checkpoint was made}, {} where that is not known."""
         return domxml.images_then(self.domain.checkpoint_xml(checkpoint, with_domain=True))
@@ -151,26 +158,28 @@ class Running:
         if self.domain.is_paused_by_error():
             job.intend("stuck")  # not for want of scratch, and not ours to resume
         self._make_scratch(plan, job)  # before the guest has to wait for it
-        paused = options["pause"] and not self.domain.is_paused
-        if paused:
-            job.intend("suspended", self.domain.id)
-            self.domain.call("suspend")
         frozen = None
+        paused = False
+        begun = time.monotonic()
         try:
             if options["freeze"] is not None and not self.started:
                 frozen = self._freeze(options, job)
-            begun = time.monotonic()
+                begun = time.monotonic()
+            if options["pause"] and not self.domain.is_paused:
+                job.intend("suspended", self.domain.id)
+                paused = True
+                self.domain.call("suspend")  # after the freeze: then nobody in the guest answers any more
             self._begin(plan, job)
         except BrokenBitmap:
             raise
         except Error as error:
             raise _with_permission_hint(error, self.domain.xml(), plan) from None
         finally:
+            if paused:
+                self._resume(job)
             if frozen is not None:
                 thaw(self.domain, job)
                 job.note(f"{self.name}: {frozen} file systems frozen for {(time.monotonic() - begun) * 1000:.0f} ms")
-            if paused:
-                self._resume(job)
 
     def _make_scratch(self, plan, job):
         """
@@ -226,6 +235,8 @@ class Running:
     def _freeze(self, options, job):
         """How many file systems are frozen now, by us; None where it did not come to that."""
         xml = self.domain.xml()
+        if self.domain.is_paused:
+            return self._not_frozen(options, job, "it is suspended, and its agent cannot answer")
         if not domxml.has_agent(xml):
             return self._not_frozen(options, job, "it has no channel for a guest agent")
         if domxml.is_agent_away(xml):
@@ -234,18 +245,29 @@ class Running:
         left = job.record["frozen"]  # by a job before, whose freeze may have come true by now
         job.intend("frozen", self.domain.id)
         try:
-            return self.domain.freeze(options["freeze"])
+            frozen = self.domain.freeze(options["freeze"])
         except Unanswered as error:
             # It may freeze at any later time: the intent stays, and the keeper thaws when the agent answers.
             return self._not_frozen(options, job, error.reason)
         except Error as error:
             job.intend("frozen", left)  # refused: whoever froze it will thaw it
             return self._not_frozen(options, job, error.reason)
+        if not frozen:
+            thaw(self.domain, job)
+            named = f"its agent knows no file system at {', '.join(options['freeze'])}"
+            return self._not_frozen(options, job, named if options["freeze"] else "its agent froze no file system")
+        return frozen
 
     def _not_frozen(self, options, job, why):
+        """
+        Say that the guest is not frozen, or raise Error where it has to be.
+
+        That is no warning of a guest whose processors stand still while the job starts, as its user wanted it.
+        """
         if options["require_freeze"]:
             raise Error(self.name, f"cannot freeze the guest: {why}")
-        job.warn(f"{self.name}: the guest is not frozen: {why}")
+        say = job.note if options["pause"] or self.domain.is_paused else job.warn
+        say(f"{self.name}: the guest is not frozen: {why}")
 
     def mark(self, plan):
         """What libvirt says of the new checkpoint."""
@@ -302,6 +324,10 @@ class Running:
         if isinstance(started, dict) and self.domain.is_paused and self.domain.is_started(started):
             self.domain.destroy()
 
+    def redefine(self, checkpoint_xml):
+        """Have libvirt know a checkpoint again, with the disks that hold its bitmap. Raises Error where none does."""
+        redefine(self.domain, checkpoint_xml)
+
     def delete_checkpoint(self, name):
         self.domain.delete_checkpoint(name)
 
@@ -312,12 +338,14 @@ class Running:
             return found.f_bavail * found.f_frsize
         return None if self.forward is None else self.forward.room(directory)
 
-    def estimate(self, checkpoint, disks):
-        """{disk: bytes} that a backup of disks (names) would read: since a checkpoint, or all that is allocated."""
-        if checkpoint is None:
-            return {disk: self.domain.call("blockInfo", disk)[1] for disk in disks}
+    def allocated(self, disks):
+        """{disk: bytes} that full backups of disks (names) would have at most."""
+        return {disk: self.domain.call("blockInfo", disk)[1] for disk in disks}
+
+    def changed(self, checkpoint, disks):
+        """{disk: bytes} that have changed since a checkpoint, of those of disks (names) with a sound bitmap of it."""
         found = domxml.sizes(self.domain.checkpoint_xml(checkpoint, with_size=True))
-        return {disk: found[disk] if disk in found else self.domain.call("blockInfo", disk)[1] for disk in disks}
+        return {disk: found[disk] for disk in disks if disk in found}
 
 
 class Gone:
@@ -338,6 +366,8 @@ class Gone:
     def have(self):
         """No checkpoint: libvirt forgot them with the domain."""
         return {}
+
+    abouts = have
 
     def end(self, job):
         """End what the job started here, and remove its files."""
@@ -445,8 +475,31 @@ class _Offline:
             else:
                 qemuimg.remove_bitmap(name, path, bitmap)
 
-    def estimate(self, checkpoint, disks):
-        raise Error(self.name, "only libvirt can tell the size of an increment, of a domain that runs")
+    def allocated(self, disks):
+        """See Running; qemu-nbd knows, which opens the images for reading."""
+        return {disk.name: self._measure(disk, self.layers_of(disk)[:1]) for disk in self.disks() if disk.name in disks}
+
+    def changed(self, checkpoint, disks):
+        """See Running."""
+        wanted = [disk for disk in self.disks() if disk.name in disks]
+        holders = [(disk, qemuimg.holders(self.layers_of(disk), checkpoint)) for disk in wanted]
+        return {disk.name: self._measure(disk, layers, checkpoint) for disk, layers in holders if layers}
+
+    def _measure(self, disk, layers, bitmap=None):
+        """How many bytes are dirty in any of the layers' bitmaps, or are data where no bitmap is given."""
+        with tempfile.TemporaryDirectory(dir=temporary_directory()) as directory, contextlib.ExitStack() as stack:
+            ranges = []
+            for number, layer in enumerate(layers):
+                socket = os.path.join(directory, str(number))
+                server = qemuimg.serve(disk.name, "", layer.path, layer.format, socket, bitmap)
+                stack.callback(server.end)
+                connection = export.Connection(
+                    Unix(socket).uri(""), disk.name,
+                    f"qemu:dirty-bitmap:{bitmap}" if bitmap else export.BASE_ALLOCATION, required=True,
+                )
+                stack.callback(connection.close)
+                ranges.append(_ranges(connection, bitmap is not None))
+            return _total(heapq.merge(*ranges))
 
 
 class Stopped(_Offline):
@@ -510,6 +563,10 @@ class Stopped(_Offline):
             }
         return found
 
+    def abouts(self):
+        """See Running."""
+        return _abouts(self.domain)
+
     def images_then(self, checkpoint):
         """See Running."""
         return domxml.images_then(self.domain.checkpoint_xml(checkpoint, with_domain=True))
@@ -525,6 +582,10 @@ class Stopped(_Offline):
 
     def mark(self, plan):
         return self.domain.checkpoint_xml(plan.head["checkpoint"])
+
+    def redefine(self, checkpoint_xml):
+        """See Running."""
+        redefine(self.domain, checkpoint_xml)
 
     def delete_checkpoint(self, name):
         self.domain.delete_checkpoint(name)
@@ -563,6 +624,10 @@ class Images(_Offline):
                     found.setdefault(bitmap, {})[disk.name] = bitmap
         return found
 
+    def abouts(self):
+        """Bitmaps say nothing of themselves."""
+        return {}
+
     def images_then(self, _checkpoint):
         """Not known, and not needed: with other images it would be another machine."""
         return {}
@@ -572,6 +637,10 @@ class Images(_Offline):
 
     def mark(self, _plan):
         return None
+
+    def redefine(self, _checkpoint_xml):
+        """There is no libvirt that could have forgotten it: its bitmaps are not there."""
+        raise Error(self.name, "no image has a sound bitmap of it")
 
     def delete_checkpoint(self, name):
         for disk in self.disks():
@@ -630,6 +699,75 @@ def _format_of(name, path):
         raise Error(name, error.strerror, path) from None
 
 
+def _ranges(connection, is_bitmap):
+    """Yield (offset, end) of what is dirty, or of what is data, in an export."""
+    for offset, length, flags in export.Walk(connection, unknown=0).within(0, connection.size, connection.size):
+        if flags & export.DIRTY if is_bitmap else not flags & export.READS_ZERO:
+            yield offset, offset + length
+
+
+def _total(ranges):
+    """The bytes that ascending ranges of (offset, end), which may overlap, cover."""
+    total = done = 0
+    for offset, end in ranges:
+        if end > done:
+            total += end - max(offset, done)
+            done = end
+    return total
+
+
+def redefine(domain, checkpoint_xml):
+    """
+    Have libvirt know a checkpoint of a vnb.virt.Domain again, with the disks that hold a sound bitmap of it.
+
+    checkpoint_xml (str or None): as it was saved. Raises Error where no disk does; then nothing has changed.
+    """
+    if not checkpoint_xml:
+        raise Error(domain.name, "the catalog has no XML of it")
+    present = {disk.name: disk for disk in domxml.disks(domain.xml(inactive=not domain.is_active))}
+    wanted = [name for name in domxml.bitmaps(checkpoint_xml) if name in present]
+    if not wanted:
+        raise Error(domain.name, "the domain has none of its disks any more")
+    if domain.is_active:
+        _redefine_live(domain, checkpoint_xml, wanted, present)
+        return
+    if not domain.is_local:
+        raise Error(domain.name, "is off, and its images are on another host")
+    bitmaps = domxml.bitmaps(checkpoint_xml)
+    sound = [name for name in wanted if _has_sound(present[name], bitmaps[name])]
+    if not sound:
+        raise Error(domain.name, f"no image has a sound bitmap {bitmaps[wanted[0]]}")
+    domain.redefine_checkpoint(domxml.checkpoint_of(checkpoint_xml, sound, present))
+
+
+def _redefine_live(domain, checkpoint_xml, wanted, present):
+    """QEMU is asked about the bitmaps by libvirt: of all disks, and where that fails of one after the other."""
+    def ask(names):
+        domain.redefine_checkpoint(domxml.checkpoint_of(checkpoint_xml, names, present), validate=True)
+
+    try:
+        ask(wanted)
+        return
+    except Error as error:
+        if len(wanted) == 1:
+            raise
+        failure = error
+    sound = []
+    for name in wanted:
+        with contextlib.suppress(Error):  # the first failure says it all
+            ask([name])
+            sound.append(name)
+    if not sound:
+        raise failure
+    ask(sound)
+
+
+def _has_sound(disk, bitmap):
+    """Whether a disk's image, which no guest uses, tells of all changes since a bitmap was made."""
+    return disk.format == "qcow2" and bool(disk.path) and bool(
+        qemuimg.holders(qemuimg.layers(disk.name, disk.path, disk.format), bitmap))
+
+
 def _forwarded(plan):
     """The socket here that ssh forwards to the one of QEMU on its host."""
     return os.path.join(plan.directory, "nbd.sock")
@@ -666,6 +804,11 @@ def _remove_scratch(job, host):
     for path in paths:
         with contextlib.suppress(OSError):
             os.unlink(path)
+
+
+def _abouts(domain):
+    found = {name: domxml.about(xml) for name, xml in domain.checkpoints().items()}
+    return {name: about for name, about in found.items() if about is not None}
 
 
 def _domain_fields(domain):

@@ -6,7 +6,9 @@ The state directory: what this host knows of its running backups, and the heads 
     DIR/jobs/UUID/job.json    the job, on disk before anything is asked of libvirt
     DIR/jobs/UUID/control     the keeper's socket
     DIR/jobs/UUID/keeper.log  what the keeper did on its own
-    DIR/ledgers/UUID/         heads of committed segments that went to no set this host can see
+    DIR/destinations/UUID/HASH/  heads of what was committed to a destination, and its name; see vnb.catalog
+
+Of a domain without a job nothing is left in DIR/jobs, unless its keeper had something to say.
 """
 
 import contextlib
@@ -125,17 +127,45 @@ class JobDirectory:
     def locked(self, wait=False):
         """Hold the domain's lock; yields False where somebody else does and wait is false."""
         path = os.path.join(self.path, "lock")
-        with _explained(path):
-            fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fd = self._open_lock(path, wait)
         try:
+            yield fd is not None
+        finally:
+            if fd is not None:
+                self._tidy(path)
+                os.close(fd)
+
+    def _open_lock(self, path, wait):
+        """A descriptor that has the lock, or None. Whoever had it may have removed the file meanwhile."""
+        while True:
+            make_private_directory(self.path)
+            with _explained(path):
+                try:
+                    fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+                except FileNotFoundError:
+                    continue  # with its directory, and just now
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                if os.path.samestat(os.fstat(fd), os.stat(path)):
+                    return fd
             except BlockingIOError:
-                yield False
-            else:
-                yield True
-        finally:
+                os.close(fd)
+                return None
+            except FileNotFoundError:
+                pass  # it was removed: there is another one, or none yet
+            except BaseException:
+                os.close(fd)
+                raise
             os.close(fd)
+
+    def _tidy(self, path):
+        """Leave no directory behind where nothing is known of a job. The caller has the lock, and is about to end."""
+        with contextlib.suppress(OSError):  # a directory that stays does no harm
+            if set(os.listdir(self.path)) <= {"lock", "keeper.log"} and not _size(self.log):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.log)
+                os.unlink(path)
+                os.rmdir(self.path)
 
     def load(self):
         """The job's record (dict with head and owner, dicts too), or None. Raises Error where it is damaged."""
@@ -166,6 +196,11 @@ class JobDirectory:
         with _explained(self._record), contextlib.suppress(FileNotFoundError):
             os.unlink(self._record)
             sync_directory(self.path)
+
+    def forget(self):
+        """Forget what keepers have said, too: then nothing is left of the domain when the lock is let go of."""
+        with _explained(self.log), contextlib.suppress(FileNotFoundError):
+            os.unlink(self.log)
 
     def listen(self):
         """The keeper's listening socket. The caller holds the lock, so what is at its path is a dead keeper's."""
@@ -207,6 +242,14 @@ class JobDirectory:
             yield f"/proc/self/fd/{fd}/control"
         finally:
             os.close(fd)
+
+
+def _size(path):
+    """The size of a file; 0 where there is none."""
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _private(path, flags):

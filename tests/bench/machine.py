@@ -42,7 +42,7 @@ class Machine:
         self.lab = lab
         self.vm = lab.domain(*disks)
 
-    def pipeline(self, last, level="full", options=""):
+    def pipeline(self, last, level="full", options="--destination bench"):
         """Back up by a pipeline that ends in last: seconds."""
         start = f"vnb-checkpoint run {self.vm.name} --level {level} {options}"
         return script(self.lab, f"{start} -- 'vnb-extents | {last}'")

@@ -35,8 +35,8 @@ from vnb import (
     read,
     verify,
 )
+from vnb.catalog import Catalog
 from vnb.errors import Error
-from vnb.ledger import Ledger
 from vnb.state import JobDirectory
 
 FAULT = pytest.mark.fault(
@@ -171,13 +171,13 @@ def read_everywhere(_args):
 
 
 def begin_from(_args):
-    """What vnb-checkpoint does with a ledger."""
-    ledger = Ledger("set")
-    segments = ledger.segments()
-    for segment in ledger.of_domain(segments[0].head["uuid"], "vm"):
+    """What vnb-checkpoint does with a set."""
+    catalog = Catalog("set")
+    segments = catalog.segments()
+    for segment in catalog.of_domain(segments[0].head["uuid"], "vm"):
         heads.new("vm", "u", "inc", "disks", parent=segment.head["point"], after=segment.head["created"])
         if segment.head.get("checkpoint_xml"):
-            domxml.bitmaps(domxml.with_parent(segment.head["checkpoint_xml"], "p"))
+            domxml.bitmaps(domxml.checkpoint_of(segment.head["checkpoint_xml"], ["vda"], ["vda"]))
 
 
 TARGETS = {
@@ -196,7 +196,7 @@ TARGETS = {
     "verify-set": lambda _: of_set("vnb-verify", verify, "set"),
     "prune": lambda _: of_set("vnb-prune", prune, "--keep-daily", "1", f"{TARGET}/.set", target=f"{TARGET}/.set"),
     "map": lambda _: of_set("vnb-map", program("SET", read_everywhere), "set"),
-    "ledger": lambda _: of_set("x", program("SET", begin_from), "set"),
+    "catalog": lambda _: of_set("x", program("SET", begin_from), "set"),
     "import": imported,
     "copy": copy,
     "record": lambda _: record(),

@@ -6,7 +6,7 @@ A laboratory: a libvirtd of our own, and virtual machines whose disks are writte
         vm = lab.domain(Disk("vda", 64 * MiB), Disk("vdb", 64 * MiB, discard=True))     # defined and started
         vm.write("vda", 1 * MiB, 4 * MiB, pattern=0x22)     # or vm.write_random(disk, offset, length, seed)
         vm.zero("vda", 2 * MiB, 1 * MiB)                    # unmap=True: may punch a hole; vm.discard(...): TRIM
-        lab.sh(f"vnb-checkpoint begin {vm.name} --level full | ... | vnb-pack -o {lab.path('set')}")
+        lab.sh(f"vnb-checkpoint begin {vm.name} --level full --set ... | ... | vnb-pack -o {lab.path('set')}")
         reference = vm.reference()                          # {"vda": a raw image, ...}: the state now, by nbdcopy
         compare(reference["vda"], restored, "qcow2")
         assert lab.leftovers() == []

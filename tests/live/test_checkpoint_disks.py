@@ -90,7 +90,7 @@ def test_a_data_file_with_a_relative_name(lab, directory):
            f"qemu-io -f qcow2 -c 'write -P 7 0 1M' {path}")
     vm = lab.domain(Disk("vda", path=path), start=False)
     for options in (f"--image vda={path}", vm.name):
-        done = lab.sh(f"cd {made}; vnb-checkpoint begin --level full {options}", check=False)
+        done = lab.sh(f"cd {made}; vnb-checkpoint begin --level full --set set {options}", check=False)
         assert (done.returncode, done.stderr) == (
             1, f"vnb-checkpoint: vda: {path} names its data file vda.data, which QEMU looks for in the directory where "
             f'it is started: there, qemu-img amend -f qcow2 -o data_file="$PWD/vda.data" {path} makes the name '

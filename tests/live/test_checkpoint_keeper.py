@@ -211,12 +211,12 @@ def test_a_stage_that_fails_or_dies_leaves_the_chain_as_it_was(lab, vm, director
 def test_a_second_backup_is_told_at_once_who_runs(lab, vm, directory):
     begin(lab, vm, directory)
     owner = record(lab, vm)["owner"]
-    done = lab.sh(f"vnb-checkpoint begin {vm.name} --level full | cat", check=False, timeout=10)
+    done = lab.sh(f"vnb-checkpoint begin {vm.name} --level full --destination x | cat", check=False, timeout=10)
     assert done.returncode == 1
     assert f"vnb-checkpoint: {vm.name}: a backup runs already, begun 20" in done.stderr
     assert f"(process {owner['pid']} on {owner['host']})" in done.stderr
     # Another state directory knows nothing of it, as another host would: libvirt does.
-    done = lab.sh(f"vnb-checkpoint begin {vm.name} --level full --state-dir {lab.path('other')} | cat", check=False,
+    done = lab.sh(f"vnb-checkpoint begin {vm.name} --level copy --state-dir {lab.path('other')} | cat", check=False,
                   timeout=10)
     assert done.stderr == f"vnb-checkpoint: {vm.name}: a backup job is active already\n"
     done = lab.sh(f"vnb-checkpoint cleanup {vm.name} --state-dir {lab.path('other')}", check=False)
@@ -466,7 +466,7 @@ def test_a_guest_that_had_no_room_before_is_backed_up_and_left_alone(lab, small,
 
 def test_a_job_that_did_not_begin_is_not_committed(lab, vm):
     """Else the next increment would start from a point that nobody has ever saved."""
-    lab.sh(f"vnb-checkpoint begin {vm.name} --level full > {lab.path('begun')}")
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level full --destination x > {lab.path('begun')}")
     os.kill(record(lab, vm)["owner"]["pid"], signal.SIGKILL)
     rewrite(lab, vm, phase="starting")
     done = lab.sh(f"vnb-checkpoint commit {vm.name}", check=False)

@@ -81,7 +81,8 @@ def test_auto_makes_a_full_when_the_checkpoints_are_gone(lab, vm, directory):
         checkpoint.delete()
     assert backup(lab, vm, "inc", directory, check=False).returncode == 1
     done = backup(lab, vm, "auto", directory)
-    assert "the checkpoints of the saved points are all gone" in done.stderr
+    assert (f"level full: the checkpoints of the restore points in {directory} are all gone, and cannot be redefined: "
+            in done.stderr)
     assert levels(directory) == ["full", "full"]
     restores(lab, directory, vm.reference())
 
@@ -221,7 +222,7 @@ def test_a_threshold_that_is_not_met_costs_nothing(lab, vm, directory):
     backup(lab, vm, "full", directory)
     before = vm.checkpoints()
     done = lab.sh(f"vnb-checkpoint begin {vm.name} --level inc --set {directory} --threshold 1m | cat", check=False)
-    assert done.returncode == 3
+    assert done.returncode == 4
     assert done.stdout == b""
     done = backup(lab, vm, "inc", directory, "--threshold 1m", store="echo started")
     assert b"started" not in done.stdout
@@ -233,19 +234,20 @@ def test_a_threshold_that_is_not_met_costs_nothing(lab, vm, directory):
     assert lab.leftovers() == []
 
 
-def test_since_names_the_parent_of_a_stream_that_goes_elsewhere(lab, vm):
-    """The ledger in the state directory knows nothing of a set on another host: the receiver names the parent."""
+def test_the_receiver_names_the_base_of_a_stream_that_goes_elsewhere(lab, vm):
+    """With the name of the destination too, what was committed is remembered, and the next one needs no base."""
     elsewhere = lab.new_directory("set")
     change(vm, 0)
     script = (
-        "vnb-checkpoint begin {vm} --level {level} {since} | vnb-extents | vnb-read | vnb-pack -z | vnb-pack -o {set} "
-        "&& vnb-checkpoint commit {vm} || {{ vnb-checkpoint abort {vm}; exit 1; }}"
+        "vnb-checkpoint begin {vm} --level {level} --destination elsewhere {base} | "
+        "vnb-extents | vnb-read | vnb-pack -z | vnb-pack -o {set} && "
+        "vnb-checkpoint commit {vm} || {{ vnb-checkpoint abort {vm}; exit 1; }}"
     )
-    lab.sh(script.format(vm=vm.name, level="full", since="", set=elsewhere))
+    lab.sh(script.format(vm=vm.name, level="full", base="", set=elsewhere))
     change(vm, 1)
-    lab.sh(script.format(vm=vm.name, level="inc", since=f"--base $(vnb-cat --base {elsewhere})", set=elsewhere))
+    lab.sh(script.format(vm=vm.name, level="inc", base=f"--base $(vnb-cat --base {elsewhere})", set=elsewhere))
     change(vm, 2)
-    lab.sh(script.format(vm=vm.name, level="inc", since="", set=elsewhere))  # by the heads in the state directory
+    lab.sh(script.format(vm=vm.name, level="inc", base="", set=elsewhere))  # by the heads in the state directory
     restores(lab, elsewhere, vm.reference())
     assert lab.leftovers() == []
 
@@ -292,11 +294,11 @@ def test_images_that_have_changed_places_are_taken_in_full(lab, vm, directory, r
 
 
 @pytest.mark.parametrize("running", [True, False])
-@pytest.mark.parametrize("ledger", [True, False])
-def test_files_that_have_changed_places_under_the_same_paths(lab, vm, directory, running, ledger):
+@pytest.mark.parametrize("is_set", [True, False])
+def test_files_that_have_changed_places_under_the_same_paths(lab, vm, directory, running, is_set):
     """Neither libvirt nor the paths know of it; the heads in the state directory do as the set does."""
     def take(level):
-        options = f"--level {level}" + (f" --set {directory}" if ledger else "")
+        options = f"--level {level} " + (f"--set {directory}" if is_set else "--destination elsewhere")
         return lab.sh(f"vnb-checkpoint run {vm.name} {options} -- '{STORE.format(set=directory)}'").stderr
 
     vm.write("vdb", 20 * MiB, MiB, pattern=0x55)
@@ -379,8 +381,8 @@ def test_auto_begins_anew_where_the_set_lost_a_segment(lab, vm, directory):
     full, = (name for name in os.listdir(directory) if name.endswith(".full.vnb"))
     os.unlink(os.path.join(directory, full))
     done = backup(lab, vm, "inc", directory, check=False)
-    why = f"{directory} does not hold what its points need"
-    assert done.stderr == f"vnb-checkpoint: {vm.name}: {why}: a full backup is needed first\n"
+    why = f"no restore point in {directory} has all that it needs"
+    assert done.stderr == f"vnb-checkpoint: {vm.name}: {why}: a full backup is needed first (--level full, or auto)\n"
     assert f"level full: {why}" in backup(lab, vm, "auto", directory).stderr
     vm.write("vda", 20 * MiB, MiB)
     assert "level inc" in backup(lab, vm, "auto", directory).stderr
@@ -394,9 +396,10 @@ now = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=2)
 heads.now = lambda: now.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 from vnb.run import command
 command("vnb-checkpoint", "vnb.checkpoint")"""
-    lab.sh(f"{sys.executable} -c '{ahead}' run {vm.name} --level full -- '{STORE.format(set=directory)}'")
-    shutil.rmtree(lab.path("state", "ledgers"))
+    store = STORE.format(set=directory)
+    lab.sh(f"{sys.executable} -c '{ahead}' run {vm.name} --level full --destination elsewhere -- '{store}'")
+    shutil.rmtree(lab.path("state", "destinations"))
     full = tip(lab, directory)
-    lab.sh(f"vnb-checkpoint run {vm.name} --level inc --base {full} -- '{STORE.format(set=directory)}'")
+    lab.sh(f"vnb-checkpoint run {vm.name} --level inc --base {full} -- '{store}'")
     assert tip(lab, directory) != full
     lab.sh(f"vnb-verify {directory}")

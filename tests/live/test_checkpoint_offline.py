@@ -110,7 +110,7 @@ def test_offline_after_a_hard_death_is_full(lab, vm, directory):
     vm.kill()
     done = backup(lab, vm, "inc", directory, check=False)
     assert done.returncode == 1
-    assert "no disk has a sound bitmap that goes back to a saved point: a full backup is needed first" in done.stderr
+    assert "no disk has a sound bitmap that goes back to a restore point: a full backup is needed first" in done.stderr
     backup(lab, vm, "auto", directory)
     assert levels(directory) == ["full", "full"]
     restores(lab, directory, references(lab, vm))
@@ -402,5 +402,5 @@ def test_an_image_in_use_is_refused(lab, vm, directory):
 
 
 def test_a_domain_that_is_not_there(lab):
-    done = lab.sh("vnb-checkpoint begin nobody --level full | cat", check=False)
+    done = lab.sh("vnb-checkpoint begin nobody --level full --destination x | cat", check=False)
     assert (done.returncode, done.stderr) == (1, "vnb-checkpoint: nobody: no such domain at qemu:///system\n")

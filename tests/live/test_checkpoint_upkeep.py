@@ -41,19 +41,24 @@ def test_list_and_size_say_what_an_increment_would_have(lab, vm, directory):
         f"vda  {2 * MiB}\nvdb  {MiB}\ntotal  {3 * MiB}\n"
     )
     done = lab.sh(f"vnb-checkpoint size {vm.name} --set {directory} --json")
-    assert json.loads(done.stdout) == {"since": point, "disks": {"vda": 2 * MiB, "vdb": MiB}, "bytes": 3 * MiB}
+    assert json.loads(done.stdout) == {
+        "level": "inc", "base": point, "disks": {"vda": 2 * MiB, "vdb": MiB}, "bytes": 3 * MiB,
+    }
 
 
-def test_size_says_which_ledger_there_is(lab, vm, directory):
+def test_size_says_which_set_there_is(lab, vm, directory):
     done = lab.sh(f"vnb-checkpoint size {vm.name}", check=False)
-    assert done.returncode == 1
-    assert done.stderr.endswith(": the next one is a full backup\n")
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "vnb-checkpoint: --set: is needed, or --destination: there is no checkpoint of vnb\n")
     backup(lab, vm, "full", directory)
     done = lab.sh(f"vnb-checkpoint size {vm.name}", check=False)
-    assert done.returncode == 1
-    assert done.stderr.endswith(f": there are those of {socket.gethostname()}:{directory} (see --set)\n")
+    assert done.returncode == 2
+    assert done.stderr.startswith("vnb-checkpoint: --set: is needed, or --destination: there are checkpoints of set "
+                                  f"{socket.gethostname()}:{directory}\n")
     done = lab.sh(f"vnb-checkpoint size {vm.name} --set {directory} > /dev/full", check=False)
-    assert (done.returncode, done.stderr) == (1, "vnb-checkpoint: stdout: No space left on device\n")
+    assert done.returncode == 1
+    assert done.stderr.endswith("\nvnb-checkpoint: stdout: No space left on device\n")
 
 
 def test_checkpoints_of_points_that_were_pruned_go(lab, vm, directory):
@@ -64,7 +69,7 @@ def test_checkpoints_of_points_that_were_pruned_go(lab, vm, directory):
         vm.write("vda", number * MiB, MiB)
         backup(lab, vm, "auto", directory)
         lab.sh(f"vnb-prune --keep-last 1 {directory}")
-    ours = {name for name, row in listed(lab, vm, directory).items() if row["ledger"].endswith(directory)}
+    ours = {name for name, row in listed(lab, vm, directory).items() if row["catalog"].endswith(directory)}
     assert tip(lab, directory) in ours
     assert len(ours) <= 2
     assert tip(lab, other) in vm.checkpoints()
@@ -120,7 +125,7 @@ def test_recover_leaves_a_living_backup_and_another_ledger_alone(lab, vm, direct
     lab.sh(f"vnb-checkpoint abort {vm.name}")
     name, = vm.checkpoints()
     done = lab.sh(f"vnb-checkpoint cleanup {vm.name} --set {directory}")
-    assert f"checkpoint {name} is of ledger " in done.stderr
+    assert f"checkpoint {name} is of set " in done.stderr
     assert vm.checkpoints() == [name]
     lab.sh(f"vnb-checkpoint cleanup {vm.name} --set {directory} --force")
     assert vm.checkpoints() == []
@@ -156,7 +161,7 @@ def test_recover_leaves_alone_what_an_empty_ledger_does_not_hold(lab, vm, direct
     before = vm.checkpoints()
     os.rename(directory, f"{directory}.away")
     done = lab.sh(f"vnb-checkpoint cleanup {vm.name} --set {directory}")
-    assert done.stderr.count(f"left alone: {directory} holds no segment (see --force)") == 2
+    assert done.stderr.count(f"left alone: nothing is saved in {directory} (see --force)") == 2
     os.rename(f"{directory}.away", directory)
     assert vm.checkpoints() == before
     backup(lab, vm, "inc", directory)
@@ -165,7 +170,7 @@ def test_recover_leaves_alone_what_an_empty_ledger_does_not_hold(lab, vm, direct
 def test_recover_after_a_commit_into_a_set_that_begin_was_not_told_of(lab, vm, directory):
     """The checkpoint says that it is of the ledger that begin knew of: that one has to hold it, too."""
     store = f"vnb-extents | vnb-read | vnb-pack -o {directory}"
-    lab.sh(f"vnb-checkpoint begin {vm.name} --level full | {store}")
+    lab.sh(f"vnb-checkpoint begin {vm.name} --level full --destination there | {store}")
     lab.sh(f"vnb-checkpoint commit {vm.name} --set {directory}")
     lab.sh(f"vnb-checkpoint cleanup {vm.name}")
     assert vm.checkpoints() == [tip(lab, directory)]

@@ -176,7 +176,7 @@ def test_streams_in_files_need_no_set(lab, vm, target):
     for number, level in enumerate(("full", "inc", "inc")):
         vm.write_random("vda", number * 2 * MiB, 3 * MiB, seed=number)
         vm.zero("vdb", (8 + number) * MiB, MiB // 2)
-        lab.sh(f"vnb-checkpoint run {vm.name} --no-freeze --level {level} --"
+        lab.sh(f"vnb-checkpoint run {vm.name} --no-freeze --level {level} --destination files --"
                f" 'vnb-extents | vnb-read | vnb-pack -z > {files}/{number}.vnb'")
     reference = vm.reference()
     lab.sh(f"cat {files}/*.vnb | vnb-apply {target}")
@@ -185,9 +185,10 @@ def test_streams_in_files_need_no_set(lab, vm, target):
 
 
 def test_the_receiver_names_the_parent(lab, vm, target):
-    """A set that vnb-checkpoint cannot see, as on another machine: --base is its tip."""
+    """A set that vnb-checkpoint cannot see, as on another machine: it says itself what --base is."""
     set_ = lab.new_directory("set")
-    lab.sh(f"vnb-checkpoint run {vm.name} --no-freeze --level full -- 'vnb-extents | vnb-read | vnb-pack -o {set_}'")
+    lab.sh(f"vnb-checkpoint run {vm.name} --no-freeze --level full --destination there --"
+           f" 'vnb-extents | vnb-read | vnb-pack -o {set_}'")
     vm.write("vda", 50 * MiB, 1 * MiB)
     lab.sh(f"vnb-checkpoint run {vm.name} --no-freeze --level inc --base $(vnb-cat --base {set_}) --"
            f" 'vnb-extents | vnb-read | vnb-pack -z | vnb-pack -o {set_}'")
@@ -224,15 +225,15 @@ def start(vm, set_, level="full", pack=None):
 
 
 def test_a_domain_that_does_not_exist(lab):
-    line = refused(lab, "vnb-checkpoint begin no-such-vm --level full > /dev/null", "^vnb-checkpoint: no-such-vm: ")
+    line = refused(lab, "vnb-checkpoint begin no-such-vm --level copy > /dev/null", "^vnb-checkpoint: no-such-vm: ")
     assert line.count("\n") == 1
 
 
 def test_a_domain_with_a_job_is_told_at_once(lab, vm):
-    lab.sh(f"vnb-checkpoint begin {vm.name} --no-freeze --level full > /dev/null")
+    lab.sh(f"vnb-checkpoint begin {vm.name} --no-freeze --level full --destination x > /dev/null")
     checkpoints = vm.checkpoints()
     try:
-        line = refused(lab, f"vnb-checkpoint begin {vm.name} --no-freeze --level full > /dev/null",
+        line = refused(lab, f"vnb-checkpoint begin {vm.name} --no-freeze --level full --destination x > /dev/null",
                        f"^vnb-checkpoint: {vm.name}: ")
         assert line.count("\n") == 1
         assert vm.has_job()
@@ -249,7 +250,7 @@ def test_a_job_of_another_tool_is_left_alone(lab, vm):
         </domainbackup>""", None,
     )
     try:
-        refused(lab, f"vnb-checkpoint begin {vm.name} --no-freeze --level full > /dev/null",
+        refused(lab, f"vnb-checkpoint begin {vm.name} --no-freeze --level full --destination x > /dev/null",
                 f"^vnb-checkpoint: {vm.name}: ")
         assert vm.has_job()
     finally:
@@ -264,7 +265,8 @@ def test_a_job_of_another_tool_is_left_alone(lab, vm):
 def test_a_disk_that_can_hold_no_bitmap(lab, disk):
     vm = lab.domain(disk)
     try:
-        refused(lab, f"vnb-checkpoint begin {vm.name} --no-freeze --level full > /dev/null", "^vnb-checkpoint: .*vda")
+        refused(lab, f"vnb-checkpoint begin {vm.name} --no-freeze --level full --destination x > /dev/null",
+                "^vnb-checkpoint: .*vda")
         assert lab.leftovers() == []
         assert vm.checkpoints() == []
     finally:

@@ -24,7 +24,7 @@ EXTRA = """
 
 
 def pipeline(vm, level, codec, out, before=""):
-    return (f"vnb-checkpoint run {vm.name} --level {level} --no-freeze -- '{before} vnb-extents | "
+    return (f"vnb-checkpoint run {vm.name} --level {level} --destination corpus --no-freeze -- '{before} vnb-extents | "
             f"tee {HERE}/extents.vnb | vnb-read | vnb-pack --compress {codec} > {HERE}/{out}.vnb'")
 
 
