@@ -87,8 +87,8 @@ def test_what_a_set_does_not_take(tmp_path):
     refused(tmp_path, "point p1 is already here", {**inc(1), "id": "another"}, changes)
     merged = {**samples.head("p1"), "id": "another"}
     refused(tmp_path, "point p1 is already here with other disks", merged, [samples.disk("other", 100)])
-    refused(tmp_path, "does not hold p8, the parent of p9", samples.head("p9", "p8"), changes)
-    refused(tmp_path, "this is a set of vm (u-1), the stream is of vm (u-2)", samples.head("q", uuid="u-2"))
+    refused(tmp_path, "does not hold p8, the base of p9", samples.head("p9", "p8"), changes)
+    refused(tmp_path, "is a set of domain vm (u-1), not of vm (u-2)", samples.head("q", uuid="u-2"))
     refused(tmp_path, "less than the 100 before", inc(2), [samples.disk(size=99, level="inc")])
     refused(tmp_path, "nothing before it has", inc(2), [samples.disk("vdb", 100, "inc")])
     refused(tmp_path, "must not be named", samples.head(".hidden"))
@@ -99,7 +99,7 @@ def test_what_a_set_does_not_take(tmp_path):
 
 
 def test_increment_into_an_empty_set(tmp_path):
-    refused(tmp_path, "does not hold p0, the parent of p1", inc(1), [samples.disk(size=100, level="inc")])
+    refused(tmp_path, "does not hold p0, the base of p1", inc(1), [samples.disk(size=100, level="inc")])
 
 
 def test_increment_behind_a_gap(tmp_path):
@@ -121,7 +121,7 @@ def test_a_file_of_that_name_is_not_overwritten(tmp_path):
     """Somebody has renamed a segment: the name is taken by another point."""
     path = store(tmp_path, samples.head("p0"))
     os.rename(path, tmp_path / "p1.full.vnb")
-    named = pytest.raises(Error, match="another segment has this name")
+    named = pytest.raises(Error, match="another file has the name of this segment")
     with named, backupset.Store(str(tmp_path), samples.head("p1"), DISKS) as out:
         out.commit()
     assert [segment.head["point"] for segment in backupset.segments([str(tmp_path)])] == ["p0"]
@@ -217,15 +217,19 @@ def test_damaged_segment_is_an_error(tmp_path):
         with pytest.raises(StreamError) as caught:
             backupset.segments([str(tmp_path)])
         assert reason in str(caught.value) and str(caught.value).startswith(path)
-        with pytest.raises(StreamError):
-            backupset.Store(str(tmp_path), samples.head("q"), DISKS)
+        # It costs nothing but what needs it.
+        backupset.Store(str(tmp_path), samples.head("q"), DISKS).__exit__()
+        with pytest.raises(Error, match=r"does not hold p0, the base of q, which is"):
+            backupset.Store(str(tmp_path), samples.head("q", "p0"), [samples.disk(size=100, level="inc")])
+        with pytest.raises(Error, match=r"another file has the name of this segment: .*--quarantine"):
+            backupset.Store(str(tmp_path), samples.head(), DISKS)
 
 
 def test_operands_that_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "x.vnb")  # nobody will ever write to it
     for operand, reason in [
         (tmp_path / "none", "No such file"), ("/dev/null", "empty file"),
-        (tmp_path, "x.vnb: Illegal seek"), (tmp_path / "x.vnb", "Illegal seek"),
+        (tmp_path, "x.vnb: is not a regular file"), (tmp_path / "x.vnb", "Illegal seek"),
     ]:
         with pytest.raises(Error, match=reason):
             backupset.segments([str(operand)])

@@ -103,9 +103,9 @@ def test_until_what_only_looks_like_a_time(until):
 
 
 def test_until_something_that_is_not_there():
-    refused(a_chain(5), "no point p9", "p9")
-    refused(a_chain(5), "no point as old as 2025", "2025")
-    refused(a_chain(5), "no point yesterday", "yesterday")
+    refused(a_chain(5), "no restore point p9", "p9")
+    refused(a_chain(5), "no restore point is as old as 2025: the oldest is of 2026-01-01T12:00:00.000000Z", "2025")
+    refused(a_chain(5), "no restore point yesterday", "yesterday")
 
 
 def test_nothing_at_all():
@@ -123,10 +123,15 @@ def test_increment_without_its_full():
 
 
 def test_circle():
-    segments = [*a_chain(3), Segment("a", "c"), Segment("b", "a"), Segment("c", "b")]
-    for order in itertools.islice(itertools.permutations(segments), 0, 720, 7):
-        refused(list(order), "a circle of parents: ")
-    refused([*a_chain(3), *segments[-3:]], "a circle of parents: a -> c -> b -> a")
+    """It costs the restore points in it, and what needs them."""
+    segments = [*a_chain(3), Segment("a", "c"), Segment("b", "a"), Segment("c", "b"), Segment("d", "a")]
+    for order in itertools.islice(itertools.permutations(segments), 0, 5040, 49):
+        refused(list(order), "a circle of parents: ", "b")
+        refused(list(order), "a circle of parents: ", "d")
+        assert names(chain.path(list(order), "set", "p2")) == ["p0", "p1", "p2"]
+        assert sorted(chain.restorable(list(order))) == ["p0", "p1", "p2"]
+    refused(segments[3:6], "a circle of parents: a -> c -> b -> a")
+    refused(segments, "a circle of parents: a -> c -> b -> a", "a")
 
 
 def test_two_domains():

@@ -93,7 +93,30 @@ def test_list(tmp_path):
     os.unlink(paths[1])
     status, out, err = dump("--list", tmp_path / "set")
     assert status == 1 and makers.point(2) in out
-    assert err == f"vnb-dump: {tmp_path}/set: gap: {makers.point(2)} needs {makers.point(1)}, which is not here\n"
+    assert err == (
+        f"vnb-dump: {tmp_path}/set: gap: {makers.point(2)} needs {makers.point(1)}, which is not here; "
+        f"--until {makers.point(0)} is the newest that can be restored\n"
+    )
+    assert f"cannot be restored {makers.point(2)}: needs {makers.point(1)}, which is not here\n" in out
+
+
+def test_list_of_several_sets(tmp_path):
+    """One set has one domain: each gets a table, with its name, and files have one together."""
+    paths = makers.make_set(tmp_path / "a", PLAN)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x.vnb").write_bytes(segment(head("other", domain="vm2", uuid="u-2"), []))
+    (tmp_path / "c").mkdir()
+    status, out, err = dump("--list", tmp_path / "a", tmp_path / "b", tmp_path / "c", paths[0])
+    assert (status, err) == (1, f"vnb-dump: {tmp_path}/c: no segment here\n")
+    titles = [line for line in out.splitlines() if line.startswith(str(tmp_path))]
+    assert titles == [
+        f"{tmp_path}/a: vm1 ({makers.head(0)['uuid']})", f"{tmp_path}/b: vm2 (u-2)",
+        f"{paths[0]}: vm1 ({makers.head(0)['uuid']})",
+    ]
+    assert [line for line in out.splitlines() if line.startswith("latest")] == [
+        f"latest {makers.point(2)}, from 3 segments", "latest other, from 1 segment",
+        f"latest {makers.point(0)}, from 1 segment",
+    ]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--brief"], ["--json"], ["--json", "--no-payload"]])

@@ -302,7 +302,8 @@ def test_an_empty_disk(tmp_path):
         (["{empty}"], "vnb-map: {empty}: no segment here"),
         (["{text}"], "vnb-map: {text}: stream offset 5: cut short or not a stream (no tail at the end)"),
         (["{increment}"], f"vnb-map: {{increment}}: gap: {makers.point(1)} needs {makers.point(0)}, which is not here"),
-        (["--until", "nowhere", "{set}"], "vnb-map: {set}: no point nowhere (vnb-dump lists them)"),
+        (["--until", "nowhere", "{set}"], "vnb-map: {set}: no restore point nowhere (vnb-dump --list has them), "
+         "nor is that a time such as 2026-01-31T12:00"),
         (["--disk", "sda", "{set}"], f"vnb-map: --disk: no disk sda at point {makers.point(2)}, there is vda, vdb"),
         (["--writable", "{set}"], "vnb-map: --writable: is for one disk: choose one of vda, vdb with --disk"),
     ],

@@ -169,7 +169,7 @@ def test_an_increment_without_its_parent_is_refused_before_data_is_read(saved, t
         err = child.stderr.read().decode()  # it ends although its input does not
         assert child.wait(DEADLINE) == 1
     assert err == (
-        f"vnb-pack: {tmp_path}: does not hold {makers.point(1)}, the parent of {makers.point(2)}\n"
+        f"vnb-pack: {tmp_path}: does not hold {makers.point(1)}, the base of {makers.point(2)}\n"
     )
     assert len(holds(tmp_path)) == 1
 
@@ -178,7 +178,7 @@ def test_another_domain(saved, tmp_path):
     run("-o", tmp_path, stdin=saved[0]).ok()
     other = samples.segment(samples.head(domain="vm2", uuid="u-2"), [samples.disk(size=0)])
     run("-o", tmp_path, stdin=other).failed(
-        f"vnb-pack: {tmp_path}: this is a set of vm1 (7f3d6a52-8c3e-4d0e-9d55-4b1d5f4f5b11), the stream is of vm2 (u-2)"
+        f"vnb-pack: {tmp_path}: is a set of domain vm1 (7f3d6a52-8c3e-4d0e-9d55-4b1d5f4f5b11), not of vm2 (u-2)"
     )
     assert len(holds(tmp_path)) == 1
 

@@ -171,14 +171,40 @@ def test_order_of_segments(numbers, line):
         assert err.startswith(f"vnb-verify: stdin: {line}") and err.count("\n") == 1
 
 
-def test_order_does_not_matter_in_files(tmp_path):
-    """There the links are checked."""
+def test_files_are_verified_as_they_would_be_restored(tmp_path):
+    """Each by itself by vnb-apply, all of them in any order by vnb-cat; --each asks for less."""
     path = tmp_path / "all.vnb"
-    path.write_bytes(chain_of(2, 1, 0))
-    assert run(path) == (0, b"", "")
-    path.write_bytes(chain_of(2, 1))
-    assert run(path) == (0, b"", "")  # a file need not hold what it is an increment to; a set has to
-    assert run(tmp_path) == (1, b"", f"vnb-verify: {tmp_path}: gap: p1 needs p0, which is not here\n")
+    parts = {number: tmp_path / f"{number}.vnb" for number in range(3)}
+    for number, part in parts.items():
+        part.write_bytes(chain_of(number))
+    assert run(*parts.values()) == run(parts[2], parts[0], parts[1]) == (0, b"", "")
+    for numbers, operands, lines in (
+        ((0, 1, 2), (), []),
+        ((0, 2), (), ["p2 follows p1, it does not come after p0", "gap: p2 needs p1, which is not here"]),
+        ((0, 2), (parts[1],), ["p2 follows p1, it does not come after p0"]),
+        ((1, 0), (), ["p0 is a full backup of its own, it does not come after p1"]),
+        ((0, 1, 1), (), ["p1 follows p0, it does not come after p1", f"{path} and {path} claim the same id id-p1"]),
+        ((1, 2), (), ["gap: p1 needs p0, which is not here"]),
+        ((0, 1, 2), (parts[1],), [f"{path} and {parts[1]} claim the same id id-p1"]),
+    ):
+        path.write_bytes(chain_of(*numbers))
+        status, _, err = run(path, *operands)
+        assert [line.split(": ", 2)[2] for line in err.splitlines()] == lines
+        assert status == (1 if lines else 0)
+        assert run("--each", path, *operands) == (0, b"", "")
+    path.write_bytes(segment(head(stage="extents"), [disk(size=50)], ["extent", 0, [0, 50, 0]]))
+    assert run(path) == (1, b"", f"vnb-verify: {path}: holds no data, but extents\n")
+
+
+def test_a_file_and_the_set_that_it_goes_on_from(tmp_path):
+    (tmp_path / "set").mkdir()
+    for number in range(2):
+        (tmp_path / "set" / f"{number}.vnb").write_bytes(chain_of(number))
+    (tmp_path / "x.vnb").write_bytes(chain_of(2))
+    assert run(tmp_path / "set", tmp_path / "x.vnb") == (0, b"", "")
+    (tmp_path / "set" / "0.vnb").unlink()
+    status, _, err = run(tmp_path / "set", tmp_path / "x.vnb")
+    assert (status, err) == (1, f"vnb-verify: {tmp_path}/set: gap: p1 needs p0, which is not here\n")
 
 
 def test_unknown_frames_pass():
@@ -291,7 +317,8 @@ def test_it_goes_on_with_the_next_segment(tmp_path, threads):
             damaged = bytearray(content)
             damaged[at] ^= 1
             path.write_bytes(damaged)
-            (line,) = faults(path, threads=threads)
+            line, *links = faults(path, threads=threads)
+            assert all(f"{path}: gap: " in line for line in links)  # where a head is lost, so is what needs it
             offset = int(line.split(": ")[1].removeprefix("stream offset "))
             assert starts[bad] <= offset < ends_[bad]
     damaged = bytearray(content)
@@ -377,15 +404,66 @@ def test_links_of_a_set(tmp_path):
     ]
 
 
-def test_files_are_no_set(tmp_path):
-    """They may be of several domains, and copies; but of one domain they must not contradict each other."""
+def test_files_that_do_not_belong_together(tmp_path):
     paths = [tmp_path / name for name in "abcde"]
     for path, head_ in zip(paths, [
         head("p0"), head("p0"), head("q0", uuid="u-2"), head("p2", "p1"), head("p9", id="id-p0"),
     ]):
         path.write_bytes(segment(head_, []))
-    assert faults(*paths[:4]) == []
-    assert faults(*paths) == [f"the files: {paths[0]} and {paths[4]} claim the same id id-p0"]
+    assert faults(*paths) == [
+        f"the files: {paths[0]} and {paths[1]} claim the same id id-p0",
+        f"the files: two domains: {paths[0]} is of vm (u-1), {paths[2]} of vm (u-2)",
+        f"the files: {paths[0]} and {paths[4]} claim the same id id-p0",
+        "the files: gap: p2 needs p1, which is not here",
+    ]
+    assert run("--each", *paths) == (0, b"", "")
+
+
+def test_a_damaged_file_is_set_aside(tmp_path):
+    """It keeps its content and gets a name that is no segment's; what is lost with it is said."""
+    paths = makers.make_set(tmp_path, [*PLAN, {"vda": "4k:D"}])
+    whole = read(paths[2])
+    os.truncate(paths[2], len(whole) - 20)
+    (tmp_path / "x.vnb").write_text("x\n")
+    (tmp_path / "x.vnb.damaged").write_text("an older one")
+    assert run(tmp_path)[0] == 1
+    assert sorted(os.listdir(tmp_path)) == sorted([*map(os.path.basename, paths), "x.vnb", "x.vnb.damaged"])
+    status, out, err = run("--quarantine", tmp_path)
+    lines = [line.removeprefix("vnb-verify: ") for line in err.splitlines()]
+    assert (status, out) == (1, b"")
+    assert [line.split(": ")[0] for line in lines if "stream offset" in line] == [paths[2], f"{tmp_path}/x.vnb"]
+    assert lines[2:] == [
+        f"{paths[2]}: set aside as {os.path.basename(paths[2])}.damaged",
+        f"{tmp_path}/x.vnb: set aside as x.vnb.damaged.1",
+        f"{tmp_path}/x.vnb: nothing tells which restore points it had",
+        f"{tmp_path}: lost: {makers.point(2)}", f"{tmp_path}: lost: {makers.point(3)}",
+    ]
+    assert read(f"{paths[2]}.damaged") == whole[:-20]
+    assert run("--quarantine", tmp_path) == (
+        1, b"", f"vnb-verify: {tmp_path}: gap: {makers.point(3)} needs {makers.point(2)}, which is not here\n")
+    os.rename(f"{paths[2]}.damaged", paths[2])
+    with open(paths[2], "ab") as file:
+        file.write(whole[-20:])
+    assert run("--quarantine", tmp_path) == (0, b"", "")
+
+
+def test_what_says_nothing_of_a_file_sets_nothing_aside(tmp_path, monkeypatch):
+    """A codec or a version that is not here, and what cannot be read."""
+    pytest.importorskip("zstandard")
+    paths = makers.make_set(tmp_path, PLAN, spec="zstd")
+    newer = f.encode(["vnb", 2, samples.head("n")])[0]
+    (tmp_path / "n.vnb").write_bytes(newer)
+    (tmp_path / "s.vnb").symlink_to(tmp_path / "nowhere")
+    names = sorted(os.listdir(tmp_path))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    report = verify._Report(False)
+    lines = []
+    report.fault = lambda error: lines.append(str(error))
+    verify._operands([str(tmp_path)], 0, report, Progress("none"), quarantine=True)
+    assert any("needs the Python package zstandard" in line for line in lines)
+    assert any("a newer vnb is needed" in line for line in lines)
+    assert any("No such file" in line for line in lines)
+    assert sorted(os.listdir(tmp_path)) == names and len(names) == len(paths) + 2
 
 
 def with_index(rows, frames=None):

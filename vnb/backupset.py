@@ -2,12 +2,16 @@
 """Backup sets: segments in files, found, opened and stored durably; formats/backup-set.md has the layout."""
 
 import contextlib
+import errno
 import fcntl
 import os
+import re
 import secrets
+import stat
 
 from vnb import chain, index, stream
 from vnb import frame as f
+from vnb.damage import NOTHING, Damaged, newest_by_name
 from vnb.direct import DirectWriter
 from vnb.durable import make_directories, sync_directory
 from vnb.errors import Error, StreamError, os_error
@@ -15,8 +19,13 @@ from vnb.frame import FrameError
 
 SUFFIX = ".vnb"
 PARTIAL = ".partial"
+SET_ASIDE = ".damaged"  # behind the name of a file that vnb-verify has found damaged: it is no segment any more
 PRUNED = ".pruned"  # a file of a set: checkpoints whose points were dropped, for vnb-checkpoint
 MOST_PRUNED = 1 << 20  # bytes of it that are read
+MOVE = "move it out of the set"
+LISTINGS = 5  # of a set from which files go while it is read
+LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # it is not the file that is damaged
+_OF_PEER = re.compile(r".+\.(full|copy|inc|diff)(\..+)?\.data")  # the names of disks in a directory of virtnbdbackup
 _INDEX_HEADER = 64  # an index frame's header is shorter
 _INDEX_FRAME = _INDEX_HEADER + index.ROW_SIZE * index.FRAME_ROWS  # as long as those that vnb writes are
 
@@ -252,19 +261,151 @@ def places(path, fd):
 
 
 def segments(operands):
-    """
-    The segments of sets (directories) and files, in no order that means anything. Raises Error.
+    """The segments of sets (directories) and files, in no order that means anything. Raises Error for any damage."""
+    found, damaged = readable(operands)
+    for file in damaged:
+        raise file.error
+    return found
 
-    A file in a set that is not ours is passed over; one that is ours and damaged is an error.
+
+def some(operands):
+    """readable(), where there has to be a segment. Raises Error."""
+    found, damaged = readable(operands)
+    if not found:
+        for file in damaged:
+            raise file.error
+        for operand in operands:
+            refuse_peer(operand)
+        raise Error(operands[0] if len(operands) == 1 else "the chain", "no segment here")
+    return found, damaged
+
+
+def refuse_peer(directory, advice="vnb-import reads it"):
+    """Raise Error, with advice (str), if a directory without segments holds a backup of virtnbdbackup."""
+    names = ()
+    with contextlib.suppress(OSError):
+        names = os.listdir(directory)
+    if any(_OF_PEER.fullmatch(name) for name in names):
+        raise Error(directory, f"holds a backup of virtnbdbackup: {advice}")
+
+
+def readable(operands):
     """
-    found = []
+    (segments, damaged): of sets (directories) and files all segments that can be used, in no order that means
+    anything, and a vnb.damage.Damaged for each file that has others.
+
+    A file in a set whose name is not that of a segment is passed over. Raises Error for a directory that cannot be
+    listed, and where it is this process that lacks something.
+    """
+    found, damaged = [], []
     for operand in operands:
         if os.path.isdir(operand):
-            for path in paths(operand):
-                found += segments_in_file(path)
+            segments, files = _readable_in_set(operand)
         else:
-            found += segments_in_file(operand)
-    return found
+            segments, files = _readable_in_file(operand)
+        found += segments
+        damaged += files
+    return found, damaged
+
+
+def _readable_in_set(directory):
+    for _ in range(LISTINGS):
+        found, damaged = [], []
+        for path in paths(directory):
+            segments, files = _readable_in_file(path, directory)
+            found += segments
+            damaged += files
+        gone = [file for file in damaged if not os.path.lexists(file.name)]
+        if not gone:
+            break
+        # vnb-prune removes a segment once another has taken its place, which may have come after we had looked.
+    damaged = [file for file in damaged if file not in gone]
+    found, others = _without_strangers(found)
+    return found, damaged + others
+
+
+def _readable_in_file(path, directory=None):
+    """The same of one file. directory (str or None): the set that it is in."""
+    found = []
+    try:
+        fd = open_file(path)
+    except Error as error:
+        return found, [_damaged(path, error, directory)]
+    try:
+        try:
+            if directory is not None and not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise Error(path, "is not a regular file")
+            places_ = list(places(path, fd))
+        except Error as error:
+            return found, [_damaged(path, error, directory, fd)]
+        errors = []
+        for place in reversed(places_):
+            try:
+                found.append(SavedSegment(path, fd, *place))
+            except Error as error:
+                errors.append(error)
+        return found, [_damaged(path, error, directory, fd, len(places_)) for error in errors[:1]]
+    finally:
+        os.close(fd)
+
+
+def _damaged(path, error, directory, fd=None, count=0):
+    """The Damaged of a file; fd (int or None): open. count (int): of its segments, 0 where that is not known."""
+    if error.errno in LACKING:
+        raise error
+    name = os.path.basename(path)
+    advice = f"vnb-verify --quarantine {directory} sets it aside" if directory and error.is_damage else ""
+    start, head = _front(path, fd) if fd is not None else (None, None)
+    if head is not None and count < 2 and is_name_of(name, head):
+        newest = NOTHING
+    elif directory is None or count > 1:
+        newest = None
+    else:
+        can_be_read = start is not None or os.path.exists(path) and not os.path.isfile(path)
+        starts_so = bool(start) and f.HEAD_MAGIC.startswith(start)
+        newest = newest_by_name(name, starts_so or count or not can_be_read)
+    return Damaged(path, error, advice, head, newest)
+
+
+def _front(path, fd):
+    """
+    (the first bytes, the outline of the first head) of a file that may be damaged behind them.
+
+    None for what cannot be read. Reads nothing of what is no regular file, since that may have to be waited for.
+    """
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return b"", None
+        start = os.pread(fd, len(f.HEAD_MAGIC), 0)
+        os.lseek(fd, 0, os.SEEK_SET)
+        segment = next(iter(stream.Reader(fd, path)))
+        return start, chain.outline(segment.head, segment.disks)[0]
+    except OSError:
+        return None, None
+    except Error as error:
+        return (start if error.errno is None else None), None
+
+
+def _without_strangers(segments):
+    """(segments, damaged): the segments of a set without those that are none of its backups."""
+    found = []
+    data = [segment for segment in segments if segment.head["stage"] == "data"]
+    for segment in segments if data else ():  # without any it is a ledger of heads
+        if segment.head["stage"] != "data":
+            found.append((segment.name, Error(segment.name, f'holds no data, but {segment.head["stage"]}')))
+    by_id = {}
+    # Of a segment and its copy, the segment is the one that has the name.
+    for segment in sorted(data or segments, key=lambda segment: not _has_its_name(segment)):
+        first = by_id.setdefault(segment.head["id"], segment)
+        if first is not segment:
+            found.append((segment.name, Error(segment.name, f"is a copy of {first.name}: both have one id")))
+    kept = [segment for segment in data or segments if by_id[segment.head["id"]] is segment]
+    used = {segment.name for segment in kept}
+    return kept, [Damaged(file, error, "" if file in used else MOVE, newest=NOTHING) for file, error in found]
+
+
+def _has_its_name(segment):
+    return is_name_of(os.path.basename(segment.name), segment.head)
 
 
 def paths(directory):
@@ -308,38 +449,110 @@ def forget_pruned(directory, names):
             add_pruned(directory, sorted(rest))
 
 
-def file_name(head):
-    """The name of a segment's file: its point, whose middle part is a time, and its level."""
-    name = f'{head["point"]}.{head["level"]}{SUFFIX}'
+def file_name(head, merged=False):
+    """
+    The name of a segment's file: its restore point, whose middle part is a time, and its level.
+
+    merged (bool): it takes the place of others, and has its id in the name: else whoever copies a set, and knows files
+    by name and size, would keep the one that it has.
+    """
+    id_ = f'.{head["id"][:12]}' if merged else ""
+    name = f'{head["point"]}.{head["level"]}{id_}{SUFFIX}'
     if not stream.is_safe_name(name):
-        raise Error("stdin", f'a point must not be named {head["point"]!r}')
+        raise Error("stdin", f'a restore point must not be named {head["point"]!r}')
     return name
 
 
-def admit(directory, held, head, disks):
-    """Raise Error unless a set that holds these segments may take one with this head and these disks."""
+def is_name_of(name, head):
+    """Whether a file has the name that a segment with this head gets."""
+    with contextlib.suppress(Error):
+        return name in (file_name(head), file_name(head, merged=True))
+    return False
+
+
+def of_domain(segments, directory, uuid, domain):
+    """
+    (segments, damaged): those of a set that are of this domain, and a Damaged for each file that has others.
+
+    Raises Error unless it is a set of this domain: one file that somebody has put into a set makes no other set of it.
+    """
+    ours = [segment for segment in segments if segment.head["uuid"] == uuid]
+    others = [segment for segment in segments if segment.head["uuid"] != uuid]
+    if others and len(others) >= len(ours):
+        other = others[0]
+        where = f" ({other.name})" if ours else ""
+        raise Error(
+            directory, f'is a set of domain {other.head["domain"]} ({other.head["uuid"]}){where}, '
+            f"not of {domain} ({uuid})"
+        )
+    damaged = []
+    for segment in others:
+        error = Error(segment.name, f'is of another domain, {segment.head["domain"]} ({segment.head["uuid"]})')
+        damaged.append(Damaged(segment.name, error, MOVE, newest=NOTHING))
+    return ours, damaged
+
+
+def admit(directory, head, disks):
+    """Raise Error unless a set may take a segment with this head and these disks."""
+    held, damaged = readable([directory])
+    if not held:
+        refuse_peer(directory, "name an empty directory for a set")
     names = {disk["name"] for disk in disks}
     for segment in held:
         if segment.head["id"] == head["id"]:
             raise Error(directory, f'segment {head["id"]} is already here ({segment.name})')
-        if segment.head["uuid"] != head["uuid"]:
-            raise Error(
-                directory, f'this is a set of {segment.head["domain"]} ({segment.head["uuid"]}), '
-                f'the stream is of {head["domain"]} ({head["uuid"]})',
-            )
+    held, _ = of_domain(held, directory, head["uuid"], head["domain"])
+    for segment in held:
         if segment.head["point"] == head["point"] and segment.head["level"] == head["level"]:
             raise Error(directory, f'point {head["point"]} is already here ({segment.name})')
         if segment.head["point"] == head["point"] and names != {disk["name"] for disk in segment.disks}:
             raise Error(directory, f'point {head["point"]} is already here with other disks ({segment.name})')
+    path = os.path.join(directory, file_name(head))
+    if os.path.lexists(path):  # it is damaged, or of another restore point
+        advice = next((f": {file.error.reason}; {file.advice}" for file in damaged if file.name == path), "")
+        raise Error(path, f"another file has the name of this segment{advice}")
     parent = head["parent"]
     if parent is not None:
         before = chain.points(held).get(parent)
         if before is None:
-            raise Error(directory, f'does not hold {parent}, the parent of {head["point"]}')
+            where = chain.where(parent, damaged) if damaged else ""
+            raise Error(directory, f'does not hold {parent}, the base of {head["point"]}{where and f", {where}"}')
         follow = chain.Follow(directory)
-        for segment in chain.path(held, directory, parent):
+        for segment in chain.path(held, directory, parent, damaged):
             follow.accept(segment.head, segment.disks)
         follow.accept(head, disks)
+
+
+def identity(found):
+    """What tells a file, as os.stat() found it, from one that has taken its place or was written to since."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def set_aside(directory, files):
+    """
+    Give damaged files of a set names that are no segment's, durably. files (dict): {path: its identity()}.
+
+    Returns {path: its new path}, without those that have changed since. Raises Error.
+    """
+    moved = {}
+    with locked(directory) as directory_fd:
+        try:
+            for path, known in files.items():
+                try:
+                    if identity(os.stat(path)) != known:
+                        continue
+                except FileNotFoundError:
+                    continue
+                name, number = f"{path}{SET_ASIDE}", 0
+                while os.path.lexists(name):
+                    number += 1
+                    name = f"{path}{SET_ASIDE}.{number}"
+                os.rename(path, name)
+                moved[path] = name
+            os.fsync(directory_fd)
+        except OSError as error:
+            raise os_error(error.filename or directory, error) from None
+    return moved
 
 
 @contextlib.contextmanager
@@ -366,19 +579,21 @@ class Store:
 
     Without commit() the temporary file is removed. The constructor refuses what the set may not take, before
     any data is read; commit() asks again, since another writer may have been faster. check (bool): False for
-    a catalog of heads, which need not hold a whole chain.
+    a catalog of heads, which need not hold a whole chain, and for a segment that was merged. merged (bool): it is such a
+    one, see file_name().
     """
 
-    def __init__(self, directory, head, disks, check=True):
+    def __init__(self, directory, head, disks, check=True, merged=False):
         self.directory = directory
         self.head = head
         self.disks = disks
         self.check = check
-        self.name = file_name(head)
+        self.merged = merged
+        self.name = file_name(head, merged)
         make_private_directory(directory)
         remove_abandoned(directory)
         if check:
-            admit(directory, segments([directory]), head, disks)
+            admit(directory, head, disks)
         self.path = os.path.join(directory, self.name)
         self._create()
 
@@ -406,9 +621,9 @@ class Store:
             os.fsync(self.fd)
             with locked(self.directory) as directory_fd:
                 if self.check:
-                    admit(self.directory, segments([self.directory]), self.head, self.disks)
-                    if os.path.lexists(self.path):
-                        raise Error(self.path, "another segment has this name")
+                    admit(self.directory, self.head, self.disks)
+                elif self.merged and os.path.lexists(self.path):
+                    raise Error(self.path, "another file has the name of this segment")
                 os.rename(self.partial, self.path)
                 self.partial = None
                 os.fsync(directory_fd)

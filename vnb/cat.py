@@ -17,7 +17,8 @@ Options:
                  cut short as 2026-01-31; the default is the latest point
   --disk NAME    only this disk; may be given several times
   --merge        make one full segment of them, each block once
-  --from POINT   with --merge: one increment, of what comes after this point
+  --from POINT   with --merge: one increment, of what comes after this point;
+                 status 4 if nothing does
   --head         only head, disks and files of the last segment, without its
                  extents: all that vnb-config needs
   --point        print the name of the point, and nothing else
@@ -36,7 +37,7 @@ from vnb.merge import Merge
 from vnb.progress import Progress
 from vnb.run import show
 
-NAMED = 3  # points that a message has room for
+NOTHING_TO_DO = 4  # exit status
 
 
 def main(args):
@@ -44,77 +45,68 @@ def main(args):
     name = operands[0] if len(operands) == 1 else "the chain"
     if args["--from"] and not args["--merge"]:  # docopt does not see to it
         raise UsageError("--from", "goes with --merge")
-    segments, damaged = _segments(operands)
-    # What cannot be read may be anything: the latest point, or one that a time means. Only a point that is
-    # known by its name, and the way to it, need nothing of it.
-    if damaged and not (until and until in chain.points(segments)):
-        raise damaged[0]
+    segments, damaged = backupset.some(operands)
     if args["--base"]:
-        _tip(segments, name)
-        return
-    path = chain.path(segments, name, until)
-    for error in damaged:
-        log.warn(f"{error}; it is not needed for {until}")
+        _base(segments, name, damaged)
+        return 0
+    path = chain.path(segments, name, until, damaged)
+    # Another command of this run has chosen the restore point, and said so.
+    said = path[-1].head["point"] == until and "VNB_RUN" in os.environ and not args["--point"]
+    for file in damaged:
+        (log.detail if said else log.warn)(file.line)
     for segment in path:
         if segment.head["stage"] != "data":
             raise Error(segment.name, f'holds no data, but {segment.head["stage"]}')
     point = path[-1].head["point"]
     if args["--point"]:
         show(f"{point}\n")
-        return
+        return 0
     held = {disk["name"] for disk in path[-1].disks}
     unknown = sorted(set(args["--disk"]) - held)
     if unknown:
         raise Error("--disk", f'no disk {", ".join(unknown)} at point {point}')
-    left = chain.off_path(segments, path)
+    if args["--from"]:
+        path = _after(path, segments, name, args["--from"])
+        if not path:
+            log.note(f"{name}: nothing to do: {point} is the last restore point{f' by {until}' if until else ''}")
+            return NOTHING_TO_DO
+    left = len(chain.off_path(segments, path))
     if left and until is None:
-        more = f" and {len(left) - NAMED} more (vnb-dump --list has them all)" if len(left) > NAMED else ""
-        names = ", ".join(segment.head["point"] for segment in left[-NAMED:])
-        log.note(f"{name}: not on the way to {point}: {names}{more}")
+        log.detail(f"{name}: {left} other restore points are not needed for {point} (vnb-dump --list has them)")
     # A disk that the last point does not have is not part of it: nobody needs its older data.
     wanted = set(args["--disk"]) or held
     out = output.stdout()
     if args["--head"]:
         _copy_head(path[-1], out, wanted)
-        return
+        return 0
     log.take_run(path[-1].head)
     with Progress(args["--progress"]) as progress:
         progress.begin(path[-1].head)
         if args["--merge"]:
-            _merge(_after(path, segments, name, args["--from"]), name, wanted, out, progress)
-            return
+            _merge(path, name, wanted, out, progress)
+            return 0
         length = sum(saved.length for saved in path)
         for saved, after in zip(path, [*path[1:], None]):
             _copy(saved, out, wanted, after, progress, saved.length / length)
+    return 0
 
 
-def _segments(operands):
-    """(segments, errors): of all files that are operands, or in sets that are; the errors of those not readable."""
-    found, damaged = [], []
-    for operand in operands:
-        for path in backupset.paths(operand) if os.path.isdir(operand) else [operand]:
-            try:
-                found += backupset.segments_in_file(path)
-            except Error as error:
-                damaged.append(error)
-    return found, damaged
-
-
-def _tip(segments, name):
-    chain.check(segments, name)
-    tip = chain.tip(segments)
-    if tip is None:
-        raise Error(name, "no point here has a checkpoint: the next backup must be a full one")
-    show(f'{tip.head["checkpoint"]}\n')
+def _base(segments, name, damaged):
+    for file in damaged:
+        log.warn(file.line)
+    whole = set(chain.restorable(segments))
+    base = chain.tip([segment for segment in segments if segment.head["point"] in whole])
+    if base is None:
+        chain.check(segments, name)
+        raise Error(name, "no restore point here has a checkpoint: the next backup must be a full one (--level full)")
+    show(f'{base.head["checkpoint"]}\n')
 
 
 def _after(path, segments, name, start):
-    """The part of a path (list of segments) that comes after the point start (str), or all of it for None."""
-    if start is None:
-        return path
+    """The part of a path (list of segments) that comes after a restore point or time (str). Raises Error."""
     points = [segment.head["point"] for segment in path]
     start = chain.latest(segments, name, start)
-    if start not in points[:-1]:
+    if start not in points:
         raise Error("--from", f"{start} is not on the way to {points[-1]}")
     return path[points.index(start) + 1 :]
 

@@ -10,9 +10,9 @@ import hashlib
 import os
 import socket
 
-from vnb import backupset, chain
+from vnb import backupset
 from vnb.durable import sync_directory
-from vnb.errors import Error, os_error
+from vnb.errors import os_error
 
 NAME = "name"  # a file beside the heads: the destination's name, which need be no name for a directory
 
@@ -23,11 +23,13 @@ class Catalog:
     base.
 
     destination (str or None): the name of the destination; None for a set.
+    damaged (list of vnb.damage.Damaged): the files that could not be read when it was read last.
     """
 
     def __init__(self, directory=None, destination=None):
         self.directory = directory and os.path.abspath(directory)
         self.destination = destination
+        self.damaged = []
 
     @classmethod
     def of(cls, state, uuid, set_, destination):
@@ -79,7 +81,12 @@ class Catalog:
         return {"directory": self.directory, "destination": self.destination}
 
     def segments(self):
-        """The segments in it; an empty list where the directory is not there yet. Raises Error if it cannot be one."""
+        """
+        The segments in it that can be read; an empty list where the directory is not there yet.
+
+        Raises Error if it cannot be one.
+        """
+        self.damaged = []
         if self.directory is None:
             return []
         try:
@@ -88,23 +95,34 @@ class Catalog:
             return []
         except OSError as error:
             raise os_error(self.directory, error) from None
-        return backupset.segments([self.directory])
-
-    def of_domain(self, uuid, domain):
-        """The segments, all of this domain, or Error."""
-        found = self.segments()
-        for segment in found:
-            if segment.head["uuid"] != uuid:
-                raise Error(
-                    self.directory,
-                    f'is of domain {segment.head["domain"]} ({segment.head["uuid"]}), not of {domain} ({uuid})',
-                )
-        chain.check(found, self.directory)
+        found, self.damaged = backupset.readable([self.directory])
+        if not found:
+            backupset.refuse_peer(self.directory, "name an empty directory for a set")
         return found
 
+    def of_domain(self, uuid, domain):
+        """The segments of this domain that can be read. Raises Error for a set of another one."""
+        ours, damaged = backupset.of_domain(self.segments(), self.directory, uuid, domain)
+        self.damaged += damaged
+        return ours
+
     def holds(self, head):
-        """Whether the restore point of this head is saved: by its segment, or by one that it was merged into."""
-        return any(segment.head["point"] == head["point"] for segment in self.segments())
+        """
+        Whether the restore point of this head is saved: by its segment, or by one that it was merged into.
+
+        Raises Error where that may be so, and cannot be read.
+        """
+        if any(segment.head["point"] == head["point"] for segment in self.segments()):
+            return True
+        for file in self.damaged:
+            if backupset.is_name_of(os.path.basename(file.name), head):
+                raise file.error
+        return False
+
+    def lost(self):
+        """The end of a message: the files that could not be read, or ""."""
+        names = [os.path.basename(file.name) for file in self.damaged]
+        return f"; damaged: {', '.join(names)}" if names else ""
 
     def record(self, head, disks):
         """Keep a head durably: its segment is safe at the destination."""

@@ -8,10 +8,12 @@ from the parent links in the heads, never from file names or file times.
 
 import contextlib
 
+from vnb.damage import NOTHING
 from vnb.errors import Error
 
 HEAD_KEYS = ("id", "stage", "level", "point", "parent", "checkpoint", "chain", "domain", "uuid", "created", "run")
 DISK_KEYS = ("name", "size", "level")
+NAMED = 3  # files that a message has room for
 
 
 def outline(head, disks):
@@ -113,16 +115,21 @@ def _faults_of_identity(segments, name):
     ids = {}
     for segment in segments:
         head = segment.head
-        first = segments[0]
+        yield from _faults_of_domain((segments[0], segment), name)
+        other = ids.setdefault(head["id"], segment)
+        if other is not segment:
+            yield Error(name, f'{other.name} and {segment.name} claim the same id {head["id"]}')
+
+
+def _faults_of_domain(segments, name):
+    for segment in segments:
+        head, first = segment.head, segments[0]
         if head["uuid"] != first.head["uuid"]:
             yield Error(
                 name,
                 f'two domains: {first.name} is of {first.head["domain"]} ({first.head["uuid"]}), '
                 f'{segment.name} of {head["domain"]} ({head["uuid"]})',
             )
-        other = ids.setdefault(head["id"], segment)
-        if other is not segment:
-            yield Error(name, f'{other.name} and {segment.name} claim the same id {head["id"]}')
 
 
 def _circles(segments, name):
@@ -132,12 +139,17 @@ def _circles(segments, name):
         trail = {}  # in order; a dict, since a chain may have many thousands of points
         while point is not None and point not in seen and point in by_point:
             if point in trail:
-                circle = list(trail)[list(trail).index(point):]
-                yield Error(name, f'a circle of parents: {" -> ".join([*circle, point])}')
+                yield Error(name, _circle_at(point, trail))
                 break
             trail[point] = None
             point = by_point[point].head["parent"]
         seen.update(trail)
+
+
+def _circle_at(point, trail):
+    """A circle, in words: trail (dict) has the points that lead to one of them once more."""
+    circle = list(trail)[list(trail).index(point):]
+    return f'a circle of parents: {" -> ".join([*circle, point])}'
 
 
 def points(segments):
@@ -182,70 +194,138 @@ def _newest(segments):
     return newest
 
 
-def path(segments, name, until=None):
+def path(segments, name, until=None, damaged=()):
     """
-    The segments to apply, in order, for a point: a full, then increments.
+    The segments to apply, in order, for a restore point: a full, then increments.
 
-    until (str or None): the name of a point, or a time (see latest); None for the latest point.
-    Raises Error for a gap, a circle, segments of two domains, or a point that is not there.
+    until (str or None): the name of a restore point, or a time (see latest); None for the latest one.
+    damaged (sequence of vnb.damage.Damaged): files whose segments are not among these.
+    Raises Error for a gap, a circle, segments of two domains, or a restore point that is not there.
     """
     if not segments:
+        for file in damaged:
+            raise file.error
         raise Error(name, "no segment here")
-    check(segments, name)
+    point = latest(segments, name, until, damaged)
+    segments = _of_domain_of(point, segments)
     by_point = points(segments)
-    point = latest(segments, name, until)
-    found = []
+    found = {}
     while point is not None:
+        if point in found:
+            raise Error(name, _circle_at(point, found))
         segment = by_point.get(point)
         if segment is None:
-            raise Error(name, f'gap: {found[-1].head["point"]} needs {point}, which is not here')
-        found.append(segment)
+            child = list(found.values())[-1].head["point"]
+            raise Error(name, f"gap: {child} needs {point}, {where(point, damaged)}{_instead(segments, name)}")
+        found[point] = segment
         point = segment.head["parent"]
-    found.reverse()
+    found = list(found.values())[::-1]
+    ids = {segment.head["id"] for segment in found}
+    for fault in _faults_of_identity([segment for segment in segments if segment.head["id"] in ids], name):
+        raise fault
     follow = Follow(name)
     for segment in found:
         follow.accept(segment.head, segment.disks)
     return found
 
 
-def latest(segments, name, until=None):
-    """
-    The name of the point meant by until: itself, or the last one created by that time, or the latest.
+def _of_domain_of(point, segments):
+    """The segments of the domain of a restore point."""
+    uuids = {segment.head["uuid"] for segment in segments if segment.head["point"] == point}
+    return [segment for segment in segments if segment.head["uuid"] in uuids]
 
-    The latest is, among the points that are nobody's parent, the one created last.
+
+def where(point, damaged):
+    """Where a restore point is that no segment has, in words. damaged: see path()."""
+    for file in damaged:
+        if file.head is not None and file.head["point"] == point:
+            return f"which is damaged ({file.name})"
+    unknown = _unknown(damaged)
+    return f"which is not here, or in what is damaged ({unknown})" if unknown else "which is not here"
+
+
+def _unknown(damaged):
+    """The files, in words, of which nobody knows what is in them; "" if there is none."""
+    names = [file.name for file in damaged if file.may_be_after(NOTHING)]
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if names[NAMED:] else "")
+
+
+def _instead(segments, name):
+    """The end of a message: what can be restored."""
+    by_point = points(segments)
+    newest = max((by_point[point] for point in restorable(segments)), key=_age, default=None)
+    return f"; --until {newest.head['point']} is the newest that can be restored" if newest is not None else ""
+
+
+def latest(segments, name, until=None, damaged=()):
+    """
+    The name of the restore point meant by until: itself, or the last one created by that time, or the latest.
+
+    The latest is, among the restore points that are nobody's base, the one created last.
     A time is local, 2026-01-31T12:00:00, as a day of --keep-daily is; with Z it is of UTC, as heads have it, and with
     +01:00 of that zone. It may be cut short after any part, and means the whole of that day, minute and so on.
+    damaged (sequence of vnb.damage.Damaged): nothing older takes the place of what is, or may be, in there.
+    Raises Error.
     """
     by_point = points(segments)
-    if until is None:
-        parents = {segment.head["parent"] for segment in by_point.values()}
-        leaves = [segment for point, segment in by_point.items() if point not in parents]
-        return max(leaves, key=_age).head["point"]
     if until in by_point:
         return until
-    end = _end_of(until, name)
-    if end is None:
-        raise Error(name, f"no point {until} (vnb-dump lists them)")
-    before = [segment for segment in by_point.values() if segment.head["created"] <= end]
-    if not before:
-        raise Error(name, f"no point as old as {until}")
-    return max(before, key=_age).head["point"]
+    lost = [file for file in damaged if file.head is not None and file.head["point"] not in by_point]
+    for file in lost:
+        if file.head["point"] == until:
+            raise Error(name, f"{until} is damaged ({file.error}){_instead(segments, name)}")
+    if until is None:
+        what = "the latest restore point"
+    else:
+        end = _end_of(until, name)
+        if end is None:
+            reason = f"no restore point {until} (vnb-dump --list has them), nor is that a time such as 2026-01-31T12:00"
+            unknown = _unknown(damaged)
+            raise Error(name, reason + (f"; it may be in what is damaged ({unknown})" if unknown else ""))
+        what = f"the last restore point by {until}"
+    for fault in _faults_of_domain(segments, name):
+        raise fault
+    heads = [segment.head for segment in by_point.values()] + [file.head for file in lost]
+    if until is None:
+        parents = {head["parent"] for head in heads}
+        found = [head for head in heads if head["point"] not in parents]
+    else:
+        found = [head for head in heads if head["created"] <= end]
+    if not found and until is None:
+        raise next(_circles(segments, name), Error(name, "a circle of parents"))
+    chosen = max(found, key=_age_of_head, default=None)
+    for file in damaged:
+        if file.may_be_after(chosen["created"] if chosen else NOTHING) and not (until and file.is_after(end)):
+            raise Error(name, f"{what} may be in a file that cannot be read ({file.error}){_instead(segments, name)}")
+    if chosen is None:
+        oldest = min((head["created"] for head in heads), default=None)
+        raise Error(name, f"no restore point is as old as {until}: the oldest is of {oldest}")
+    if chosen["point"] not in by_point:
+        file = next(file for file in lost if file.head is chosen)
+        raise Error(name, f'{what}, {chosen["point"]}, is damaged ({file.error}){_instead(segments, name)}')
+    return chosen["point"]
 
 
 def restorable(segments):
-    """The points (list of str) from which parent links lead to a full."""
+    """The restore points (list of str) from which parent links lead to a full."""
+    lacking = lacks(segments)
+    return [point for point in points(segments) if point not in lacking]
+
+
+def lacks(segments):
+    """{restore point: the one that it needs, and that no segment has}; in a circle, or from it on, itself."""
     by_point = points(segments)
-    known = {None: True}
+    known = {None: None}
     for point in by_point:
-        trail = []
+        trail = {}
         while point not in known:
-            trail.append(point)
-            if point not in by_point:
-                known[point] = False
+            trail[point] = None
+            if point not in by_point or by_point[point].head["parent"] in trail:  # not there, or a circle
+                known[point] = point
                 break
             point = by_point[point].head["parent"]
         known.update((passed, known[point]) for passed in trail)
-    return [point for point in by_point if known[point]]
+    return {point: known[point] for point in by_point if known[point] is not None}
 
 
 def off_path(segments, chosen):
@@ -275,7 +355,11 @@ def _preference(segment):
 
 
 def _age(segment):
-    return (segment.head["created"], segment.head["point"])
+    return _age_of_head(segment.head)
+
+
+def _age_of_head(head):
+    return (head["created"], head["point"])
 
 
 def _end_of(text, name):

@@ -6,7 +6,7 @@ import threading
 
 from xxhash import xxh3_64_intdigest
 
-from vnb.errors import Error, UsageError
+from vnb.errors import Error, NotInstalled, UsageError
 
 LZ4_MAX_LEVEL = 16  # lz4's LZ4HC_CLEVEL_MAX is 12, the library takes up to 16; 0 is the fast mode
 ZSTD_MAX_LEVEL = 22
@@ -92,7 +92,8 @@ def _zstandard():
     try:
         import zstandard
     except ImportError:
-        raise Error("zstd", "this codec needs the Python package zstandard (Debian: python3-zstandard)") from None
+        reason = "this codec needs the Python package zstandard (Debian: python3-zstandard)"
+        raise NotInstalled("zstd", reason) from None
     return zstandard
 
 

@@ -44,31 +44,31 @@ def main(args):
         _from_json()
         return 0
     if args["--list"]:
-        _list(args["SET_OR_FILE"])
-        return 0
+        return _list(args["SET_OR_FILE"])
     if args["--map"]:
         args["--columns"] = args["--columns"] or ("512" if args["--svg"] else "64")
         columns = arguments.integer(args, "--columns", 1, 4096)
-        _map(args["SET_OR_FILE"], columns, strip.svg if args["--svg"] else strip.text)
-        return 0
+        return _map(args["SET_OR_FILE"], columns, strip.svg if args["--svg"] else strip.text)
     status = 0
-    for fd, name in _inputs(args["SET_OR_FILE"]):
+    for path in _inputs(args["SET_OR_FILE"]):
+        try:
+            fd = stream.stdin().input.fd if path is None else backupset.open_file(path)
+        except Error as error:
+            sys.stdout.flush()
+            log.error(error)
+            status = 1
+            continue
+        name = "stdin" if path is None else path
         dump = _JsonDump(fd, name, args["--no-payload"]) if args["--json"] else _TextDump(fd, name, args["--brief"])
         status |= dump.run()
+        if path is not None:
+            os.close(fd)
     return status
 
 
 def _inputs(operands):
-    """Yield (descriptor, name) of all files of the operands, or of standard input."""
-    if not operands:
-        yield stream.stdin().input.fd, "stdin"
-    for operand in operands:
-        for path in _paths(operand):
-            fd = backupset.open_file(path)
-            try:
-                yield fd, path
-            finally:
-                os.close(fd)
+    """The paths of all files of the operands, or None for standard input."""
+    return [path for operand in operands for path in _paths(operand)] or [None]
 
 
 def _paths(operand):
@@ -76,6 +76,7 @@ def _paths(operand):
         return [operand]
     paths = backupset.paths(operand)
     if not paths:
+        backupset.refuse_peer(operand)
         raise Error(operand, "no segment here")
     return paths
 
@@ -290,8 +291,28 @@ class _Totals:
 
 
 def _list(operands):
-    segments = backupset.segments(operands)
-    name = operands[0] if len(operands) == 1 else "the chain"
+    """A table of each set; files that are no set have one together. Returns the exit status."""
+    files = [operand for operand in operands if not os.path.isdir(operand)]
+    tables = [[operand] for operand in operands if operand not in files] + ([files] if files else [])
+    status = 0
+    for number, table in enumerate(tables):
+        name = table[0] if len(table) == 1 else "the files"
+        try:
+            segments, damaged = backupset.some(table)
+        except Error as error:
+            sys.stdout.flush()
+            log.error(error)
+            status = 1
+            continue
+        if len(tables) > 1:
+            domains = sorted({f'{segment.head["domain"]} ({segment.head["uuid"]})' for segment in segments})
+            show(("\n" if number else "") + one_line(f"{name}: {', '.join(domains)}") + "\n")
+        status |= _table(segments, damaged, name)
+    return status
+
+
+def _table(segments, damaged, name):
+    """Print the restore points, and which of them lead to the latest one. Returns the exit status."""
     rows = [("point", "level", "created", "bytes", "parent")]
     for segment in sorted(segments, key=_age):
         head = segment.head
@@ -299,10 +320,23 @@ def _list(operands):
     widths = [max(map(len, column)) for column in zip(*rows)]
     for point, level, created, size, parent in rows:
         show(f"{point:{widths[0]}}  {level:{widths[1]}}  {created:{widths[2]}}  {size:>{widths[3]}}  {parent}\n")
-    path = chain.path(segments, name)
-    show(f'\nlatest {path[-1].head["point"]}, from {len(path)} segment{"s" * (len(path) > 1)}\n')
+    for file in damaged:
+        log.warn(file.line)
+    show("\n")
+    lacking = chain.lacks(segments)
+    for point, needed in lacking.items():
+        show(f"cannot be restored {point}: needs {needed}, {one_line(chain.where(needed, damaged))}\n")
+    try:
+        path = chain.path(segments, name, None, damaged)
+    except Error as error:
+        sys.stdout.flush()
+        log.error(error)
+        return 1
+    show(f'latest {path[-1].head["point"]}, from {len(path)} segment{"s" * (len(path) > 1)}\n')
     for segment in chain.off_path(segments, path):
-        show(f'not on the way {segment.head["point"]} ({segment.name})\n')
+        if segment.head["point"] not in lacking:
+            show(f'not on the way {segment.head["point"]} ({segment.name})\n')
+    return 0
 
 
 def _age(segment):
@@ -310,20 +344,30 @@ def _age(segment):
 
 
 def _map(operands, columns, draw):
-    segments = sorted(backupset.segments(operands), key=_age)
+    """Draw what each segment has of each disk. Returns the exit status."""
+    segments, damaged = backupset.some(operands)
+    for file in damaged:
+        log.warn(file.line)
+    segments.sort(key=_age)
     sizes = {}
     for segment in segments:
         for disk in segment.disks:
             sizes[disk["name"]] = max(disk["size"], sizes.get(disk["name"], 1))  # a disk of no bytes is drawn as one
     disks = {name: (size, []) for name, size in sorted(sizes.items())}
+    status = 0
     for segment in segments:
         label = f'{segment.head["level"]:4} {segment.head["point"]}'
-        for disk, rows in zip(segment.disks, segment.rows()):
-            size, strips = disks[disk["name"]]
-            strips.append((label, strip.strip(rows.lookup(0, size), size, columns)))
+        try:
+            for disk, rows in zip(segment.disks, segment.rows()):
+                size, strips = disks[disk["name"]]
+                strips.append((label, strip.strip(rows.lookup(0, size), size, columns)))
+        except StreamError as error:
+            log.error(error)
+            status = 1
         segment.close()
-    for line in draw(disks, columns):
+    for line in draw({name: found for name, found in disks.items() if found[1]}, columns):
         show(line + "\n")
+    return status
 
 
 def _from_json():

@@ -9,13 +9,18 @@ class Error(Exception):
     what (str or None): the object, as the user typed it.
     where (str or None): a place in it, such as "offset 1048576" or "stream offset 4194304".
     reason (str): lower case, no full stop; the system's own words for an errno.
+    errno (int or None): of the system call that failed, where it was one.
+    is_damage (bool): it says that what was read is not as it was written.
     """
+
+    errno = None
+    is_damage = False
 
     def __init__(self, what, reason, where=None):
         super().__init__(what, reason, where)
         self.what = what
         self.where = where
-        self.reason = reason
+        self.reason = str(reason)  # some callers have an exception here, which no JSON can hold
 
     def __str__(self):
         return ": ".join(one_line(part) for part in (self.what, self.where, self.reason) if part)
@@ -23,6 +28,12 @@ class Error(Exception):
 
 class StreamError(Error):
     """The input is not a sound stream."""
+
+    is_damage = True
+
+
+class NotInstalled(Error):
+    """What the input needs is not here: nothing is wrong with the input."""
 
 
 class UsageError(Error):
@@ -66,4 +77,6 @@ def one_line(text, limit=4096):
 
 def os_error(what, error, where=None):
     """An OSError as an Error, with the system's words."""
-    return Error(what, error.strerror or str(error), where)
+    failure = Error(what, error.strerror or str(error), where)
+    failure.errno = error.errno
+    return failure

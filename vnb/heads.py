@@ -50,6 +50,12 @@ def created_of(point):
     return found and f"{found[1]}-{found[2]}-{found[3]}:{found[4]}:{found[5]}999Z"
 
 
+def created_of_file(name):
+    """The same of the restore point of a file in a set, by the file's name, see vnb.backupset.file_name()."""
+    found = re.fullmatch(r"(.+)\.(full|copy|inc|diff)(\.[0-9a-f]+)?\.vnb", name, re.ASCII)
+    return found and created_of(found[1])
+
+
 def alone(head):
     """A head as that of a segment that stands alone, in a set: nothing follows it."""
     return {key: value for key, value in head.items() if key != "next"}

@@ -28,14 +28,15 @@ class Images:
     operands (list of str): sets and files. until (str or None): the point of disks named without one.
     disks (list of str): no other disk is here. all_points (bool): False for that point alone. cache (int): bytes of
     unpacked frames to keep.
+    damaged (list of vnb.damage.Damaged): files that are left out.
     Raises Error if there is no chain to that point, or no such disk.
     All methods may be called from any thread.
     """
 
     def __init__(self, operands, until=None, disks=(), all_points=True, cache=DATA_CACHE):
         self.name = operands[0] if len(operands) == 1 else "the chain"
-        self.segments = backupset.segments(operands)
-        self.path = chain.path(self.segments, self.name, until)
+        self.segments, self.damaged = backupset.some(operands)
+        self.path = chain.path(self.segments, self.name, until, self.damaged)
         self.point = self.path[-1].head["point"]
         here = [disk["name"] for disk in self.path[-1].disks]
         for disk in disks:
@@ -57,8 +58,8 @@ class Images:
         names = list(self.disks)
         if not self._all_points:
             return names
-        others = chain.points(self.segments)
-        others.pop(self.point)
+        whole = set(chain.restorable(self.segments)) - {self.point}
+        others = {point: segment for point, segment in chain.points(self.segments).items() if point in whole}
         for segment in sorted(others.values(), key=lambda segment: segment.head["created"], reverse=True):
             for disk in segment.disks:
                 if not self._only or disk["name"] in self._only:
@@ -77,7 +78,7 @@ class Images:
             disk, _, until = name.partition("@")
             if not (until and self._all_points) or self._only and disk not in self._only:
                 raise Error(self.name, f"no disk {name} at point {self.point}")
-            path = chain.path(self.segments, self.name, until)
+            path = chain.path(self.segments, self.name, until, self.damaged)
         with self._lock:
             key = disk, path[-1].head["point"]
             if key not in self._images:

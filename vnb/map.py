@@ -47,7 +47,7 @@ import stat
 import subprocess
 import syslog
 
-from vnb import arguments, mapserver
+from vnb import arguments, log, mapserver
 from vnb.child import wait_for
 from vnb.errors import Error, Interrupted, UsageError, os_error
 from vnb.run import show
@@ -105,12 +105,12 @@ def host_and_port(text):
     return match[1] or match[2] or DEFAULT_HOST, int(match[3])
 
 
-def serve(args, ready, log=False):
+def serve(args, ready, to_syslog=False):
     """
     Serve until a signal comes, the command has ended, or nobody can be served any more. Returns the exit status.
 
-    ready (function): called with the lines (list of str) that say where the disks are. log (bool): what goes wrong
-    with a request later is for the system's log.
+    ready (function): called with the lines (list of str) that say where the disks are. to_syslog (bool): what goes
+    wrong with a request later is for the system's log.
     """
     debug = args["--debug"]
     with contextlib.ExitStack() as stack:
@@ -127,9 +127,11 @@ def serve(args, ready, log=False):
             "export_name": None if args["--overlay"] else args["--export-name"],
             "all_points": not args["--writable"],  # the cow filter has one overlay for whatever is written to
         }
-        nbdkit = stack.enter_context(mapserver.Nbdkit(below, choice, private, nbdkit_options(args), debug, log))
+        nbdkit = stack.enter_context(mapserver.Nbdkit(below, choice, private, nbdkit_options(args), debug, to_syslog))
         below.close()
         served = nbdkit.ready()
+        for line in served["damaged"]:
+            log.warn(line)
         disks = served["disks"]
         running = [nbdkit]
         for option in ("--writable", "--overlay", "--device", "--export-name"):
@@ -249,7 +251,7 @@ def in_background(args):
     if child == 0:
         os.close(ours)
         os.setsid()
-        log = not is_file(2)
+        to_syslog = not is_file(2)
         is_detached = False
 
         def ready(lines):
@@ -259,12 +261,12 @@ def in_background(args):
 
         try:
             with pid_file(args["--daemon"]):
-                serve(args, ready, log)
+                serve(args, ready, to_syslog)
         except Interrupted as interrupted:
             if interrupted.signum != signal.SIGTERM:
                 raise
         except Error as error:
-            if not (log and is_detached):
+            if not (to_syslog and is_detached):
                 raise
             syslog.openlog("vnb-map", syslog.LOG_PID, syslog.LOG_DAEMON)
             syslog.syslog(syslog.LOG_ERR, str(error))

@@ -93,7 +93,8 @@ def get_ready():
     try:
         images = Images(*(choice[key] for key in ("operands", "until", "disks", "all_points", "cache")))
         sizes = {name: images.open(name).size for name in images.disks}
-        answer = {"disks": sizes, "default": images.default, "point": images.point}
+        damaged = [file.line for file in images.damaged]
+        answer = {"disks": sizes, "default": images.default, "point": images.point, "damaged": damaged}
     except (Error, OSError) as error:
         error = error if isinstance(error, Error) else os_error(error.filename, error)
         reply({"what": error.what, "reason": str(error.reason), "where": error.where})

@@ -195,7 +195,11 @@ class Nbdkit(Child):
         return (exceptions or [line for line in lines if line.startswith("nbdkit: ")] or lines)[0]
 
     def ready(self):
-        """Wait until it serves. Returns a dict: disks (name: size), default (name or None), point. Raises Error."""
+        """
+        Wait until it serves. Returns a dict: disks (name: size), default (name or None), point, damaged (list of str).
+
+        Raises Error.
+        """
         said = b""
         while part := os.read(self._status, 65536):
             said += part

@@ -33,6 +33,8 @@ class Plan:
         self.have = source.have()
         # What the set will refuse is refused before the guest is frozen.
         self.held = self.catalog.of_domain(source.uuid, source.name)
+        for file in self.catalog.damaged:
+            self.warn(file.line)
         self.broken = False  # bitmaps of older checkpoints turned out to be: these checkpoints are of no use
         self.forgotten = None  # why a checkpoint that libvirt does not know any more could not be redefined
         self.level, self.parent, self.known = self._level()
@@ -190,7 +192,7 @@ class Plan:
                 self.note(f"{self.source.name}: level inc, since {parent.head['point']}")
             return "inc" if level == "auto" else level, parent.head["point"], parent
         self.broken = any(segment.head["checkpoint"] in self.have for segment in wanted)
-        return self._full(self._full_needed_because(ours, whole, wanted))
+        return self._full(self._full_needed_because(ours, whole, wanted) + self.catalog.lost())
 
     def _level_from(self, base):
         """As _level(), where the receiver of the stream has named the base: it knows what it holds."""
@@ -199,6 +201,8 @@ class Plan:
         if parent is None and self.catalog.is_set:
             raise Error(self.catalog.directory, f"does not hold {base}, which --base names")
         if parent is not None:
+            if self.catalog.is_set:
+                chain.path(self.held, self.catalog.directory, parent.head["point"], self.catalog.damaged)
             self._redefine([parent])
         if base in self.have:
             return "inc" if level == "auto" else level, base, parent

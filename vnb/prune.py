@@ -55,14 +55,17 @@ def main(args):
     if not os.path.isdir(directory):
         raise Error(directory, os.strerror(errno.ENOTDIR if os.path.lexists(directory) else errno.ENOENT))
     if args["--dry-run"]:
-        show("".join(f"{line}\n" for line in report(Plan(segments_of(directory), directory, counts, disks_now))))
+        plan = Plan(*segments_of(directory), directory, counts, disks_now)
+        for file in plan.damaged:
+            log.warn(file.line)
+        show("".join(f"{line}\n" for line in report(plan)))
         return
     with only_one(directory):
-        plan = Plan(segments_of(directory), directory, counts, disks_now)
-        for point in plan.left_alone:
-            log.warn(f"{directory}: {point}: left alone: what it needs is not here")
-        for run in plan.merges:
-            check_name(plan, run)
+        plan = Plan(*segments_of(directory), directory, counts, disks_now)
+        for file in plan.damaged:
+            log.warn(file.line)
+        for point, needed in plan.left_alone.items():
+            log.warn(f"{directory}: {point}: left alone: needs {needed}, {chain.where(needed, plan.damaged)}")
         length = sum(segment.length for run in plan.merges for segment in run)
         with Progress(args["--progress"]) as progress:
             for run in plan.merges:
@@ -81,14 +84,12 @@ def disks_now(latest):
 
 
 def segments_of(directory):
-    """All segments of a set, each with data. Raises Error for one that is damaged: who knows what it is."""
-    segments = backupset.segments([directory])
-    if not segments:
-        raise Error(directory, "no segment here")
+    """(segments, damaged) of a set, see vnb.backupset.readable(). Raises Error where there are none with data."""
+    segments, damaged = backupset.some([directory])
     for segment in segments:
         if segment.head["stage"] != "data":
             raise Error(segment.name, f'holds no data, but {segment.head["stage"]}')
-    return segments
+    return segments, damaged
 
 
 class Plan:
@@ -97,23 +98,24 @@ class Plan:
 
     kept (dict): point: list of reasons. held (dict): point that stays because several points start from it: those.
     merges (list of list of segment): each list, oldest first, becomes one segment for its last one's point.
-    needed (set of segment): those that stay as they are. left_alone (list of str): points that can't be restored
-    from this set; they count for nothing and nothing happens to them. counts (dict): period: how many.
+    needed (set of segment): those that stay as they are. left_alone (dict): point that can't be restored from this
+    set: the one that it lacks; they count for nothing and nothing happens to them. counts (dict): period: how many.
+    damaged (list of vnb.damage.Damaged): files of the set that nobody can read: none of them goes, nor what they need.
     disks_now: a function of the latest segment, see disks_now().
     Raises Error for a set with a circle, or of two domains.
     """
 
-    def __init__(self, segments, name, counts, disks_now=lambda _: None):
+    def __init__(self, segments, damaged, name, counts, disks_now=lambda _: None):
         chain.check(segments, name)
         self.segments = segments
+        self.damaged = damaged
         self.by_point = chain.points(segments)
-        restorable = chain.restorable(segments)
-        if not restorable:
+        self.left_alone = dict(sorted(chain.lacks(segments).items()))
+        points = [segment for point, segment in self.by_point.items() if point not in self.left_alone]
+        if not points:
             raise Error(name, "no point here can be restored")
-        self.left_alone = sorted(set(self.by_point) - set(restorable))
-        points = [self.by_point[point] for point in restorable]
         self.kept = chosen(points, counts)
-        for reason, segment in always(points, disks_now):
+        for reason, segment in [*always(points, disks_now), *wanted_by(damaged, points)]:
             self.kept.setdefault(segment.head["point"], []).append(reason)
         self.held = self._held()
         self.merges = []
@@ -205,6 +207,20 @@ def always(segments, disks_now):
             yield "next parent" if len(chains) == 1 else f"next parent of chain {name}", tip
 
 
+def wanted_by(damaged, segments):
+    """
+    Yield (reason, segment) of what a damaged file needs, or may need: a sound copy of it may come back.
+
+    damaged (list of vnb.damage.Damaged). Where nothing of it can be read, its base may be any that is not younger.
+    """
+    for file in damaged:
+        for segment in segments:
+            if file.head is not None and segment.head["point"] == file.head["parent"]:
+                yield f"base of {os.path.basename(file.name)}, which is damaged", segment
+            elif file.newest is None or segment.head["created"] <= file.newest:
+                yield f"perhaps needed by {os.path.basename(file.name)}, which is damaged", segment
+
+
 def age(segment):
     return segment.head["created"], segment.head["point"]
 
@@ -229,7 +245,8 @@ def report(plan):
         point, run = head["point"], into.get(segment)
         what, level, why = "drop", head["level"], ""
         if point in plan.left_alone:
-            what, why = "leave", "what it needs is not here"
+            needed = plan.left_alone[point]
+            what, why = "leave", f"needs {needed}, {chain.where(needed, plan.damaged)}"
         elif segment is not plan.by_point[point]:
             why = "another segment leads to this point"
         elif run is not None and segment is not run[-1]:
@@ -243,17 +260,6 @@ def report(plan):
         yield f'{what:5} {head["created"][:19]}Z {level:9} {point}{"  " + why if why else ""}'
 
 
-def check_name(plan, run):
-    """Raise Error unless the file of a merged segment is new, or takes the place of nothing but what it replaces."""
-    merged = Merge(run, "")
-    path = os.path.join(os.path.dirname(run[-1].name), backupset.file_name(merged.head))
-    there = [segment for segment in plan.segments if segment.name == path]
-    if len(there) > 1 or any(segment.head["point"] != merged.head["point"] for segment in there):
-        raise Error(path, f'holds more than {merged.head["point"]}, whose merged segment would have this name')
-    if not there and os.path.lexists(path):
-        raise Error(path, "is there, and is no segment")
-
-
 def store(run, directory, progress, share):
     """
     Store one segment in the place of several. It is durable when this returns, and they are still there.
@@ -262,9 +268,8 @@ def store(run, directory, progress, share):
     """
     merged = Merge(run, directory, repack=True)
     merged.read_head()
-    # An increment has the name of the one that it replaces, and takes its place in one step: Store's own check refuses
-    # that. What it would have found, Plan and check_name() did.
-    with backupset.Store(directory, merged.head, merged.disks, check=False) as store:
+    # Store's own check refuses a restore point that is here already; what it would have found else, Plan did.
+    with backupset.Store(directory, merged.head, merged.disks, check=False, merged=True) as store:
         with progress.segment(store.writer.segment(merged.head, merged.disks), share) as out:
             index = Builder(out)
             merged.write(out, index)
@@ -277,7 +282,10 @@ def remove(plan, directory):
     """Remove the files that hold nothing which is needed, nor anything that came since the plan was made."""
     known = {segment.head["id"] for segment in plan.segments}
     with backupset.locked(directory) as directory_fd:  # nobody stores a segment meanwhile
-        segments = segments_of(directory)
+        segments, damaged = segments_of(directory)
+        for file in damaged:
+            if file.name not in {other.name for other in plan.damaged}:
+                raise file.error  # what it needs was not looked at
         by_point = chain.points(segments)
         wanted = {*plan.fixed, *plan.left_alone}
         wanted.update(segment.head["point"] for segment in segments if segment.head["id"] not in known)
@@ -288,6 +296,7 @@ def remove(plan, directory):
                 point = by_point[point].head["parent"]
         files = {segment.name for segment in segments} - {segment.name for segment in needed}
         files -= {segment.name for segment in segments if segment.head["point"] in plan.left_alone}
+        files -= {file.name for file in damaged}  # one that has several segments
         rest = [segment for segment in segments if segment.name not in files]
         check_rest(rest, plan, directory)
         # The newest go first: what is left of a chain, if this ends early, has all that it needs.

@@ -674,7 +674,9 @@ def checked_head(fields, payload, error):
     if type(fields[1]) is not int:
         raise error("malformed head: version")
     if fields[1] != f.VERSION:
-        raise error(f"format version {fields[1]}, this vnb knows version {f.VERSION}: a newer vnb is needed")
+        newer = error(f"format version {fields[1]}, this vnb knows version {f.VERSION}: a newer vnb is needed")
+        newer.is_damage = False
+        raise newer
     head = fields[2]
     for key in ("id", "point", "uuid"):
         if not f.is_name(head.get(key)):

@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 
-from vnb import backupset, domxml, qemuimg
+from vnb import backupset, domxml, log, qemuimg
 from vnb.catalog import Catalog, of_checkpoint
 from vnb.clients import clients_of
 from vnb.errors import Error, UsageError
@@ -53,6 +53,8 @@ class Catalogs:
         self.pruned = set()
         for id_, catalog in self._by_id.items():
             segments = catalog.segments()
+            for file in catalog.damaged:
+                log.warn(file.line)
             if catalog.is_set:
                 self.pruned |= backupset.pruned(catalog.directory)
             self._holds[id_] = any(segment.head["uuid"] == domain.uuid for segment in segments)
@@ -63,6 +65,11 @@ class Catalogs:
     def of(self, about):
         """The catalog that a checkpoint was made for, if it is one of these, or None."""
         return self._by_id.get(about.get("catalog"))
+
+    def is_whole(self, about):
+        """Whether the catalog that a checkpoint was made for is one of these, and nothing in it is damaged."""
+        catalog = self.of(about)
+        return catalog is not None and not catalog.damaged
 
     def holds_any(self, catalog):
         """Whether anything of the domain is saved there."""
@@ -94,7 +101,7 @@ def list(args, say):  # noqa: A001 - the command's own word
                 "catalog": (about or {}).get("catalog"),
                 "destination": (about or {}).get("destination"),
                 "saved": None if catalog is None else segment.name if catalog.is_set else catalog.destination,
-                "orphan": about is not None and catalog is None and catalogs.of(about) is not None,
+                "orphan": about is not None and catalog is None and catalogs.is_whole(about),
             }
             if args["--json"]:
                 show(f"{json.dumps(row)}\n")
@@ -287,10 +294,12 @@ def _cleanup_checkpoints(domain, catalogs, force, say):
         catalog = catalogs.of(about)
         is_ours = catalog is not None and is_dead(about.get("owner") or {})
         alone = [other for other in unsaved.values() if other.get("catalog") == about.get("catalog")] == [about]
-        if force or (is_ours and (catalogs.holds_any(catalog) or alone)):
+        if force or (is_ours and catalogs.is_whole(about) and (catalogs.holds_any(catalog) or alone)):
             where = catalog.where if catalog is not None else f"anywhere that is known, of {of_checkpoint(about)}"
             say(f"{domain.name}: deleting checkpoint {name}, which is not saved {where}")
             domain.delete_checkpoint(name)
+        elif is_ours and catalog.damaged:
+            say(f"{domain.name}: checkpoint {name}: left alone: {catalog.damaged[0].name} is damaged, and may have it")
         elif is_ours:
             # One is what the first backup leaves that crashed. More: the set is away, its file system not mounted.
             say(f"{domain.name}: checkpoint {name}: left alone: nothing is saved {catalog.where} (see --force)")

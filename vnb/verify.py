@@ -3,17 +3,22 @@
 
 Usage:
   vnb-verify [--threads N] [options]
-  vnb-verify [--json] [--threads N] [options] SET_OR_FILE...
+  vnb-verify [--json] [--each | --quarantine] [--threads N] [options]
+      SET_OR_FILE...
   vnb-verify --help | --version
 
 Reads a stream from standard input and passes on what is sound, nothing to a
 terminal; what follows a fault is not passed on. Or checks all segments of
-sets and files, with their indexes and the links between them, and says what
-is wrong, a line each.
+sets and files, with their indexes, and that what is there can be restored;
+says what is wrong, a line each.
 
 Options:
-  --json       print one JSON object a fault and a segment, a line each
-  --threads N  threads that unpack, and files at a time [default: 2]
+  --json        print one JSON object a fault and a segment, a line each
+  --each        check each segment of the files for itself: they may lack
+                what they are increments to, and need not belong together
+  --quarantine  give each damaged file in a set a name that is no segment's,
+                and say which restore points are lost with it
+  --threads N   threads that unpack, and files at a time [default: 2]
   --progress MODE
                auto, none or json: how far it is, see vnb(7)
 """
@@ -24,7 +29,7 @@ import os
 import threading
 
 from vnb import arguments, backupset, chain, codec, log, output, stream
-from vnb.errors import Error
+from vnb.errors import Error, NotInstalled
 from vnb.pool import Ordered, Pool
 from vnb.progress import Progress
 from vnb.rowcheck import RowCheck
@@ -35,7 +40,8 @@ def main(args):
     threads = arguments.integer(args, "--threads", 0, 64)
     with Progress(args["--progress"]) as progress:
         if args["SET_OR_FILE"]:
-            return _operands(args["SET_OR_FILE"], threads, _Report(args["--json"]), progress)
+            report = _Report(args["--json"])
+            return _operands(args["SET_OR_FILE"], threads, report, progress, args["--each"], args["--quarantine"])
         _filter(threads, progress)
     return 0
 
@@ -129,6 +135,8 @@ class Checker:
             data = stream.Data(disk, offset, length, name, hash_, raw.payload)
             try:
                 codec.plain(data, self.reader.segment.disks[disk]["name"])
+            except NotInstalled as error:
+                return raw, error
             except Error as error:
                 return raw, self.reader.error(error, raw.start)
         return raw, None
@@ -196,16 +204,17 @@ class _Report:
         show(json.dumps(line) + "\n", flush=True)
 
 
-def _operands(operands, threads, report, progress):
+def _operands(operands, threads, report, progress, each=False, quarantine=False):
     files = [operand for operand in operands if not os.path.isdir(operand)]
-    heads = {}  # operand, or None for all files: what was found in it
+    checks = {}  # operand, or None for all files: list of _File
     jobs = [(None, path) for path in files]
-    for operand in operands:
+    for operand in dict.fromkeys(operands):
         if operand in files:
             continue
         try:
             paths = backupset.paths(operand)
             if not paths:
+                backupset.refuse_peer(operand)
                 raise Error(operand, "no segment here")
             jobs += [(operand, path) for path in paths]
         except Error as error:
@@ -221,29 +230,86 @@ def _operands(operands, threads, report, progress):
             while called < len(jobs) and not work.full:
                 work.call(jobs[called][1])
                 called += 1
-            heads.setdefault(jobs[taken][0], []).extend(work.pop())
+            checks.setdefault(jobs[taken][0], []).append(work.pop())
     except BaseException:
         report.stopping = True  # the other threads; one that waits for a pipe ends with the process
         raise
     with work:
         pass  # its threads have nothing to do any more
-    for name, found in _collections(heads, files):
-        for fault in chain.faults(found, name, whole=name in heads):
-            report.fault(fault)
+    told = []
+    for directory, found in checks.items():
+        if directory is not None:
+            told += _check_set(directory, found, report)
+            if quarantine:
+                _quarantine(directory, found, report)
+    if files and not each:
+        _check_files(files, checks, report, told)
     return report.status
 
 
-def _collections(heads, files):
-    """Yield (name, list of _Head) of what belongs together: each set, and of the files those of each domain."""
-    name = files[0] if len(files) == 1 else "the files"
-    domains = {}
-    for found in heads.pop(None, ()):
-        # A copy of another file is no fault, nor is what an earlier stage made of it.
-        key = json.dumps({**found.head, "stage": None}, sort_keys=True)
-        domains.setdefault(found.head["uuid"], {}).setdefault(key, found)
-    yield from heads.items()
-    for found in domains.values():
-        yield name, list(found.values())
+def _check_set(directory, checks, report):
+    """Tell, and return, what is wrong with the links between the segments of a set. checks: list of _File."""
+    heads = [head for file in checks for head in file.heads]
+    stages = {head.head["stage"] for head in heads}
+    for head in heads:
+        if "data" in stages and head.head["stage"] != "data":  # without any it is a ledger of heads
+            report.fault(Error(head.name, f'holds no data, but {head.head["stage"]}'))
+    found = list(chain.faults(heads, directory))
+    for fault in found:
+        report.fault(fault)
+    return [fault.reason for fault in found]
+
+
+def _check_files(files, checks, report, told):
+    """
+    Tell what keeps files from being restored: each as it is, and all together, in the order that vnb-cat gives them.
+
+    Their bases may be in a set that is checked with them. told (list of str): what was said of that.
+    """
+    for file in checks[None]:
+        if file.faults:
+            continue  # what comes after what is not known
+        follow = chain.Follow(file.path)
+        for head in file.heads:
+            try:
+                if follow.head is None:
+                    follow.begin(head.head, head.disks)
+                else:
+                    follow.accept(head.head, head.disks)
+            except Error as error:
+                report.fault(error)
+                follow.begin(head.head, head.disks)
+            if head.head["stage"] != "data":
+                report.fault(Error(file.path, f'holds no data, but {head.head["stage"]}'))
+    heads = [head for found in checks.values() for file in found for head in file.heads]
+    for fault in chain.faults(heads, files[0] if len(files) == 1 and len(checks) == 1 else "the files"):
+        if fault.reason not in told:
+            report.fault(fault)
+
+
+def _quarantine(directory, checks, report):
+    """Give each damaged file of a set another name, durably, and say what is lost with it."""
+    bad = [file for file in checks if file.is_damaged]
+    for file in checks:
+        if file.faults and not file.is_damaged:
+            log.warn(f"{file.path}: not set aside: it cannot be read, which does not say that it is damaged")
+    if not bad:
+        return
+    before = chain.restorable([head for file in checks for head in file.heads])
+    after = set(chain.restorable([head for file in checks if file not in bad for head in file.heads]))
+    moved = backupset.set_aside(directory, {file.path: file.identity for file in bad})
+    for path, name in moved.items():
+        log.note(f"{path}: set aside as {os.path.basename(name)}")
+    for file in bad:
+        if file.path not in moved:
+            report.fault(Error(file.path, "not set aside: it has changed since it was checked"))
+        elif not file.heads:
+            log.note(f"{file.path}: nothing tells which restore points it had")
+    for point in before:
+        if point not in after:
+            log.note(f"{directory}: lost: {point}")
+    if before and not after:
+        log.note(f"{directory}: no restore point is left: the next backup must be a full one (--level auto or full)")
 
 
 class _Head:
@@ -263,7 +329,12 @@ def _size(path):
 
 
 class _File:
-    """One file with segments. size (int): bytes of all files together, for progress (vnb.progress.Progress)."""
+    """
+    One file with segments. size (int): bytes of all files together, for progress (vnb.progress.Progress).
+
+    After check(): heads (list of _Head), of damaged segments too where their head is sound. faults (int): that were
+    told. is_damaged (bool): there are some in what the file holds. identity: see vnb.backupset.identity().
+    """
 
     def __init__(self, path, threads, report, progress, size):
         self.path = path
@@ -271,21 +342,24 @@ class _File:
         self.report = report
         self.progress = progress
         self.size = size
+        self.heads = []
         self.faults = 0
+        self.is_damaged = False
+        self.identity = None
 
     def check(self):
-        """Check all of it; returns a list of _Head, of damaged segments too where their head is sound."""
-        heads = []
+        """Check all of it; returns itself."""
         try:
             fd = backupset.open_file(self.path)
         except Error as error:
-            self.report.fault(error)
-            return heads
+            self._fault(error)
+            return self
         try:
-            self._check(fd, heads)
+            self.identity = backupset.identity(os.fstat(fd))
+            self._check(fd, self.heads)
         finally:
             os.close(fd)
-        return heads
+        return self
 
     def _check(self, fd, heads):
         places = {}
@@ -330,4 +404,5 @@ class _File:
 
     def _fault(self, error):
         self.faults += 1
+        self.is_damaged = self.is_damaged or error.is_damage
         self.report.fault(error)

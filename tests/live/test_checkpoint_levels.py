@@ -54,7 +54,7 @@ def test_a_range_that_the_guest_zeroed_restores_as_zero(lab, vm, directory):
 
 @pytest.mark.parametrize("level", ["full", "auto"])
 @pytest.mark.parametrize("place, reason", [
-    ("file", "Not a directory"), ("file/set", "Not a directory"), ("other", "is of domain vm1 "),
+    ("file", "Not a directory"), ("file/set", "Not a directory"), ("other", "is a set of domain vm1 "),
 ])
 def test_a_set_that_cannot_take_it_is_refused_before_anything_begins(lab, vm, directory, level, place, reason):
     with open(os.path.join(directory, "file"), "w"):
