@@ -89,9 +89,9 @@ def test_some_disks(set_):
 
 
 @pytest.mark.parametrize("words, reason", [
-    ("--from {3}", "vnb-cat: --from: {3} is not on the way to {3}"),
     ("--from {2} --until {1}", "vnb-cat: --from: {2} is not on the way to {1}"),
-    ("--from nowhere", "vnb-cat: {set}: no point nowhere (vnb-dump lists them)"),
+    ("--from nowhere", "vnb-cat: {set}: no restore point nowhere (vnb-dump --list has them), "
+     "nor is that a time such as 2026-01-31T12:00"),
     ("--disk vdx", "vnb-cat: --disk: no disk vdx at point {3}"),
 ])
 def test_what_is_refused(set_, words, reason):
@@ -99,6 +99,17 @@ def test_what_is_refused(set_, words, reason):
     done = sh(f"vnb-cat --merge {words.format(*points)} {set_}", check=False)
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr == reason.format(*points, set=set_) + "\n"
+
+
+def test_nothing_new_is_no_failure(set_):
+    """Whoever brings a copy up to date every night has nothing to do in some of them."""
+    done = sh(f"vnb-cat --merge --from {makers.point(3)} {set_}", check=False)
+    assert (done.returncode, done.stdout) == (4, b"")
+    assert done.stderr == f"vnb-cat: {set_}: nothing to do: {makers.point(3)} is the last restore point\n"
+    done = sh(f"vnb-cat --merge --from {makers.point(1)} --until {makers.point(1)} {set_}", check=False)
+    said = f"{makers.point(1)} is the last restore point by {makers.point(1)}"
+    assert done.stderr == f"vnb-cat: {set_}: nothing to do: {said}\n"
+    assert done.returncode == 4
 
 
 def test_from_without_merge_is_wrong_usage(set_):

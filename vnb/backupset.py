@@ -390,7 +390,7 @@ def _without_strangers(segments):
     """(segments, damaged): the segments of a set without those that are none of its backups."""
     found = []
     data = [segment for segment in segments if segment.head["stage"] == "data"]
-    for segment in segments if data else ():  # without any it is a ledger of heads
+    for segment in segments if data else ():  # without any it is a catalog of heads
         if segment.head["stage"] != "data":
             found.append((segment.name, Error(segment.name, f'holds no data, but {segment.head["stage"]}')))
     by_id = {}
@@ -579,8 +579,8 @@ class Store:
 
     Without commit() the temporary file is removed. The constructor refuses what the set may not take, before
     any data is read; commit() asks again, since another writer may have been faster. check (bool): False for
-    a catalog of heads, which need not hold a whole chain, and for a segment that was merged. merged (bool): it is such a
-    one, see file_name().
+    a catalog of heads, which need not hold a whole chain, and for a segment that was merged. merged (bool): it is
+    such a one, see file_name().
     """
 
     def __init__(self, directory, head, disks, check=True, merged=False):

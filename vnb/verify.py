@@ -252,7 +252,7 @@ def _check_set(directory, checks, report):
     heads = [head for file in checks for head in file.heads]
     stages = {head.head["stage"] for head in heads}
     for head in heads:
-        if "data" in stages and head.head["stage"] != "data":  # without any it is a ledger of heads
+        if "data" in stages and head.head["stage"] != "data":  # without any it is a catalog of heads
             report.fault(Error(head.name, f'holds no data, but {head.head["stage"]}'))
     found = list(chain.faults(heads, directory))
     for fault in found:

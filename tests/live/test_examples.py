@@ -169,6 +169,8 @@ def test_s3(lab, vm, s3):
         holds(directory, references[number])
     done = run(lab, "from-s3", url, lab.path("never"), "vnb.main.0", **s3.env)
     assert (done.returncode, done.stderr) == (1, f"from-s3: {url}: vnb.main.0: no such point\n")
+    done = run(lab, "from-s3", f"{url}/nothing", lab.path("never"), **s3.env)
+    assert (done.returncode, done.stderr) == (1, f"from-s3: {url}/nothing: no backup here\n")
     directory = lab.new_directory("set")
     s3.aws("sync", url, directory)
     restores(lab, directory, references[1], point=points[1][0])
