@@ -3,7 +3,7 @@
 
 import pytest
 
-from vnb.plan import are_moved
+from vnb.plan import _names, are_moved
 
 A, B, OVERLAY = [1, 10], [1, 11], [1, 12]
 FIRST, SECOND = [1, 12], [2, 12]  # the only files of two file systems
@@ -27,3 +27,17 @@ FIRST, SECOND = [1, 12], [2, 12]  # the only files of two file systems
 ])
 def test_whose_file_a_disk_has(now, own, other, moved):
     assert are_moved(now, own, other) == moved
+
+
+@pytest.mark.parametrize("words, disk, named", [
+    ("missing or broken bitmap 'c' for disk 'vda'", "vda", True),
+    ("bitmap «c» for disk «vda»", "vda", True),
+    ("ディスク 'vda' のビットマップ", "vda", True),
+    ("for disk 'vdaa'", "vda", False),
+    ("for disk 'xvda'", "vda", False),
+    ("for disk 'v.a'", "v.a", True),
+    ("for disk 'vda'", "v.a", False),
+])
+def test_which_disk_libvirt_speaks_of(words, disk, named):
+    """Whatever the language is, and its quotation marks."""
+    assert _names(words, disk) == named

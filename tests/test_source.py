@@ -10,24 +10,23 @@ from vnb.endpoint import Tcp, Unix
 from vnb.errors import Error
 from vnb.source import PORT_TRIES, Gone, Running
 from vnb.ssh import Host
-
-TAKEN = "unable to execute QEMU command 'nbd-server-start': Failed to find an available port: Address already in use"
+from vnb.virt import AddressInUse
 
 
 class Domain:
-    """Refuses to begin a backup this often, with these words."""
+    """Refuses to begin a backup this often, with such an error."""
 
     name = uuid = "vm"
 
-    def __init__(self, refusals, reason=TAKEN):
+    def __init__(self, refusals, kind=AddressInUse):
         self.refusals = refusals
-        self.reason = reason
+        self.kind = kind
         self.begun = []
 
     def begin_backup(self, server, _checkpoint, _reuse):
         if self.refusals:
             self.refusals -= 1
-            raise Error("vm", self.reason)
+            raise self.kind("vm", "why")
         self.begun.append(server)
 
 
@@ -55,7 +54,7 @@ def test_a_port_that_is_taken_is_not_tried_again():
     (Domain(PORT_TRIES), Tcp("127.0.0.1", None, "localhost")),
     (Domain(1), Tcp("127.0.0.1", 10809, "localhost")),  # the user's own
     (Domain(1), Unix("/run/x")),
-    (Domain(1, "Cannot assign requested address"), Tcp("192.0.2.1", None, "localhost")),
+    (Domain(1, Error), Tcp("192.0.2.1", None, "localhost")),
 ])
 def test_what_is_not_tried_again(domain, endpoint):
     with pytest.raises(Error):

@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import re
 import stat
 
 from vnb import chain, domxml, heads
@@ -99,7 +100,8 @@ class Plan:
                 break
             except BrokenBitmap as error:
                 inc = [disk for disk in self.disks if disk["level"] == "inc"]
-                broken = [disk for disk in inc if f"'{disk['name']}'" in error.reason] or inc
+                words = error.reason.replace(self.parent or "", "")  # which has a name, too
+                broken = [disk for disk in inc if _names(words, disk["name"])] or inc
                 if not broken:
                     raise
                 self.broken = True
@@ -401,6 +403,11 @@ def checkpoint_xml(segment):
     """The XML (str or None) of a saved segment's checkpoint: there may be many, and it is not kept in memory."""
     with contextlib.closing(segment):
         return segment.open().head.get("checkpoint_xml")
+
+
+def _names(words, disk):
+    """Whether words of libvirt, in any language and with any quotation marks, have the name of a disk in them."""
+    return re.search(rf"(?<!\w){re.escape(disk)}(?!\w)", words) is not None
 
 
 def _inode(path):

@@ -19,7 +19,7 @@ from vnb.errors import Error
 from vnb.pool import AT_ONCE, Ordered
 from vnb.state import start_of
 from vnb.tempdir import temporary_directory
-from vnb.virt import BrokenBitmap, Domain, NoDomain, Unanswered
+from vnb.virt import AddressInUse, Denied, Domain, NoDomain, Unanswered
 
 FAR_LOOK_SECONDS = 1  # between two logins
 _PROTOCOL = re.compile(r"[^/]*:")  # before the name of an image that is no path, as nbd:, json:
@@ -149,6 +149,7 @@ class Running:
     def start(self, plan, job):
         """Freeze, begin, thaw. Raises BrokenBitmap; nothing is left then."""
         options = plan.options
+        xml = self.domain.xml()  # not while the guest is frozen: libvirt 11.0 to 11.4 may wait for QEMU
         if self.host is not None and not plan.endpoint.is_tcp and self.forward is None:
             here = _forwarded(plan)
             job.remember("sockets", here)
@@ -157,23 +158,21 @@ class Running:
             job.remember("servers", [pid, start_of(pid)])
         if self.domain.is_paused_by_error():
             job.intend("stuck")  # not for want of scratch, and not ours to resume
-        self._make_scratch(plan, job)  # before the guest has to wait for it
+        self._make_scratch(plan, job, domxml.qemu_user(xml))  # before the guest has to wait for it
         frozen = None
         paused = False
         begun = time.monotonic()
         try:
             if options["freeze"] is not None and not self.started:
-                frozen = self._freeze(options, job)
+                frozen = self._freeze(options, job, xml)
                 begun = time.monotonic()
             if options["pause"] and not self.domain.is_paused:
                 job.intend("suspended", self.domain.id)
                 paused = True
                 self.domain.call("suspend")  # after the freeze: then nobody in the guest answers any more
             self._begin(plan, job)
-        except BrokenBitmap:
-            raise
-        except Error as error:
-            raise _with_permission_hint(error, self.domain.xml(), plan) from None
+        except Denied as error:
+            raise _with_permission_hint(error, xml, plan) from None
         finally:
             if paused:
                 self._resume(job)
@@ -181,14 +180,13 @@ class Running:
                 thaw(self.domain, job)
                 job.note(f"{self.name}: {frozen} file systems frozen for {(time.monotonic() - begun) * 1000:.0f} ms")
 
-    def _make_scratch(self, plan, job):
+    def _make_scratch(self, plan, job, owner):
         """
         Make the scratch files, or leave that to libvirt where we have no right to.
 
         libvirt would have QEMU make them. While it does, QEMU aborts, and the guest with it, when anybody asks for its
         disks' sizes or statistics, as monitoring does all the time (qcow2_get_specific_info(), QEMU 7.2).
         """
-        owner = domxml.qemu_user(self.domain.xml())
         sizes = {disk["name"]: disk["size"] for disk in plan.disks}
         run = qemuimg.run if self.host is None else self.host.run
 
@@ -224,17 +222,14 @@ class Running:
             try:
                 self.domain.begin_backup(plan.backup_xml(), plan.checkpoint_xml(), job.record["scratch_made"])
                 return
-            except BrokenBitmap:
-                raise
-            except Error as error:
-                if not plan.endpoint.is_tcp or plan.endpoint.is_given or "in use" not in error.reason or not tries_left:
+            except AddressInUse:
+                if not plan.endpoint.is_tcp or plan.endpoint.is_given or not tries_left:
                     raise
             plan.endpoint.choose_port()
             job.intend("endpoint", plan.endpoint.key)
 
-    def _freeze(self, options, job):
-        """How many file systems are frozen now, by us; None where it did not come to that."""
-        xml = self.domain.xml()
+    def _freeze(self, options, job, xml):
+        """How many file systems are frozen now, by us; None where it did not come to that. xml: of the domain."""
         if self.domain.is_paused:
             return self._not_frozen(options, job, "it is suspended, and its agent cannot answer")
         if not domxml.has_agent(xml):
@@ -276,15 +271,17 @@ class Running:
     def end(self, job):
         """End the job if it runs and is this one; then everything that it started."""
         domain, record = self.domain, job.record
-        domain.settle()
-        if domain.is_active:
-            ran = domain.end_backup(record["endpoint"], lambda: self._wait_for_clients(job))
-            if ran and not record.get("stuck") and domain.is_active and domain.is_paused_by_error():
-                domain.resume()  # its scratch was full, now it is gone
+        with contextlib.suppress(NoDomain):  # a transient one may go with its job, or at any time
+            domain.settle()
+            if domain.is_active:
+                ran = domain.end_backup(record["endpoint"], lambda: self._wait_for_clients(job))
+                if ran and not record.get("stuck") and domain.is_active and domain.is_paused_by_error():
+                    domain.resume()  # its scratch was full, now it is gone
         _end_servers(record)
         _remove_files(job, self.host)
-        if record["suspended"]:
-            self._resume(job)
+        with contextlib.suppress(NoDomain):
+            if record["suspended"]:
+                self._resume(job)
         if record["started"]:
             self._destroy(record["started"])
 
@@ -329,7 +326,8 @@ class Running:
         redefine(self.domain, checkpoint_xml)
 
     def delete_checkpoint(self, name):
-        self.domain.delete_checkpoint(name)
+        with contextlib.suppress(NoDomain):  # libvirt forgot it with a transient domain
+            self.domain.delete_checkpoint(name)
 
     def room(self, directory):
         """Free bytes where a directory is, or None if that is not known. Raises OSError."""
@@ -843,8 +841,6 @@ def thaw(domain, job):
 
 def _with_permission_hint(error, xml, plan):
     """Who needs which right, where libvirt or QEMU was refused one."""
-    if "ermission denied" not in error.reason:
-        return error
     user = domxml.qemu_user(xml)
     paths = [*([] if plan.endpoint.is_tcp else [plan.endpoint.path]), *plan.scratch.values()]
     directories = sorted({os.path.dirname(path) for path in paths})

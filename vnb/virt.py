@@ -2,6 +2,7 @@
 """libvirt: connections, domains and their backup jobs. The only user of libvirt-python."""
 
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -67,8 +68,9 @@ def short_names(name):
 
 
 def error_of(what, error):
-    """A libvirtError as an Error, with libvirt's own words."""
-    return Error(what, error.get_error_message() or str(error))
+    """A libvirtError as an Error, with libvirt's own words; NoDomain where it says that."""
+    kind = NoDomain if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN else Error
+    return kind(what, error.get_error_message() or str(error))
 
 
 def _is_local(uri):
@@ -292,7 +294,11 @@ class Domain:
 
     @property
     def is_active(self):
-        return bool(self.call("isActive"))
+        """Whether it runs; a transient one is not even known when it does not."""
+        try:
+            return bool(self.call("isActive"))
+        except NoDomain:
+            return False
 
     @property
     def id(self):
@@ -435,6 +441,9 @@ class Domain:
                 raise BrokenBitmap(self.what, error.get_error_message()) from None
             if error.get_error_code() in (libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_OPERATION_UNSUPPORTED):
                 raise Error(self.what, f"{error.get_error_message()} ({self._versions()})") from None
+            for kind in (Denied, AddressInUse):
+                if kind.is_meant(error):
+                    raise kind(self.what, error.get_error_message()) from None
             raise error_of(self.what, error) from None
 
     def _versions(self):
@@ -648,12 +657,14 @@ class Domain:
             return None
 
     def checkpoints(self):
-        """{name: XML without the domain's} of all checkpoints."""
-        found = self.call("listAllCheckpoints")
+        """{name: XML without the domain's} of all checkpoints; a transient domain takes them along when it ends."""
         flags = libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN
         try:
+            found = self._domain.listAllCheckpoints()
             return {checkpoint.getName(): checkpoint.getXMLDesc(flags) for checkpoint in found}
         except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return {}
             raise error_of(self.what, error) from None
 
     def checkpoint_xml(self, name, with_size=False, with_domain=False):
@@ -743,6 +754,38 @@ class NoDomain(Error):
 
 class BrokenBitmap(Error):
     """A bitmap that a backup was to start from is missing or inconsistent."""
+
+
+class SystemRefusal(Error):
+    """
+    What the kernel refused to libvirt or QEMU.
+
+    libvirt's words are those of its locale, and it gives the number, too; QEMU's, within them, are English.
+    """
+
+    numbers = ()
+    words = None
+
+    @classmethod
+    def is_meant(cls, error):
+        """Whether this is what a libvirtError tells."""
+        if error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR:
+            return error.get_int1() in cls.numbers
+        return cls.words in error.get_error_message()
+
+
+class Denied(SystemRefusal):
+    """A right is lacking."""
+
+    numbers = (errno.EACCES, errno.EPERM)
+    words = "Permission denied"
+
+
+class AddressInUse(SystemRefusal):
+    """Somebody else listens there."""
+
+    numbers = (errno.EADDRINUSE,)
+    words = "Address already in use"
 
 
 class Unanswered(Error):

@@ -3,10 +3,13 @@
 
 import json
 import os
+import signal
 import socket
+import subprocess
 
 import libvirt
-from lab import compare
+import libvirt_qemu
+from lab import compare, run, wait_for
 
 STORE = "vnb-extents | vnb-read | vnb-pack -z -o {set}"
 
@@ -78,3 +81,38 @@ def in_handshake(job):
     assert client.recv(8) == b"NBDMAGIC"
     client.recv(1000)
     return client
+
+
+def lose_job_data(lab, vm):
+    """
+    Have libvirt believe for ever that the machine has a backup job, of which it knows nothing.
+
+    That is what a libvirtd leaves that died while it began one: it waits for a QEMU that stands still, and is killed.
+    """
+    qemu = vm.qemu_pid()
+    server = f'<server transport="unix" socket="{vm.private_directory()}/lost"/>'
+    scratch = f'<scratch file="{vm.private_directory()}/lost.scratch"/>'
+    job = lab.path("lost.xml")
+    with open(job, "w", encoding="utf-8") as file:
+        file.write(f'<domainbackup mode="pull">{server}<disks><disk name="vda" type="file">{scratch}</disk></disks>'
+                   "</domainbackup>")
+    os.kill(qemu, signal.SIGSTOP)
+    try:
+        client = subprocess.Popen(["virsh", "backup-begin", vm.name, job], env=lab.env, stderr=subprocess.DEVNULL)
+        wait_for(lambda: "async='backup'" in run("cat", vm.status_file()), "the job")
+        lab.restart_libvirtd()
+    finally:
+        os.kill(qemu, signal.SIGCONT)
+    client.wait()
+
+
+def lose_bitmap(vm, disk, name):
+    """As when QEMU could not store it."""
+    query = '{"execute": "query-named-block-nodes"}'
+    nodes = json.loads(libvirt_qemu.qemuMonitorCommand(vm.handle, query, 0))["return"]
+    node, = (
+        node["node-name"] for node in nodes
+        if node["file"] == vm.disks[disk].path and name in [bitmap["name"] for bitmap in node.get("dirty-bitmaps", ())]
+    )
+    command = {"execute": "block-dirty-bitmap-remove", "arguments": {"node": node, "name": name}}
+    libvirt_qemu.qemuMonitorCommand(vm.handle, json.dumps(command), 0)

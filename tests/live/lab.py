@@ -463,11 +463,15 @@ class Lab:
             self._connection = libvirt.open()
         return self._connection
 
-    def restart_libvirtd(self):
-        """Kill libvirtd the hard way and start it again; machines go on. Skip the test where it is not our own."""
+    def restart_libvirtd(self, **environment):
+        """
+        Kill libvirtd the hard way and start it again; machines go on. Skip the test where it is not our own.
+
+        environment: variables (str) that it has from now on.
+        """
         self._must_be_ours()
         self._connection = None
-        print("restart", file=self.warden.stdin, flush=True)
+        print(json.dumps(environment), file=self.warden.stdin, flush=True)
         self._await_warden()
 
     def _must_be_ours(self):
@@ -688,7 +692,7 @@ def warden(directory, place):
 
     QEMU leaves its parent; as a subreaper we become its parent, and whoever has us for a parent is ours to end. It also
     means that a dead QEMU goes away at once, for libvirtd waits for that, and not all first processes are quick.
-    A line on standard input: kill libvirtd and start another.
+    A line on standard input, JSON of variables: kill libvirtd and start another that has them in its environment.
     """
     set_child_subreaper = 36
     ctypes.CDLL(None).prctl(set_child_subreaper, 1, 0, 0, 0)
@@ -722,7 +726,8 @@ def warden(directory, place):
             virtlogd = spawn("virtlogd")  # there the configuration is not ours, and asks for it
             wait_for(socket.exists, "virtlogd")
         libvirtd = start()
-        for _line in sys.stdin:
+        for line in sys.stdin:
+            os.environ.update(json.loads(line))
             end(libvirtd, signal.SIGKILL)
             libvirtd = start()
         end(libvirtd, signal.SIGTERM)  # their own way: they take their files in /run along

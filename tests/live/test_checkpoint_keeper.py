@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import libvirt
 import pytest
-from backups import STORE, backup, in_handshake, listed, record, restores, tip
+from backups import STORE, backup, in_handshake, listed, lose_job_data, record, restores, tip
 from guest import linux
 from lab import Disk, MiB, run, wait_for
 
@@ -546,29 +546,6 @@ def test_ctrl_c_in_the_middle(lab, vm, directory):
     assert process.returncode == -signal.SIGINT
     assert "Traceback" not in said
     assert vm.checkpoints() == []
-
-
-def lose_job_data(lab, vm):
-    """
-    Have libvirt believe for ever that the machine has a backup job, of which it knows nothing.
-
-    That is what a libvirtd leaves that died while it began one: it waits for a QEMU that stands still, and is killed.
-    """
-    qemu = vm.qemu_pid()
-    server = f'<server transport="unix" socket="{vm.private_directory()}/lost"/>'
-    scratch = f'<scratch file="{vm.private_directory()}/lost.scratch"/>'
-    job = lab.path("lost.xml")
-    with open(job, "w", encoding="utf-8") as file:
-        file.write(f'<domainbackup mode="pull">{server}<disks><disk name="vda" type="file">{scratch}</disk></disks>'
-                   "</domainbackup>")
-    os.kill(qemu, signal.SIGSTOP)
-    try:
-        client = start(lab, f"virsh backup-begin {vm.name} {job}")
-        wait_for(lambda: "async='backup'" in run("cat", vm.status_file()), "the job")
-        lab.restart_libvirtd()
-    finally:
-        os.kill(qemu, signal.SIGCONT)
-    client.communicate()
 
 
 def test_a_job_that_does_not_end_is_said_once_and_tried_more_and_more_rarely(lab, vm, directory):

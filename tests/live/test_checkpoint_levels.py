@@ -7,10 +7,9 @@ import shutil
 import sys
 
 import libvirt
-import libvirt_qemu
 import makers
 import pytest
-from backups import STORE, backup, levels, listed, restores, snapshot, tip
+from backups import STORE, backup, levels, listed, lose_bitmap, restores, snapshot, tip
 from lab import Disk, MiB, wait_for
 
 
@@ -349,18 +348,6 @@ def test_over_a_snapshot_and_back(lab, vm, directory):
     assert f"{vm.name}: vda: full in this increment: its image is another one than " in done.stderr
     assert "vdb: full" not in done.stderr
     restores(lab, directory, vm.reference())
-
-
-def lose_bitmap(vm, disk, name):
-    """As when QEMU could not store it."""
-    query = '{"execute": "query-named-block-nodes"}'
-    nodes = json.loads(libvirt_qemu.qemuMonitorCommand(vm.handle, query, 0))["return"]
-    node, = (
-        node["node-name"] for node in nodes
-        if node["file"] == vm.disks[disk].path and name in [bitmap["name"] for bitmap in node.get("dirty-bitmaps", ())]
-    )
-    command = {"execute": "block-dirty-bitmap-remove", "arguments": {"node": node, "name": name}}
-    libvirt_qemu.qemuMonitorCommand(vm.handle, json.dumps(command), 0)
 
 
 def test_a_diff_with_a_broken_bitmap_leaves_the_checkpoints(lab, vm, directory):

@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """vnb-checkpoint among what libvirt does: its directories, its log, its language, its ends of jobs."""
 
+import contextlib
 import os
+import socket
+import subprocess
+import sys
 
+import libvirt
 import pytest
-from backups import backup
-from lab import Disk
+from backups import STORE, backup, levels, lose_bitmap, lose_job_data, restores, tip
+from lab import Disk, MiB
+
+from vnb import domxml, qemuimg
+from vnb.virt import AddressInUse, Domain
 
 
 @pytest.fixture
@@ -66,3 +74,126 @@ def test_a_good_backup_leaves_no_error_in_the_log_of_libvirtd(lab, directory, lo
     vm.remove()
     own = [line for line in log() if "'nbd-server-stop'" not in line or count == 1]
     assert own == []
+
+
+CATALOGS = "/usr/share/locale/{}/LC_MESSAGES/libvirt.mo"  # of libvirt-l10n
+
+
+@pytest.fixture(params=["de", "ru"])
+def foreign(lab, request):
+    """libvirtd says its errors in another language, and has other quotation marks. It has few of these in German."""
+    if not os.path.exists(CATALOGS.format(request.param)):
+        pytest.skip("libvirt-l10n is not installed")
+    before = {"LC_ALL": os.environ.get("LC_ALL", ""), "LANGUAGE": os.environ.get("LANGUAGE", "")}
+    lab.restart_libvirtd(LC_ALL="C.UTF-8", LANGUAGE=request.param)
+    yield
+    lab.restart_libvirtd(**before)
+
+
+@pytest.mark.usefixtures("foreign")
+def test_a_libvirtd_of_another_language(lab, vm, directory):
+    """Its words are for people. Its codes, the names of disks, and QEMU's words, which are English, say enough."""
+    with pytest.raises(libvirt.libvirtError) as none:
+        lab.connection.lookupByName("nobody")
+    assert "not found" not in none.value.get_error_message()
+    backup(lab, vm, "full", directory)
+
+    lose_bitmap(vm, "vdb", tip(lab, directory))
+    said = backup(lab, vm, "inc", directory).stderr
+    assert f"{vm.name}: vdb: full in this increment" in said
+    assert "vda: full" not in said
+    restores(lab, directory, vm.reference())
+
+    closed = lab.new_directory("closed")
+    said = backup(lab, vm, "full", directory, f"--scratch-dir {closed}", check=False).stderr
+    assert " has to write in " in said
+
+    with Domain(None, vm.name) as domain, socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        server = {"transport": "tcp", "name": "127.0.0.1", "port": str(taken.getsockname()[1])}
+        wanted = [("vda", "vda", None, f"{vm.private_directory()}/scratch")]
+        with pytest.raises(AddressInUse):
+            domain.begin_backup(domxml.backup(server, wanted, ["vdb"]), None)
+
+    lose_job_data(lab, vm)
+    with Domain(None, vm.name) as domain:
+        assert (domain.running_job(), domain.backup_endpoint()) == ("backup", None)
+    vm.destroy()
+
+
+# What a libvirt does from 11.10 on with a guest that has shut down while its job ran. The second connection is for what
+# the first one, which is busy telling, cannot do.
+VANISHING = """import libvirt, sys
+libvirt.virEventRegisterDefaultImpl()
+first, second = libvirt.open(), libvirt.open()
+gone = []
+def vanish(*_):
+    second.lookupByName(sys.argv[1]).destroy()
+    gone.append(True)
+first.domainEventRegisterAny(first.lookupByName(sys.argv[1]), libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, vanish, None)
+print("ready", flush=True)
+while not gone:
+    libvirt.virEventRunDefaultImpl()
+"""
+
+
+@contextlib.contextmanager
+def vanishing(lab, vm):
+    """The machine is destroyed the moment that its job ends."""
+    watcher = subprocess.Popen(
+        [sys.executable, "-c", VANISHING, vm.name], stdout=subprocess.PIPE, env=lab.env, text=True
+    )
+    with watcher:
+        assert watcher.stdout.readline() == "ready\n"
+        try:
+            yield
+            assert watcher.wait(30) == 0
+        finally:
+            watcher.kill()
+    assert not vm.exists() or not vm.is_active()
+
+
+@pytest.mark.parametrize("level", ["full", "inc"])
+def test_a_domain_that_vanishes_when_its_job_ends_is_backed_up(lab, vm, directory, level):
+    """The point is safe, checkpoints that nothing needs go all the same, and the next increment starts from it."""
+    for before in ("full", "inc", "inc"):
+        backup(lab, vm, before, directory)
+    vm.write("vda", 16 * MiB, MiB, pattern=3)
+    reference = vm.reference()
+    with vanishing(lab, vm):
+        assert backup(lab, vm, level, directory, "--no-freeze").stderr == ""
+    point = tip(lab, directory)
+    restores(lab, directory, reference, point)
+    assert point in vm.checkpoints()
+    assert len(vm.checkpoints()) == (2 if level == "full" else 3)
+    assert set(qemuimg.layers("vda", vm.disks["vda"].path, "qcow2")[0].bitmaps) == set(vm.checkpoints())
+    backup(lab, vm, "inc", directory)
+    assert levels(directory)[-1] == "inc"
+
+
+def test_a_backup_of_a_domain_that_vanishes_when_its_job_ends_is_aborted(lab, vm, directory):
+    backup(lab, vm, "full", directory)
+    before = vm.checkpoints()
+    with vanishing(lab, vm):
+        done = backup(lab, vm, "inc", directory, "--no-freeze", check=False, store="false")
+    assert done.stderr == f"vnb-checkpoint: {vm.name}: the command ended with status 1: nothing is committed\n"
+    assert vm.checkpoints() == before
+    assert list(qemuimg.layers("vda", vm.disks["vda"].path, "qcow2")[0].bitmaps) == before
+    backup(lab, vm, "inc", directory)
+
+
+@pytest.mark.parametrize("store", [STORE, "false"])
+def test_a_transient_domain_that_vanishes_when_its_job_ends(lab, directory, store):
+    """libvirt knows no such domain then, nor any checkpoint of it."""
+    vm = lab.domain(Disk("vda"), start=False)
+    vm.handle.undefine()
+    lab.connection.createXML(vm.xml())
+    backup(lab, vm, "full", directory, "--no-freeze")
+    with vanishing(lab, vm):
+        done = backup(lab, vm, "inc", directory, "--no-freeze", check=False, store=store)
+    said = f"vnb-checkpoint: {vm.name}: the command ended with status 1: nothing is committed\n"
+    assert (done.returncode, done.stderr) == ((0, "") if store == STORE else (1, said))
+    assert levels(directory) == ["full", *["inc"] * (store == STORE)]
+    vm.remove()
+    assert lab.leftovers() == []
