@@ -26,7 +26,7 @@ Options:
   --progress MODE   auto, none or json: how far it is, see vnb(7)
 """
 
-from vnb import place, stream
+from vnb import place, proof, stream
 from vnb.errors import UsageError
 from vnb.progress import Progress
 from vnb.restore import Restore, undisturbed
@@ -59,11 +59,13 @@ def main(args):
         with Restore(args["DIR"], recipe, chosen, buffers, args["--force-sequence"]) as restore:
             for segment in stream.stdin(stage="data", consumer=True, pool=buffers):
                 progress.begin(segment.head)
+                report = proof.Report(segment.head)
                 with progress.segment(segment):
                     restore.apply(segment)
             restore.finish()
             with undisturbed():
                 restore.publish()
+            report.taken()
         progress.summarize()
 
 
@@ -79,8 +81,10 @@ def update(args, recipe, chosen, buffers):
             reader.passed = standby.passed
             for segment in reader:
                 progress.begin(segment.head)
+                report = proof.Report(segment.head)
                 with progress.segment(segment):
                     standby.take(segment)
+                report.taken()
             standby.check_reached()
             progress.summarize()
 

@@ -45,7 +45,9 @@ Options:
   --freeze MOUNTPOINTS   freeze these file systems only, separated by commas
   --no-freeze            freeze nothing
   --require-freeze       fail where the guest cannot be frozen
-  --strict               exit with status 1 after warnings
+  --strict               exit with status 3 after warnings, when all is saved
+  --no-proof             commit though no command says that it has taken the
+                         segment to its end, as ones of another host cannot
   --threshold SIZE       take no increment that has less than this; begin
                          exits with status 4, run with 0
   --scratch-dir DIR      where the old data goes that the guest overwrites
@@ -76,19 +78,22 @@ Options:
 
 import os
 import re
-import subprocess
+import shlex
+import sys
 
-from vnb import arguments, log, output, stream
+from vnb import arguments, log, output, proof, stream
 from vnb.endpoint import parse_listen
-from vnb.errors import Error, UsageError, os_error
+from vnb.errors import Error, Mistyped, Saved, UsageError, os_error
 from vnb.frame import MiB
-from vnb.state import JobDirectory, default_directory
+from vnb.pipeline import CommandFailed, Pipeline, leaves_by_stdout, readers_of_stdout
+from vnb.state import JobDirectory
+from vnb.statedir import default_directory
 
 LEVELS = ("full", "copy", "inc", "diff", "auto")
 NEEDS_CATALOG = "needs --set DIR, or for what is no directory of this host --destination NAME, as s3://bucket/vm1"
 MAX_SIZE = 1 << 60
 FILE_PART = MiB  # of one file frame
-BELOW_THRESHOLD = 4
+NOTHING_TO_DO = 4  # exit status
 
 
 def main(args):
@@ -161,6 +166,7 @@ def _options(args):
         "freeze": None if args["--no-freeze"] else args["--freeze"].split(",") if args["--freeze"] else [],
         "require_freeze": args["--require-freeze"],
         "strict": args["--strict"],
+        "no_proof": args["--no-proof"],
         "threshold": arguments.size(args, "--threshold", 0, MAX_SIZE) if args["--threshold"] else None,
         "scratch_dir": args["--scratch-dir"],
         "socket": args["--socket"],
@@ -214,35 +220,49 @@ def _images(args):
 def _begin(options):
     from vnb.keeper import Starter
 
+    if os.isatty(1):
+        raise Error("stdout", "is a terminal, and begin writes a stream for others to read: type > FILE behind it, or "
+                    "| vnb-extents | vnb-read | vnb-pack -o DIR")
     out = output.stdout()
     keeper = Starter(options, log.note, log.warn)
     if "below" in keeper.begun:
-        return _below(keeper, BELOW_THRESHOLD)
+        return _below(keeper, NOTHING_TO_DO)
     try:
-        _write(out, keeper.begun, options)
+        _write(out, keeper, options)
         keeper.hand_over()
     except BaseException:
         keeper.leave()
         raise
-    return _strict(options, keeper)
+    return 0
 
 
 def _run(options, command):
     from vnb.keeper import Starter
 
+    _refuse_forgotten_quotes(options, command)
     keeper = Starter(options, log.note, log.warn)
     if "below" in keeper.begun:
         return _below(keeper, 0)
+    head = keeper.begun["head"]
+    point = head["point"]
     try:
-        status = _feed(command, keeper, options)
-        if status != 0:
-            how = f"ended with status {status}" if status > 0 else f"was ended by signal {-status}"
-            raise Error(options["domain"], f"the command {how}: nothing is committed")
-        keeper.finish("commit")
+        with Pipeline(command, _environment(options, head), keeper, head["domain"]) as pipeline:
+            _write(_Feed(pipeline), keeper, options)
+            pipeline.wait()
+        keeper.finish("commit", proof=not options["no_proof"])
+    except Error as error:
+        keeper.leave()
+        if keeper.saved and not isinstance(error, Saved):
+            raise Saved(error.what, f"{error.reason}, but {point} is saved", error.where) from None
+        if isinstance(error, CommandFailed):
+            raise Error(error.what, f"{error.reason}: nothing is committed") from None
+        raise
     except BaseException:
         keeper.leave()
         raise
-    return _strict(options, keeper)
+    if options["strict"] and keeper.warnings:
+        raise Saved(head["domain"], f"{point} is saved, but with --strict {keeper.warnings} warnings are a failure")
+    return 0
 
 
 def _below(keeper, status):
@@ -251,16 +271,58 @@ def _below(keeper, status):
     return status
 
 
-def _strict(options, keeper):
-    if options["strict"] and keeper.warnings:
-        raise Error(options["domain"], f"warnings, with --strict: {keeper.warnings}")
+def _refuse_forgotten_quotes(options, command):
+    """Raise Mistyped where the stream of a command would go to our standard output, and on from there."""
+    if options["no_proof"] or not leaves_by_stdout(command):
+        return
+    if os.isatty(1):
+        raise Mistyped("COMMAND", "writes its stream to a terminal: | vnb-pack -o DIR stores it")
+    if proof.pipe_of_stdout() is None:
+        return
+    typed = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else ["run", "..."]
+    stages = [command[0] if len(command) == 1 else shlex.join(command), *readers_of_stdout()]
+    line = f"vnb-checkpoint {shlex.join(typed)} -- {shlex.quote(' | '.join(stages))}"
+    raise Mistyped("COMMAND", f"is only the first part of the pipeline: all of it has to be in quotes: {line}")
 
 
-def _write(out, begun, options):
+def _environment(options, head):
+    """All variables (dict) of the command of run."""
+    environment = {**os.environ, **log.environment(), "VNB_SET": options["set"] or "", proof.STDOUT: ""}
+    environment[proof.FILE] = JobDirectory(options["state"], head["uuid"]).taken(head["id"])
+    if not options["no_proof"]:
+        environment[proof.STDOUT] = proof.pipe_of_stdout() or ""
+    # Started by its full path, as by cron, it has its siblings where PATH does not lead.
+    for path in (os.path.abspath(sys.argv[0]), os.path.realpath(sys.argv[0])):
+        directory = os.path.dirname(path)
+        if os.access(os.path.join(directory, "vnb-extents"), os.X_OK):
+            environment["PATH"] = f"{environment.get('PATH') or os.defpath}:{directory}"
+            break
+    return {name: value for name, value in environment.items() if value or name not in ("VNB_SET", proof.STDOUT)}
+
+
+class _Feed(stream.Writer):
+    """The stream to the command of run. Raises Error where that, or the keeper, ends before it has taken all."""
+
+    def __init__(self, pipeline):
+        super().__init__(pipeline.stdin, "COMMAND")
+        self._pipeline = pipeline
+
+    def wait(self):
+        self._pipeline.wait_to_write()
+
+    def _writev(self, parts):
+        try:
+            super()._writev(parts)
+        except Error as error:
+            # Whatever it did then, it did not store all of the stream.
+            raise self._pipeline.failure(f"the command did not read its input ({error.reason})") from None
+
+
+def _write(out, keeper, options):
     """The stream: head, disks, files. A file that cannot be read is a warning, not the end of the backup."""
     read = _reader(options)
-    segment = out.segment(begun["head"], begun["disks"])
-    for file in begun["files"]:
+    segment = out.segment(keeper.begun["head"], keeper.begun["disks"])
+    for file in keeper.begun["files"]:
         if "text" in file:
             parts = [file["text"].encode()]
             mode = 0o600
@@ -268,7 +330,7 @@ def _write(out, begun, options):
             try:
                 mode, parts = read(file["path"])
             except Error as error:
-                log.warn(f"{error}: {file['role']} is not in the backup")
+                keeper.warned(f"{error}: {file['role']} is not in the backup")
                 continue
         size, offset = sum(map(len, parts)), 0
         for part in parts:
@@ -321,34 +383,6 @@ def _read_parts(path):
 MAX_FILE_PARTS = 64  # 64 MiB: they are held in memory, and no firmware or kernel is larger
 
 
-def _feed(command, keeper, options):
-    """Run the command with the stream on its standard input; its exit status, or minus the signal."""
-    # One word is a pipeline for the shell, as typed; pipefail lets a stage in its middle fail it.
-    argv = ["bash", "-o", "pipefail", "-c", command[0]] if len(command) == 1 else command
-    environment = {**os.environ, **log.environment()}
-    try:
-        child = subprocess.Popen(argv, stdin=subprocess.PIPE, env=environment)
-    except OSError as error:
-        raise Error(argv[0], error.strerror) from None
-    try:
-        with child.stdin:
-            try:
-                _write(stream.Writer(child.stdin.fileno(), "the command"), keeper.begun, options)
-            except Error as error:
-                # It did not want all of the stream: whatever it did then, it did not store it.
-                return child.wait() or _unread(error)
-        keeper.watch(child.pid)
-        return child.wait()
-    except BaseException:
-        child.terminate()
-        child.wait()
-        raise
-
-
-def _unread(error):
-    raise Error("the command", f"did not read its input ({error.reason})")
-
-
 def _finish(args, what):
     from vnb.keeper import ask
     from vnb.upkeep import open_domain, tell_of_job
@@ -363,10 +397,15 @@ def _finish(args, what):
     else:
         with open_domain(args) as domain:
             uuid = domain.uuid
-    if ask(JobDirectory(args["--state-dir"], uuid), what, args["--set"], log.note):
-        return
-    if what == "commit":
-        raise Error(args["DOMAIN"], "has no backup job of ours to commit")
-    if not images:
+    directory = JobDirectory(args["--state-dir"], uuid)
+    answer = ask(directory, what, log.note, set_=args["--set"], proof=not args["--no-proof"])
+    if answer is None and what == "commit":
+        raise Error(
+            args["DOMAIN"] or "--image", "there is no backup job of ours to commit: it has ended, or was begun with "
+            "another state directory"
+        )
+    if answer is None and not images:
         with open_domain(args) as domain:
             tell_of_job(domain, log.note)
+    if what == "commit" and answer.get("strict"):
+        raise Saved(args["DOMAIN"], f"the point is saved, but with --strict {answer['strict']} warnings are a failure")

@@ -26,6 +26,10 @@ class Error(Exception):
         return ": ".join(one_line(part) for part in (self.what, self.where, self.reason) if part)
 
 
+class Saved(Error):
+    """What was to be saved is saved, but something after it has failed: exit status 3."""
+
+
 class StreamError(Error):
     """The input is not a sound stream."""
 
@@ -38,6 +42,10 @@ class NotInstalled(Error):
 
 class UsageError(Error):
     """The command line makes no sense: exit status 2, the reason and then the usage."""
+
+
+class Mistyped(UsageError):
+    """A command line with a known mistake, and the reason says how it has to be typed: the usage is not printed."""
 
 
 def lack(error):

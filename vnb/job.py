@@ -13,7 +13,7 @@ import os
 from vnb import backupset, domxml, qemuimg
 from vnb.catalog import Catalog
 from vnb.clients import clients_of
-from vnb.errors import Error, os_error
+from vnb.errors import Error, Saved, os_error
 from vnb.plan import Plan
 from vnb.pool import AT_ONCE, Ordered
 from vnb.source import source_of, thaw
@@ -78,11 +78,18 @@ class Job:
         """The catalog that the job was begun with, or that of a set (its directory)."""
         return Catalog(**self.record["catalog"]) if set_ is None else Catalog(set_)
 
-    def commit(self, set_=None):
+    @property
+    def strict(self):
+        """How many warnings (int) there were when it began, where that is to be no success; else None."""
+        return self.record.get("strict")
+
+    def commit(self, set_=None, proof=True):
         """
         The segment is safe: end the job, keep its checkpoint, drop others that nothing needs.
 
-        Raises Error, and leaves the job as it is, where a set does not hold the segment: that of the job, or set_.
+        Raises Error, and leaves the job as it is, where a set does not hold the segment: that of the job, or set_; and
+        where there is none, and proof is asked for, if nobody has taken the segment to its end. Raises Saved where it
+        counts, but something after that has failed.
         """
         if self.record["phase"] == "ended":
             raise Error(self.head["domain"], f'the job was ended already: {self.record["reason"]}')
@@ -91,26 +98,41 @@ class Job:
         catalog = self.catalog(set_)
         if catalog.is_set and not catalog.holds(self.head):
             raise Error(catalog.directory, f'does not hold {self.head["point"]}: not committed')
+        if proof and not catalog.is_set:
+            lacking = self.directory.lack(self.head["id"])
+            if lacking is not None:
+                raise Error(
+                    self.head["domain"], f"{lacking}: not committed (where it was taken by others than the commands of "
+                    "vnb on this host, --no-proof commits)"
+                )
         begun_with = self.catalog()  # the checkpoint says that it is of that
         if begun_with.destination is not None and not begun_with.holds(self.head):
             begun_with.record(self.head, self.record["disks"])
         self.is_committing = True
-        with self._ended() as source:
-            self._drop_old(source, catalog)
-        self._forget()
+        try:
+            with self._ended() as source:
+                self._drop_old(source, catalog)
+            self._forget()
+        except Error as error:
+            raise Saved(error.what, f"{error.reason}, but {self.head['point']} is saved", error.where) from None
 
     def abort(self, reason=None):
         """
         End the job and delete its checkpoint, unless the catalog holds its segment: then it counts.
 
-        reason (str or None): why, kept for whoever asks later.
+        reason (str or None): why, kept for whoever asks later. Returns whether its segment is known to be saved.
         """
         self.is_committing = False
+        saved = False
         if self.record["phase"] != "ended":
             with self._ended() as source:
+                saved = self._is_saved()
                 if self.head["checkpoint"] is not None:
-                    if self._is_saved():
+                    if saved:
                         self.note(f"{self.head['point']} is saved {self.catalog().where}: its checkpoint stays")
+                    elif saved is None:
+                        # One too many does no harm, one too few costs a full.
+                        self.note(f"keeping checkpoint {self.head['checkpoint']}")
                     else:
                         source.delete_checkpoint(self.head["checkpoint"])
                         if self.record["added"]:
@@ -121,6 +143,8 @@ class Job:
             self.record.update(phase="ended", reason=reason)
             with self._over():
                 self.directory.save(self.record)
+                self.directory.forget_proof()
+        return bool(saved)
 
     @contextlib.contextmanager
     def _ended(self):
@@ -175,12 +199,14 @@ class Job:
             self.note(f"{error}: the job is over, but still on record; the next command sees to it")
 
     def _is_saved(self):
+        """Whether the catalog holds the segment; None where it cannot be read."""
+        if self.record["phase"] == "starting":
+            return False  # not a byte of it is written
         try:
             return self.catalog().holds(self.head)
         except Error as error:
-            # A catalog that cannot be read may hold it: a checkpoint too many does no harm, one too few costs a full.
-            self.note(f"{error}: keeping checkpoint {self.head['checkpoint']}")
-            return True
+            self.note(str(error))
+            return None
 
     def _drop_old(self, source, catalog):
         have = source.have()
@@ -253,6 +279,7 @@ def begin(directory, source, options, note, warn):
         job.record["frozen"] = left["frozen"]  # a job before may have frozen the guest: it is for us now to thaw it
     directory.save(job.record)
     try:
+        directory.expect(plan.head["id"])
         plan.start(job)
         job.record.update(phase="running", head=plan.head, disks=plan.disks, broken=plan.broken)
         directory.save(job.record)

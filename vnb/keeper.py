@@ -22,7 +22,7 @@ import traceback
 
 from vnb import job as jobs
 from vnb.clients import read_lists
-from vnb.errors import Error, Interrupted, UsageError, lack, os_error
+from vnb.errors import Error, Interrupted, Saved, UsageError, lack, os_error
 from vnb.source import open_source, source_of
 from vnb.state import JobDirectory, is_dead, owner
 
@@ -32,6 +32,7 @@ MAX_MESSAGE = 16 << 20  # a head has XML in it, disks are a few hundred bytes ea
 REQUEST_SECONDS = 10  # for whoever speaks to the keeper to say what it wants, and to take the answer
 ANSWER_SECONDS = 180  # a guest that shuts down keeps its job for half a minute
 MAKE_WAY_SECONDS = 20  # for a keeper that may be asking a guest agent that hangs
+UNASKED = {"note", "ending", "ended"}  # keys of messages that are no answers
 
 
 class Line:
@@ -76,27 +77,27 @@ class Line:
         return message
 
     def answer(self, hear):
-        """Read lines for the user, which go to hear(message), up to an answer; returns it, raises an error."""
+        """Read what nobody asked for, which goes to hear(message), up to an answer; returns it, raises an error."""
         while True:
             message = self.receive()
             if message is None:
                 raise KeeperDied("keeper", "ended without an answer")
-            if "note" in message:
-                hear(message)
-            elif "error" in message:
-                raise Error(*message["error"])
-            else:
+            if "error" in message:
+                raise (Saved if message.get("saved") else Error)(*message["error"])
+            if not UNASKED & message.keys():
                 return message
+            hear(message)
 
     def tell(self, text):
         """A line for the user. It is lost where so many have not been read: who tells it has a guest to watch over."""
-        self._say(note=text)
+        self.offer(note=text)
 
     def warn(self, text):
         """A line for the user, which --strict makes a failure."""
-        self._say(note=text, warning=True)
+        self.offer(note=text, warning=True)
 
-    def _say(self, **message):
+    def offer(self, **message):
+        """Send a short message unless so many have not been read that it would have to wait."""
         # A socket counts as writable while most of its buffer is free, so a line fits.
         if select.select([], [self.socket], [], 0)[1]:
             self.send(**message)
@@ -115,7 +116,7 @@ class Starter:
 
     options (dict): see vnb.job.begin, and deadline, idle (seconds), reserve (bytes). say, warn: functions for lines
     to the user. begun (dict): head, disks, files; or below (str), where there is less to do than the threshold.
-    warnings (int): lines that were warnings.
+    warnings (int): lines that were warnings. saved (bool): the job has ended by itself, and its segment is saved.
 
     Keeper and starter watch each other: whoever finds the other one dead ends the job.
     """
@@ -124,6 +125,8 @@ class Starter:
         self.say = say
         self.warn = warn
         self.warnings = 0
+        self.saved = False
+        self._ending = None  # why the keeper ends the job by itself
         self._options = options
         self._uuid = None
         ours, theirs = socket.socketpair()
@@ -143,29 +146,38 @@ class Starter:
             self.leave()
             raise
 
+    def warned(self, text):
+        """Say a warning of our own, which counts like the keeper's."""
+        self.warnings += 1
+        self.warn(text)
+
     def hand_over(self):
         """Let the keeper go on without us: commit and abort come over its control socket."""
-        self.line.send(do="keep")
+        self.line.send(do="keep", warnings=self.warnings)
         self.line.answer(self._hear)
         self.line.close()
 
-    def watch(self, pid):
-        """Wait until a process ends; raises Error as soon as the keeper has ended the job by itself, or was killed."""
-        fd = os.pidfd_open(pid)
-        try:
-            while fd not in (ready := select.select([fd, self.line], [], [])[0]):
-                message = self.line.receive() if ready else None
-                if message is None:
-                    raise KeeperDied(self.begun["head"]["domain"], "the job ended before the command did")
-                self._hear(message)
-        finally:
-            os.close(fd)
+    def listen(self):
+        """Hear what the keeper says. Raises Error as soon as it ends the job by itself, or where it was killed."""
+        message = self.line.receive()
+        if message is None:
+            raise self._ended()
+        self._hear(message)
+        if self._ending is not None:
+            raise self._ended()
 
-    def finish(self, what):
+    def finish(self, what, **more):
         """Have the keeper do "commit" or "abort", and see it end. Raises Error, and the job goes on then."""
-        self.line.send(do=what)
-        self.line.answer(self._hear)
+        self.line.send(do=what, **more)
+        try:
+            self.line.answer(self._hear)
+        except KeeperDied:
+            raise self._ended() from None
         self.leave()
+
+    def _ended(self):
+        why = f"the job is ended: {self._ending}" if self._ending else "the keeper has died, and with it the job"
+        return KeeperDied(self.begun["head"]["domain"], why)
 
     def leave(self):
         """
@@ -178,8 +190,7 @@ class Starter:
         stays = False
         with contextlib.suppress(Error):
             while (message := self.line.receive()) is not None:
-                if "note" in message:
-                    self._hear(message)
+                self._hear(message)
                 stays = stays or "stays" in message
         self.line.close()
         if stays:
@@ -192,38 +203,41 @@ class Starter:
                 with directory.locked(wait=True):
                     record = directory.load()
                     if record is not None:
-                        jobs.Job(directory, record, self.say).abort()
+                        self.saved = jobs.Job(directory, record, self.say).abort()
                 stay(directory)
 
     def _hear(self, message):
-        if message.get("warning"):
-            self.warnings += 1
-            self.warn(message["note"])
-        else:
+        if "ending" in message:
+            self._ending = message["ending"]
+        elif "ended" in message:
+            self.saved = message["saved"]
+        elif message.get("warning"):
+            self.warned(message["note"])
+        elif "note" in message:
             self.say(message["note"])
 
 
-def ask(directory, what, ledger, say):
+def ask(directory, what, say, set_=None, proof=True):
     """
     Have the domain's job committed or aborted: by its keeper, or by ourselves where that is dead.
 
-    directory (vnb.state.JobDirectory). what (str): "commit" or "abort". ledger (str or None).
-    Returns False where there is no job.
+    directory (vnb.state.JobDirectory). what (str): "commit" or "abort". set_ (str or None). proof (bool): commit only
+    what was taken whole; see vnb.proof. Returns {"strict": see vnb.job.Job.strict}, or None where there is no job.
     """
     client = directory.connect()
     if client is not None:
         client.settimeout(ANSWER_SECONDS)
         line = Line(client)
-        line.send(do=what, ledger=ledger)
-        line.answer(lambda message: say(message["note"]))
-        return True
+        line.send(do=what, set=set_, proof=proof)
+        return line.answer(lambda message: say(message["note"]))
     with directory.locked(wait=True):
         record = directory.load()
         if record is None:
-            return False
-        _end(jobs.Job(directory, record, say), what, ledger)
+            return None
+        job = jobs.Job(directory, record, say)
+        _end(job, {"do": what, "set": set_, "proof": proof})
     stay(directory)
-    return True
+    return {"strict": job.strict}
 
 
 def stay(directory):
@@ -473,32 +487,40 @@ class Keeper:
 
     def end_if_running(self, reason):
         """
-        End the job by ourselves: it does not count, unless its segment is in the ledger.
+        End the job by ourselves: it does not count, unless its segment is in the catalog.
 
         Where libvirt does not answer, this is tried again, more and more rarely: it may be restarting.
         """
         if self.done:
             return
         if self.ending is None:
-            self.log(f"ending the job: {reason}")
             self.ending = reason
+            self._write(f"ending the job: {reason}")
+            if self.starter is not None:
+                self.starter.offer(ending=reason)  # its command, which may be all that keeps QEMU, has to go
         try:
-            self.job.abort(self.ending)
+            saved = self.job.abort(self.ending)
         except Error as error:
             self.next_try = time.monotonic() + self.pause
             self.pause = min(2 * self.pause, RAREST_SECONDS)
             if self._trouble("end", str(error)):
                 with contextlib.suppress(Error):
                     self.job.intend("trouble", error.reason)
-        else:
-            self.done = True
+            return
+        self.done = True
+        for line in (self.starter, self.left):
+            if line is not None:
+                line.offer(ended=True, saved=saved)
 
     def log(self, text):
         """A line for whoever looks into the log; also for the starter, while there is one."""
-        with contextlib.suppress(OSError):  # a file system that is full is no reason to leave the guest alone
-            sys.stderr.write(f'{time.strftime("%Y-%m-%dT%H:%M:%S")} {text}\n')
+        self._write(text)
         if self.starter is not None:
             self.starter.tell(text)
+
+    def _write(self, text):
+        with contextlib.suppress(OSError):  # a file system that is full is no reason to leave the guest alone
+            sys.stderr.write(f'{time.strftime("%Y-%m-%dT%H:%M:%S")} {text}\n')
 
     def _trouble(self, about, text):
         """A line on what fails tick after tick: only when it is another one than before, which is returned."""
@@ -519,6 +541,8 @@ class Keeper:
                 self.end_if_running("the process that began it has died")
         elif message.get("do") == "keep":
             self.kept_alone = True
+            if self.options["strict"] and message["warnings"]:
+                self.job.intend("strict", message["warnings"])  # for whoever commits
             self.last_client = time.monotonic()
             self.starter.send(done=True)
             self.starter.close()
@@ -558,11 +582,11 @@ class Keeper:
             if self.done:
                 self._do_late(line, message.get("do"))
             else:
-                _end(self.job, message.get("do"), message.get("ledger"))
+                _end(self.job, message)
                 self.done = True
-            line.send(done=True)
+            line.send(done=True, strict=self.job.strict)
         except Error as error:
-            line.send(error=[error.what, error.reason, error.where])
+            line.send(error=[error.what, error.reason, error.where], saved=isinstance(error, Saved))
         except OSError as error:
             line.send(error=["keeper", str(error), None])
         finally:
@@ -658,13 +682,14 @@ class Keeper:
         return self.job.clients.look(read_lists(self.job.clients.is_tcp), time.monotonic()) == 0
 
 
-def _end(job, what, ledger):
-    if what == "commit":
-        job.commit(ledger)
-    elif what == "abort":
+def _end(job, message):
+    """Commit or abort a job as a message (dict) says."""
+    if message.get("do") == "commit":
+        job.commit(message.get("set"), message.get("proof", True))
+    elif message.get("do") == "abort":
         job.abort()
     else:
-        raise UsageError("keeper", f"asked to do {what}")
+        raise UsageError("keeper", f"asked to do {message.get('do')}")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,17 @@ KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16  # modes of fallocate(2)
 EARLY = 8 << 20  # bytes: written back in such steps, so that the sync at the end has little left to do
 
 _SYNC_FILE_RANGE_WRITE = 2
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def fallocate(fd, mode, offset, length):
     """fallocate(2), whose modes Python does not have. Raises OSError."""
     _call("fallocate", fd, mode, offset, length)
+
+
+def adopt_orphans():
+    """From now on a descendant of ours whose parent ends is our child, and not that of init. Raises OSError."""
+    _call("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 class WriteBack:
@@ -51,10 +57,11 @@ def _call(name, *arguments):
 def _function(name):
     import ctypes
 
-    off_t, number = ctypes.c_int64, ctypes.c_int
+    off_t, number, word = ctypes.c_int64, ctypes.c_int, ctypes.c_ulong
     libc = ctypes.CDLL(None, use_errno=True)
     function = getattr(libc, name + "64", None) or getattr(libc, name)
     function.argtypes = {
         "fallocate": (number, number, off_t, off_t), "sync_file_range": (number, off_t, off_t, ctypes.c_uint),
+        "prctl": (number, word, word, word, word),
     }[name]
     return function

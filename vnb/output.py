@@ -5,18 +5,21 @@ import fcntl
 import os
 import stat
 
-from vnb import stream
+from vnb import proof, stream
 from vnb.errors import Error
 
 
 def stdout():
-    """A Writer to standard output, which must not be a terminal."""
+    """A Writer to standard output, which must not be a terminal. It reports the segments that it writes."""
     if os.isatty(1):
         raise Error("stdout", "is a terminal: will not write a binary stream to it (vnb-dump prints one)")
     if stat.S_ISREG(os.fstat(1).st_mode):
-        return _to_file()
-    stream.set_pipe_size(1)
-    return stream.Writer(1)
+        writer = _to_file()
+    else:
+        stream.set_pipe_size(1)
+        writer = stream.Writer(1)
+    writer.report = proof.ReportOfStdout
+    return writer
 
 
 def is_last():

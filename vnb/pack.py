@@ -18,8 +18,11 @@ Options:
   --progress MODE   auto, none or json: how far it is, see vnb(7)
 """
 
-from vnb import arguments, codec, heads, output, stream
+import os
+
+from vnb import arguments, codec, heads, output, proof, stream
 from vnb.backupset import Store
+from vnb.errors import Error
 from vnb.index import Builder
 from vnb.pool import Ordered, Pool
 from vnb.progress import Progress
@@ -39,11 +42,22 @@ def main(args):
                 packer.pack(segment, segment.head, out, progress)
                 continue
             head = heads.alone(segment.head)
+            _refuse_other_set(args["-o"], head)
             with Store(args["-o"], head, segment.disks) as store:
+                report = proof.Report(head)
                 packer.pack(segment, head, store.writer, progress)
                 store.commit()
+                report.taken()
         if out is None or output.is_last():
             progress.summarize()  # nothing comes after this that could know better
+
+
+def _refuse_other_set(directory, head):
+    """Raise Error where a set is not the one that the run is for: nothing would be found there when it commits."""
+    expected = os.environ.get("VNB_SET")
+    if expected and proof.is_of_run(head) and os.path.realpath(directory) != os.path.realpath(expected):
+        raise Error(directory, f'is not the set that vnb-checkpoint run is for: -o "$VNB_SET" is, {expected} '
+                    '("env -u VNB_SET" allows a copy)')
 
 
 class Packer:

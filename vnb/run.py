@@ -7,7 +7,9 @@ import signal
 import sys
 
 from vnb import __version__, arguments, interrupts, log
-from vnb.errors import Error, Interrupted, OutputClosed, UsageError, lack, os_error
+from vnb.errors import Error, Interrupted, Mistyped, OutputClosed, Saved, UsageError, lack, os_error
+
+SAVED_BUT = 3  # exit status: saved, but something after it has failed
 
 
 def command(name, module):
@@ -55,8 +57,10 @@ def outcome(name, module, argv):
             return status
         return 0
     except UsageError as error:
-        log.error(error, synopsis)
+        log.error(error, "" if isinstance(error, Mistyped) else synopsis)
         return 2
+    except Saved as error:
+        return _fail(error, debug, SAVED_BUT)
     except Error as error:
         return _fail(error, debug)
     except OutputClosed:
@@ -119,7 +123,7 @@ def show(text, flush=False):
         raise os_error("stdout", error) from None
 
 
-def _fail(error, debug):
+def _fail(error, debug, status=1):
     if debug:
         import traceback
 
@@ -129,7 +133,7 @@ def _fail(error, debug):
     except OSError:
         _discard_stdout()
     log.error(error)
-    return 1
+    return status
 
 
 def _is_stdout_closed():

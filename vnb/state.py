@@ -6,6 +6,7 @@ The state directory: what this host knows of its running backups, and the heads 
     DIR/jobs/UUID/job.json    the job, on disk before anything is asked of libvirt
     DIR/jobs/UUID/control     the keeper's socket
     DIR/jobs/UUID/keeper.log  what the keeper did on its own
+    DIR/jobs/UUID/ID.taken    which stages have taken the job's segment; see vnb.proof
     DIR/destinations/UUID/HASH/  heads of what was committed to a destination, and its name; see vnb.catalog
 
 Of a domain without a job nothing is left in DIR/jobs, unless its keeper had something to say.
@@ -18,22 +19,14 @@ import os
 import socket
 import time
 
+from vnb import proof
 from vnb.backupset import make_private_directory
 from vnb.child import wait_for
 from vnb.durable import sync_directory
 from vnb.errors import Error, os_error
+from vnb.statedir import job_directory
 
 CHILDREN_SECONDS = 30  # for what a dead keeper has started: qemu-img takes a moment, ssh gives up after half a minute
-
-
-def default_directory():
-    """/var/lib/vnb for root, a directory of their own for others; VNB_STATE_DIR overrides."""
-    if os.environ.get("VNB_STATE_DIR"):
-        return os.environ["VNB_STATE_DIR"]
-    if os.geteuid() == 0:
-        return "/var/lib/vnb"
-    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return os.path.join(home, "vnb")
 
 
 def owner():
@@ -75,11 +68,16 @@ def wait_for_children(owner_):
 
 def _of_session(session):
     """The ids of the processes of a session that live."""
-    found = []
+    return [pid for pid, (_, found) in process_table().items() if found == session]
+
+
+def process_table():
+    """{process id: (its parent's, its session)} of all processes that live."""
+    found = {}
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         fields = _stat(pid)
-        if fields is not None and int(fields[3]) == session:
-            found.append(pid)
+        if fields is not None:
+            found[pid] = int(fields[1]), int(fields[3])
     return found
 
 
@@ -117,7 +115,7 @@ class JobDirectory:
     def __init__(self, state, uuid, make=True):
         self.state = state
         self.uuid = uuid
-        self.path = os.path.join(state, "jobs", uuid)
+        self.path = job_directory(state, uuid)
         if make:
             make_private_directory(self.path)
         self.log = os.path.join(self.path, "keeper.log")
@@ -192,10 +190,27 @@ class JobDirectory:
             sync_directory(self.path)
 
     def remove(self):
-        """Forget the record."""
+        """Forget the record, and the proof."""
         with _explained(self._record), contextlib.suppress(FileNotFoundError):
             os.unlink(self._record)
             sync_directory(self.path)
+        self.forget_proof()
+
+    def forget_proof(self):
+        """What stages wrote down is of no use any more. Raises Error."""
+        proof.forget(self.path)
+
+    def expect(self, segment):
+        """Have stages write down that they took a segment (its id). Raises Error."""
+        proof.expect(self.path, segment)
+
+    def taken(self, segment):
+        """Where stages write down that they took a segment (its id): see vnb.proof."""
+        return os.path.join(self.path, segment + proof.SUFFIX)
+
+    def lack(self, segment):
+        """What lacks of the proof that a segment (its id) was taken whole; None where nothing lacks."""
+        return proof.lack(self.path, segment)
 
     def forget(self):
         """Forget what keepers have said, too: then nothing is left of the domain when the lock is let go of."""

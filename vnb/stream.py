@@ -516,7 +516,10 @@ class Writer:
     Write segments to a file descriptor.
 
     name (str): for messages. stdout (bool): its reader may close it, which raises OutputClosed.
+    report (callable or None): is given each head (dict), returns an object with taken(): see vnb.proof.Report.
     """
+
+    report = None
 
     def __init__(self, fd, name="stdout"):
         self.fd = fd
@@ -555,13 +558,17 @@ class Writer:
         """Have all bytes with the operating system; more may follow. Raises Error."""
         self.flush()
 
+    def wait(self):
+        """Wait until more can be written, where the descriptor does not do that itself."""
+        _wait(self.fd, select.POLLOUT)
+
     def _writev(self, parts):
         try:
             while parts:
                 try:
                     count = os.writev(self.fd, parts)
                 except BlockingIOError:
-                    _wait(self.fd, select.POLLOUT)
+                    self.wait()
                     continue
                 while parts and count >= len(parts[0]):
                     count -= len(parts.pop(0))
@@ -589,6 +596,7 @@ class SegmentWriter:
         self.start = writer.offset
         self.counts = Counts()
         self.last_index = None
+        self._report = None if writer.report is None else writer.report(head)
         self._frame(["vnb", f.VERSION, head])
         for number, disk in enumerate(disks):
             self._frame(["disk", number, disk])
@@ -640,6 +648,8 @@ class SegmentWriter:
         length = tail_at + f.TAIL.size - self.start
         self.writer.write(f.encode_tail(length, tail_at - self.last_index if self.last_index else 0))
         self.writer.finish()
+        if self._report is not None:
+            self._report.taken()
 
     def _frame(self, fields, payload=None):
         try:
