@@ -12,6 +12,7 @@ from applied import left_behind, mounted, refused, segments_of
 
 from vnb import stream
 from vnb.errors import Error, StreamError
+from vnb.imagedir import EXISTS
 from vnb.place import Recipe
 from vnb.restore import Restore
 from vnb.writer import Buffers
@@ -149,7 +150,7 @@ def test_image_exists(tmp_path, segments):
     out = tmp_path / "out"
     out.mkdir()
     (out / "vdb.qcow2").write_bytes(b"precious")
-    assert refused(segments[0], out) == f"{out}/vdb.qcow2: File exists"
+    assert refused(segments[0], out) == f"{out}/vdb.qcow2: {EXISTS}"
     assert os.listdir(out) == ["vdb.qcow2"]
     assert (out / "vdb.qcow2").read_bytes() == b"precious"
 
@@ -159,7 +160,7 @@ def test_dangling_link_exists(tmp_path, segments):
     out = tmp_path / "out"
     out.mkdir()
     (out / "vda.raw").symlink_to(tmp_path / "elsewhere")
-    assert refused(segments[0], "--format", "raw", out) == f"{out}/vda.raw: File exists"
+    assert refused(segments[0], "--format", "raw", out) == f"{out}/vda.raw: {EXISTS}"
     assert os.listdir(tmp_path) == ["out"]
 
 

@@ -11,6 +11,7 @@ import samples
 from applied import qemu_img, refused, restored, same
 
 from vnb import qemu
+from vnb.imagedir import EXISTS
 
 TEXT = "1M:A 1M:- 64k:? 64k:0 512k:B"
 EXPECTED = makers.images([{"vda": TEXT}])[0]["vda"]
@@ -133,7 +134,7 @@ def test_existing_data_file(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/vda.data").write_bytes(b"precious")
     done = refused(content(), "--image-options", "data_file=on", tmp_path / "out")
-    assert done == f"{tmp_path}/out/vda.data: File exists"
+    assert done == f"{tmp_path}/out/vda.data: {EXISTS}"
     assert os.listdir(tmp_path / "out") == ["vda.data"]
 
 

@@ -16,7 +16,7 @@ from applied import refused, restored, same, segments_of
 
 from vnb import stream
 from vnb.errors import Error
-from vnb.imagedir import ImageDirectory
+from vnb.imagedir import EXISTS, ImageDirectory
 from vnb.place import Recipe, StandbyImage
 from vnb.standby import Replay, Standby
 from vnb.writer import Buffers
@@ -157,7 +157,7 @@ def test_new_disk_whose_name_is_taken(tmp_path, segments):
     copy = tmp_path / "copy"
     update(segments[0] + segments[1], copy)
     (copy / "vdc.qcow2").write_bytes(b"precious")
-    assert refused(segments[2], "--update", copy) == f"{copy}/vdc.qcow2: File exists"
+    assert refused(segments[2], "--update", copy) == f"{copy}/vdc.qcow2: {EXISTS}"
     assert (copy / "vdc.qcow2").read_bytes() == b"precious"
     (copy / "vdc.qcow2").unlink()
     update(segments[2], copy)
@@ -189,7 +189,7 @@ def test_disk_that_was_dropped_and_comes_back(tmp_path, format_, changed):
     path = copy / f"vdb.{format_}"
     if changed:
         path.write_bytes(b"precious")
-        assert refused(segments[3], "--update", "--format", format_, copy) == f"{path}: File exists"
+        assert refused(segments[3], "--update", "--format", format_, copy) == f"{path}: {EXISTS}"
         assert path.read_bytes() == b"precious"
         return
     update(segments[3], copy, format_=format_)
@@ -209,7 +209,7 @@ def test_disk_that_comes_as_a_whole(tmp_path, format_):
     assert same(copy / f"vdb.{format_}", format_, b"D" * 4096 + b"B" * 61440, tmp_path)
 
 
-IN_USE = "is in use: another process has its locks"
+IN_USE = "is in use: another process has its locks (is its domain running)"
 HOW = pytest.mark.parametrize("second, known", [
     ({"vda": "4k:C", "vdb": "4k:D"}, ["vda", "vdb"]),  # written where it is
     ({"vda": "4k:C", "vdb": "64k:. 4k:D"}, ["vda", "vdb"]),  # and grows first

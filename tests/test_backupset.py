@@ -409,3 +409,18 @@ def test_open_gives_the_segment_as_a_reader_does(tmp_path):
         assert [frame_.__class__ for frame_ in opened]
         assert opened.end["frames"] and opened.length == segment.length
         assert isinstance(opened, stream.Segment)
+
+
+def test_a_directory_of_virtnbdbackup_is_named(tmp_path):
+    """To every command that reads a set, and to one that would begin a set in it."""
+    for name in ("vda.full.data", "sda.inc.virtnbdbackup.1.data", "x.copy.data", "y.diff.1769900000.data"):
+        directory = tmp_path / name
+        directory.mkdir()
+        assert backupset.paths(directory) == []
+        (directory / "vda.data").write_bytes(b"")  # of a restored image
+        assert backupset.paths(directory) == []
+        (directory / name).write_bytes(b"")
+        with pytest.raises(Error, match="is no set: virtnbdbackup wrote it. vnb-import reads it"):
+            backupset.paths(directory)
+        (directory / "segment.vnb").write_bytes(b"")
+        assert len(backupset.paths(directory)) == 1

@@ -12,8 +12,10 @@ import samples
 from makers import make_set
 from samples import disk, head, segment
 
+from vnb.adjust import NO_XML
 from vnb.errors import Error
 from vnb.files import check_path
+from vnb.imagedir import EXISTS
 from vnb.run import outcome
 
 CONFIG = [sys.executable, os.path.join(samples.ROOT, "bin", "vnb-config")]
@@ -102,7 +104,7 @@ def test_output_goes_to_no_file_that_exists(tmp_path):
     (tmp_path / "vm1").write_text("mine")
     for arguments in ([], ["--check"]):
         done = config(*arguments, "--disk-dir", tmp_path, stdin=stream(text=text))
-        assert (done[0], done[2].splitlines()[-1]) == (1, f"vnb-config: {tmp_path}/vm1: File exists")
+        assert (done[0], done[2].splitlines()[-1]) == (1, f"vnb-config: {tmp_path}/vm1: {EXISTS}")
 
 
 def test_the_last_segment_counts(tmp_path):
@@ -120,7 +122,7 @@ def test_a_segment_without_xml_matters_only_if_it_is_the_last():
     without = segment(head(stage="disks"), [disk("vda", 4096)])
     last = segment(head("p1", "p0", stage="disks", domain_xml=xml()), [disk("vda", 4096, "inc")])
     assert config(stdin=without + last)[0] == 0
-    assert config(stdin=without) == (1, "", "vnb-config: stdin: p0 has no domain XML: it was no libvirt domain\n")
+    assert config(stdin=without) == (1, "", f"vnb-config: stdin: p0 has no domain XML: {NO_XML}\n")
 
 
 def test_a_stream_that_is_cut_short_leaves_nothing(tmp_path):
@@ -134,7 +136,7 @@ def test_a_stream_that_is_cut_short_leaves_nothing(tmp_path):
 def test_nothing_is_replaced(tmp_path):
     (tmp_path / "vm1_VARS.fd").write_text("mine")
     status, out, err = config("--disk-dir", tmp_path, stdin=stream(file()))
-    assert (status, out, err) == (1, "", f"vnb-config: {tmp_path}/vm1_VARS.fd: File exists\n")
+    assert (status, out, err) == (1, "", f"vnb-config: {tmp_path}/vm1_VARS.fd: {EXISTS}\n")
     assert (tmp_path / "vm1_VARS.fd").read_text() == "mine"
     assert os.listdir(tmp_path) == ["vm1_VARS.fd"]
 
@@ -244,7 +246,7 @@ def test_check_does_nothing(tmp_path):
 def test_check_finds_names_that_are_taken(tmp_path, name):
     (tmp_path / name).symlink_to("nowhere")
     arguments = ("--check", "--disk-dir", tmp_path, "-o", tmp_path / "domain.xml")
-    assert config(*arguments, stdin=stream(file())) == (1, "", f"vnb-config: {tmp_path}/{name}: File exists\n")
+    assert config(*arguments, stdin=stream(file())) == (1, "", f"vnb-config: {tmp_path}/{name}: {EXISTS}\n")
     assert os.listdir(tmp_path) == [name]
 
 
@@ -269,7 +271,7 @@ def test_disks_elsewhere(tmp_path):
     assert '<driver name="qemu" type="qcow2" />' in out
     status, out, _ = config("--disk", "vda=/dev/vg/vm1", stdin=stream(file()))
     assert '<source dev="/dev/vg/vm1" />' in out
-    reason = "vnb-config: --disk: vdz is not at point p0: there is vda\n"
+    reason = "vnb-config: --disk: no disk vdz at point p0, there is vda\n"
     assert config("--disk", "vdz=/x", stdin=stream()) == (1, "", reason)
 
 

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from vnb.adjust import Domain, Place, Wishes
+from vnb.adjust import NO_XML, Domain, Place, Wishes
 from vnb.errors import Error
 
 QCOW2 = Place("file", "/restore/vda.qcow2", "qcow2")
@@ -388,7 +388,7 @@ def test_namespaces_survive():
 
 
 @pytest.mark.parametrize("text, reason", [
-    (None, "stdin: p has no domain XML: it was no libvirt domain"),
+    (None, f"stdin: p has no domain XML: {NO_XML}"),
     ("<!DOCTYPE x [<!ENTITY e 'e'>]><domain><name>&e;</name></domain>",
      "domain XML: XML with a document type is not accepted"),
     ("<network><name>n</name></network>", "domain XML: is not a domain, but <network>"),

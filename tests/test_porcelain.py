@@ -14,6 +14,9 @@ import samples
 from applied import eventually, processes_with, segments_of
 from makers import images, make_set, point
 
+from vnb.adjust import NO_XML
+from vnb.imagedir import EXISTS
+
 PLAN = [{"vda": "64k:A 64k:-", "vdb": "64k:B"}, {"vda": "96k:. 32k:C", "vdb": "64k:."}]
 ODD = "it's $(touch gone) `touch gone`; \"touch\" *\n\\x & -o"  # for a shell, anything but a name
 SCRIPTS = ("vnb-backup", "vnb-backup-all", "vnb-restore")
@@ -459,7 +462,7 @@ def test_restore_without_xml(tmp_path):
     """A set that was made of images: said before the disks are restored, which then is what has to be asked for."""
     make_set(tmp_path / "set", PLAN)
     done = porcelain("vnb-restore", "--format", "raw", "set", "target", cwd=tmp_path)
-    reason = f"vnb-config: stdin: {point(1)} has no domain XML: it was no libvirt domain\n"
+    reason = f"vnb-config: stdin: {point(1)} has no domain XML: {NO_XML}\n"
     assert (done.returncode, done.stderr) == (1, reason)
     assert os.listdir(tmp_path) == ["set"]
     done = porcelain("vnb-restore", "--format", "raw", "--no-config", "set", "target", cwd=tmp_path)
@@ -518,7 +521,7 @@ def test_restore_replaces_nothing(tmp_path):
     with_xml(tmp_path / "set", PLAN, XML)
     (tmp_path / "domain.xml").write_text("mine")
     done = porcelain("vnb-restore", tmp_path / "set", tmp_path)
-    assert (done.returncode, done.stderr) == (1, f"vnb-config: {tmp_path}/domain.xml: File exists\n")
+    assert (done.returncode, done.stderr) == (1, f"vnb-config: {tmp_path}/domain.xml: {EXISTS}\n")
     assert sorted(os.listdir(tmp_path)) == ["domain.xml", "set"]
 
 

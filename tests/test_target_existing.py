@@ -309,7 +309,7 @@ def test_image_that_a_guest_runs_on(tmp_path, content, format_):
     qemu_img("create", "-f", format_, image, SIZE)
     with qemu_nbd(tmp_path, "-f", format_, image):
         line = refused(content, "--disk", f"vda={format_}:{image}")
-        assert line == f"{format_}:{image}: is in use: another process has its locks"
+        assert line == f"{format_}:{image}: is in use: another process has its locks (is its domain running)"
 
 
 def test_image_that_is_being_written_is_locked(tmp_path, content):
@@ -339,7 +339,7 @@ def test_disk_that_is_dropped_stays_as_it_was(tmp_path):
     assert done.returncode == 1
     assert done.stderr == (
         f"vnb-apply: vdb: not part of point {makers.point(1)}: {vdb} is left as it was at the point before\n"
-        f"vnb-apply: --disk: no disk vdb at point {makers.point(1)}\n"
+        f"vnb-apply: --disk: no disk vdb at point {makers.point(1)}, there is vda\n"
     )
     assert vdb.read_bytes() == b"B" * (64 << 10)
 

@@ -12,6 +12,7 @@ from vnb.errors import Error
 # What libvirt makes of a domain's id or name when it starts, and makes anew.
 _MADE_PATH = re.compile(r"/domain-\d+-|/channel/target/|/run/libvirt/qemu/channel/|^/dev/pts/")
 _MADE_INTERFACE = re.compile(r"(vnet|macvtap|macvlan|vif)\d+")
+NO_XML = "it was no libvirt domain, and vnb-restore --no-config restores its disks alone"
 _CHARACTER_DEVICES = ("serial", "parallel", "console", "channel")
 
 
@@ -65,7 +66,7 @@ class Domain:
         live = _root(head, "domain_xml")
         inactive = _root(head, "inactive_xml")
         if live is None and inactive is None:
-            raise Error("stdin", f'{head["point"]} has no domain XML: it was no libvirt domain')
+            raise Error("stdin", f'{head["point"]} has no domain XML: {NO_XML}')
         self.root = live if inactive is None else inactive
         self.name = (self.root.findtext("name") or "").strip()
         if not self.name:

@@ -18,6 +18,7 @@ from vnb.errors import Error, StreamError, os_error
 from vnb.frame import FrameError
 
 SUFFIX = ".vnb"
+_OF_VIRTNBDBACKUP = re.compile(r"[^.]+\.(full|copy|(inc|diff)\..+)\.data", re.DOTALL)  # names of its files
 PARTIAL = ".partial"
 SET_ASIDE = ".damaged"  # behind the name of a file that vnb-verify has found damaged: it is no segment any more
 PRUNED = ".pruned"  # a file of a set: checkpoints whose points were dropped, for vnb-checkpoint
@@ -414,7 +415,12 @@ def paths(directory):
         names = sorted(os.listdir(directory))
     except OSError as error:
         raise os_error(directory, error) from None
-    return [os.path.join(directory, name) for name in names if name.endswith(SUFFIX) and not name.startswith(".")]
+    found = [os.path.join(directory, name) for name in names if name.endswith(SUFFIX) and not name.startswith(".")]
+    if not found and any(map(_OF_VIRTNBDBACKUP.fullmatch, names)):
+        raise Error(
+            directory, "is no set: virtnbdbackup wrote it. vnb-import reads it, and a set needs another directory"
+        )
+    return found
 
 
 def add_pruned(directory, names):

@@ -32,7 +32,6 @@ Options:
                       its first line is the password that libvirt asks for
 """
 
-import errno
 import os
 import shlex
 import stat
@@ -43,6 +42,7 @@ from vnb.adjust import Domain, Place, Wishes, is_name
 from vnb.endpoint import NBD_PORT
 from vnb.errors import Error, UsageError
 from vnb.files import Files, check_path, destinations, originals
+from vnb.imagedir import EXISTS
 from vnb.run import show
 
 FORMATS = ("qcow2", "raw")
@@ -189,7 +189,7 @@ class Restored:
         for name in chosen:
             if name not in self._disks:
                 there = ", ".join(self._disks) or "no disk"
-                raise Error("--disk", f'{name} is not at point {self.head["point"]}: there is {there}')
+                raise Error("--disk", f'no disk {name} at point {self.head["point"]}, there is {there}')
         directory, format_ = args["--disk-dir"], args["--format"]
         self.places = {
             name: chosen.get(name) or (
@@ -216,7 +216,7 @@ class Restored:
         self._domain.adjust(wishes, self.places, files)
         for path in self._domain.outputs:
             if os.path.lexists(path):
-                raise Error(path, os.strerror(errno.EEXIST))
+                raise Error(path, EXISTS)
         return self._domain
 
 

@@ -6,7 +6,7 @@ import os
 
 from vnb import domxml, stream
 from vnb.errors import Error, os_error
-from vnb.imagedir import ImageDirectory
+from vnb.imagedir import EXISTS, ImageDirectory
 
 _SYSTEM = ("/dev", "/proc", "/run", "/sys")  # nothing that is found there after a restart
 
@@ -110,7 +110,7 @@ class Files:
         is_last = fields["offset"] + len(payload) == fields["size"]
         if self._check:
             if os.path.lexists(final):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+                raise Error(final, EXISTS)
             if is_last:
                 self._complete[key] = None, name
             return

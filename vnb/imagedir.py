@@ -27,6 +27,7 @@ import shutil
 from vnb.durable import make_directories, sync_directory
 from vnb.errors import Error, os_error
 
+EXISTS = f"{os.strerror(errno.EEXIST)}: nothing is replaced here, so choose another directory or remove it"
 _PREFIX = ".vnb-apply."
 _SUFFIX = ".partial"
 _LOCK = "lock"
@@ -92,7 +93,7 @@ class ImageDirectory:
     def refuse_existing(self, file_name):
         """Raise Error if there is something by this name already."""
         if os.path.lexists(self.final(file_name)):
-            raise Error(self.final(file_name), os.strerror(errno.EEXIST))
+            raise Error(self.final(file_name), EXISTS)
 
     def publish(self, file_names):
         """

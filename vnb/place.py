@@ -342,10 +342,10 @@ def _refuse_in_use(fd, text):
         for byte in (_QEMU_DOES + _QEMU_WRITE, _QEMU_DENIES + _QEMU_WRITE):
             found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, byte))
             if struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK:
-                raise Error(text, "is in use: another process has its locks")
+                raise Error(text, "is in use: another process has its locks (is its domain running)")
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise Error(text, "is in use: another process has its locks") from None
+            raise Error(text, "is in use: another process has its locks (is its domain running)") from None
         # A file system without locks: QEMU does without them there, too.
 
 

@@ -295,7 +295,7 @@ def _environment():
 def _without(path, words):
     """What QEMU says after the name of the image, which may be a name that the user never saw."""
     if "Is another process using the image" in words:
-        return "is in use: another process has its locks"
+        return "is in use: another process has its locks (is its domain running)"
     for marker in (f"'{path}': ", f"{path}: "):
         words = words.rpartition(marker)[2]
     return words

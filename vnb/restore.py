@@ -111,7 +111,8 @@ class Restore:
         self.buffers.check()
         for name in self.chosen:
             if name not in self.disks:
-                raise Error("--disk", f"no disk {name} at point {self.follow.head['point']}")
+                there = ", ".join(self.follow.disks) or "no disk"
+                raise Error("--disk", f"no disk {name} at point {self.follow.head['point']}, there is {there}")
         for disk in self.disks.values():
             disk.writer.start_finish()
         for disk in self.disks.values():
