@@ -2,6 +2,7 @@
 """vnb-extents against real servers: what it says of an export, and what it says when that fails."""
 
 import os
+import re
 import signal
 import subprocess
 
@@ -172,7 +173,12 @@ def test_no_server_of_a_stream(tmp_path):
 def test_no_such_export():
     with nbdkit("--filter=exportname", "memory", "1M", "exportname=a", "exportname-strict=true") as server:
         done = command("vnb-extents", server.uri.replace(":///", ":///b"))
-    done.failed("vnb-extents: disk: cannot connect: server has no export named 'b': No such file or directory")
+    # The words are libnbd's; a newer one has the server's among them.
+    assert done.status == 1
+    assert re.fullmatch(
+        r"vnb-extents: disk: cannot connect: (the )?server has no export named 'b': (.*: )?No such file or directory\n",
+        done.err,
+    )
 
 
 def test_a_server_that_hangs_up_while_connecting():

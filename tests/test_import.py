@@ -230,7 +230,7 @@ def test_a_clock_that_went_back(tmp_path):
 
 def test_no_time_after_the_last_one(tmp_path):
     """Each point is younger than the one it starts from, but for the end of all calendars."""
-    data_file(tmp_path / "vda.full.data", meta(date="9999-12-31T23:59:59.999999"), [(0, SIZE)])
+    data_file(tmp_path / "vda.full.data", meta(date="9999-12-31T23:59:59.999999+00:00"), [(0, SIZE)])
     data_file(tmp_path / f"vda.inc.{CPT}.1.data", meta(number=1), [(0, b"a")])
     reason = f"nothing can come after 9999-12-31 23:59:59.999999+00:00, the time of {CPT}.0"
     assert partly(tmp_path, reason, f"inc.{CPT}.1") == [f"{CPT}.0"]

@@ -114,11 +114,11 @@ def test_all_packages_have_one_version():
 
 @pytest.mark.skipif(shutil.which("rpmlint") is None, reason="not installed: rpmlint")
 def test_spec():
-    """What is left to warn of: a tag that is no longer used, and sources that are on this disk."""
+    """It warns of an old tag, of sources that are on this disk, and that no tests are run: they want libvirtd."""
     done = run("rpmlint", PACKAGING / "vnb.spec")
     warnings = re.findall(r"^vnb\.spec: \w: (\S+)", done.stdout, re.MULTILINE)
     assert " 0 errors," in done.stdout, done.stdout
-    assert set(warnings) <= {"no-buildroot-tag", "invalid-url", "no-url-tag"}
+    assert set(warnings) <= {"no-buildroot-tag", "invalid-url", "no-url-tag", "no-%check-section"}
 
 
 def test_dockerfile_needs_what_the_package_needs():
