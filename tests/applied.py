@@ -15,8 +15,12 @@ from vnb import stream
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COMMAND = [sys.executable, os.path.join(ROOT, "bin", "vnb-apply")]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": ROOT, "LC_ALL": "C.UTF-8"}
 DEADLINE = 60
+
+
+def environment():
+    """The environment of the programs that are started."""
+    return {**os.environ, "PYTHONPATH": ROOT, "LC_ALL": "C.UTF-8"}
 
 
 def segments_of(plan, known=None, **options):
@@ -43,7 +47,7 @@ def apply(content, *arguments, **options):
     """Run vnb-apply with these bytes on standard input; the CompletedProcess, with stderr as text."""
     done = subprocess.run(
         [*COMMAND, *map(str, arguments)], input=content, capture_output=True, timeout=DEADLINE,
-        env=ENVIRONMENT, check=False, **options,
+        env=environment(), check=False, **options,
     )
     done.stderr = done.stderr.decode()
     return done
@@ -69,7 +73,7 @@ def start(*arguments, **options):
     """Start vnb-apply with a pipe to its standard input."""
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=ENVIRONMENT, **options,
+        env=environment(), **options,
     )
 
 

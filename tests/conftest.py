@@ -2,7 +2,9 @@
 """For all tests: the commands of this tree come first in PATH, none waits for ever, slow ones are marked."""
 
 import os
+import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,6 +29,12 @@ os.environ["VNB_CONFIG"] = ""  # nor does a vnb.ini of whoever runs the tests co
 for name in ("VNB_LOG_LEVEL", "VNB_LOG_FORMAT", "VNB_PROGRESS", "VNB_RUN"):
     os.environ.pop(name, None)
 
+# What a test leaves among the temporary files of the host fails the run. Those of pytest itself stay where they were.
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+TEMPORARY = Path(tempfile.mkdtemp(prefix="vnb-tests."))
+os.environ["TMPDIR"] = tempfile.tempdir = str(TEMPORARY)
+made_by, left = {}, []  # id of the test after which it was first seen, by name; the names at the end
+
 # Who runs the tests under nohup(1), or in the background of a script, ignores signals; what they start must not.
 for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(signum) is signal.SIG_IGN:
@@ -49,6 +57,31 @@ def pytest_collection_modifyitems(items):
                 item.add_marker("patient")
         elif folder in (here, here / "faults") and not item.path.stem.startswith(FAST):
             item.add_marker("stage")
+
+
+def pytest_runtest_logfinish(nodeid):
+    for name in os.listdir(TEMPORARY):
+        made_by.setdefault(name, nodeid)
+
+
+def pytest_sessionfinish(session):
+    left[:] = sorted(os.listdir(TEMPORARY))
+    shutil.rmtree(TEMPORARY)
+    if left:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    for name in left:
+        terminalreporter.write_line(f"FAILED {made_by.get(name)}: left {name} among the temporary files", red=True)
+
+
+@pytest.fixture
+def killed(tmp_path_factory, monkeypatch):
+    """For tests that kill: what has no chance to remove its temporary files makes them in a directory of pytest's."""
+    directory = str(tmp_path_factory.mktemp("temporary"))
+    monkeypatch.setenv("TMPDIR", directory)
+    monkeypatch.setattr(tempfile, "tempdir", directory)
 
 
 @pytest.fixture

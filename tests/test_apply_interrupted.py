@@ -60,6 +60,7 @@ def test_signal(half, format_, signum):
     eventually(lambda: applied.processes_with(out) == [])
 
 
+@pytest.mark.usefixtures("killed")
 @pytest.mark.parametrize("format_", ["qcow2", "raw"])
 def test_killed(half, format_, tmp_path):
     """What it was making has no final name, its server ends by itself, and the next run clears up."""
@@ -108,6 +109,7 @@ def whole(out, recipe, tmp_path):
         assert applied.same(out / f"{name}.{recipe.format}", recipe.format, content, tmp_path)
 
 
+@pytest.mark.usefixtures("killed")
 @RECIPES
 @LINKS
 def test_killed_at_every_step(tmp_path, recipe, links):
@@ -131,6 +133,7 @@ def test_killed_at_every_step(tmp_path, recipe, links):
     assert partly == (files - 1) * (1 if links else 2) and complete > 3  # without, it takes two calls
 
 
+@pytest.mark.usefixtures("killed")
 @LINKS
 def test_killed_while_names_are_taken_back(tmp_path, links):
     """One of them was taken meanwhile, and the others must not stay; what is another's does."""
@@ -164,6 +167,7 @@ def test_killed_while_names_are_taken_back(tmp_path, links):
     assert partly > 2
 
 
+@pytest.mark.usefixtures("killed")
 @LINKS
 @pytest.mark.parametrize("change", ["written", "replaced", "removed", "moved"])
 def test_image_of_a_killed_run_that_is_used_since(tmp_path, links, change):
@@ -215,6 +219,7 @@ def test_what_a_living_one_makes_is_left_alone(half, tmp_path):
     assert sorted(os.listdir(out)) == ["vda.qcow2", "vdb.qcow2"]
 
 
+@pytest.mark.usefixtures("killed")
 def test_killed_while_its_server_starts(tmp_path):
     """A qemu-nbd that takes no notice would keep its image locked, for whoever comes next."""
     image = tmp_path / "image"
@@ -224,7 +229,7 @@ def test_killed_while_its_server_starts(tmp_path):
     chance = random.Random(1)
     for _ in range(25):
         process = subprocess.Popen([sys.executable, "-c", program, image], stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, env=applied.ENVIRONMENT)
+                                   stdout=subprocess.PIPE, env=applied.environment())
         assert process.stdout.read(1) == b"x"
         time.sleep(chance.uniform(0, 0.1))  # the moment is what the test is about
         process.kill()

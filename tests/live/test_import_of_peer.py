@@ -13,6 +13,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def logs(lab):
+    """It leaves one of each qemu-nbd among the temporary files: there they go with the laboratory."""
+    before = lab.env["TMPDIR"]
+    lab.env["TMPDIR"] = lab.directory
+    yield
+    lab.env["TMPDIR"] = before
+
+
 class Backups:
     """
     A machine and what virtnbdbackup saved of it. directory (str): where; options (str): for it.
