@@ -10,10 +10,10 @@ import sys
 import libvirt
 import pytest
 from backups import STORE, backup, levels, lose_bitmap, lose_job_data, restores, tip
-from lab import Disk, MiB
+from lab import Disk, MiB, run, wait_for
 
 from vnb import domxml, qemuimg
-from vnb.virt import AddressInUse, Domain
+from vnb.virt import PRESERVE_SHUTDOWN_SINCE, AddressInUse, Domain
 
 
 @pytest.fixture
@@ -197,3 +197,53 @@ def test_a_transient_domain_that_vanishes_when_its_job_ends(lab, directory, stor
     assert levels(directory) == ["full", *["inc"] * (store == STORE)]
     vm.remove()
     assert lab.leftovers() == []
+
+
+# Waits for a key, then asks ACPI for S5: mov ah,0; int 16h; mov dx,604h; mov ax,2000h; out dx,ax; hlt; jmp short -3
+SHUTS_DOWN = bytes.fromhex("b400cd16ba0406b80020eff4ebfd").ljust(510, b"\0") + b"\x55\xaa"
+
+
+@pytest.fixture
+def guest(lab):
+    """A machine whose guest shuts down when a key is pressed."""
+    vm = lab.domain(Disk("vda"), start=False)
+    sector = lab.path("sector")
+    with open(sector, "wb") as file:
+        file.write(SHUTS_DOWN)
+    run("qemu-io", "-f", "qcow2", "-c", f"write -s {sector} 0 512", vm.disks["vda"].path)
+    yield vm.start()
+    vm.remove()
+
+
+def test_a_guest_that_shuts_down_while_its_job_runs(lab, guest, directory):
+    """
+    Before libvirt 11.10 the job is lost with QEMU, after that libvirt keeps QEMU until the job has ended.
+
+    In both the domain is off then, its checkpoints are sound, and the next increment is right.
+    """
+    for level in ("full", "inc", "inc"):
+        backup(lab, guest, level, directory, "--no-freeze")
+    before = guest.checkpoints()
+    guest.write("vda", MiB, MiB)
+    reference = guest.reference()
+    begun = lab.path("begun")
+    lab.sh(f"vnb-checkpoint begin {guest.name} --level inc --no-freeze --set {directory} > {begun}")
+
+    def is_down():
+        with contextlib.suppress(libvirt.libvirtError):
+            guest.handle.sendKey(libvirt.VIR_KEYCODE_SET_LINUX, 50, [28], 1, 0)  # Enter
+        return guest.state() != libvirt.VIR_DOMAIN_RUNNING
+
+    wait_for(is_down, "the shutdown")
+    if lab.connection.getLibVersion() >= PRESERVE_SHUTDOWN_SINCE:
+        lab.sh(f"vnb-extents < {begun} | vnb-read | vnb-pack -o {directory}")
+        assert lab.sh(f"vnb-checkpoint commit {guest.name} --set {directory}").stderr == ""
+        restores(lab, directory, reference)
+        assert tip(lab, directory) in guest.checkpoints()
+    else:
+        assert lab.sh(f"vnb-checkpoint abort {guest.name}").stderr == ""
+        assert guest.checkpoints() == before
+    wait_for(lambda: not guest.is_active(), "the end of the domain")
+    assert set(qemuimg.layers("vda", guest.disks["vda"].path, "qcow2")[0].bitmaps) == set(guest.checkpoints())
+    backup(lab, guest, "inc", directory)
+    restores(lab, directory, reference)
