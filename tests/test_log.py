@@ -108,19 +108,17 @@ def test_all_lines_of_a_usage_are_one_write():
 
 
 def fork(directory):
-    """A set with a leaf that is not on the way to the latest point, which vnb-cat says."""
+    """A set with nothing new since the latest restore point, which vnb-cat says."""
     make_set(directory, PLAN)
-    leaf = head(2, parent=point(0), level="diff", checkpoint=None, created="2026-01-31T12:00:00.500000Z")
-    diff = samples.segment(leaf, [samples.disk(name="vda", size=65536, level="inc")])
-    (directory / "leaf.vnb").write_bytes(diff)
 
 
 def test_quiet_leaves_out_what_is_not_wrong(tmp_path):
     fork(tmp_path / "set")
-    said = f"vnb-cat: {tmp_path}/set: not on the way to {point(1)}: {point(2)}\n"
-    assert run("vnb-cat", tmp_path / "set")[2] == said
+    said = f"vnb-cat: {tmp_path}/set: nothing to do: {point(1)} is the last restore point\n"
+    words = ["--merge", "--from", point(1), tmp_path / "set"]
+    assert run("vnb-cat", *words)[2] == said
     for environment, options in ({"VNB_LOG_LEVEL": "quiet"}, []), ({}, ["--quiet"]), ({}, ["-q"]):
-        assert run("vnb-cat", *options, tmp_path / "set", **environment)[2] == ""
+        assert run("vnb-cat", *options, *words, **environment)[2] == ""
         assert run("vnb-cat", *options, "/none/here", **environment)[2] == f"vnb-cat: {MISSING}\n"
 
 

@@ -86,10 +86,10 @@ def test_refused(name):
 
 
 def test_commands():
-    """The files together are no set: they may be what they are."""
+    """The files together are no chain: each is what it is."""
     sound = [DIRECTORY / f"{name}.vnb" for name in vectors.VECTORS]
     lines = b"".join(path.with_suffix(".json").read_bytes() for path in sound)
-    for arguments, expected in ((["vnb-dump", "--json"], lines), (["vnb-verify"], b"")):
+    for arguments, expected in ((["vnb-dump", "--json"], lines), (["vnb-verify", "--each"], b"")):
         program = [sys.executable, os.path.join(samples.ROOT, "bin", arguments[0]), *arguments[1:]]
         done = subprocess.run([*program, *sound], capture_output=True, env={**os.environ, "PYTHONPATH": samples.ROOT})
         assert (done.returncode, done.stdout, done.stderr) == (0, expected, b"")

@@ -131,7 +131,7 @@ def _copy(saved, out, wanted, after, progress, share):
     head = {**segment.head, "next": after.head["point"]} if after is not None else heads.alone(segment.head)
     if len(kept) < len(segment.disks):
         # Not the same segment any more, but the same one each time that these disks are asked for.
-        head = {**head, "id": xxh3_128_hexdigest("/".join([head["id"], *(segment.disks[n]["name"] for n in kept)]))}
+        head = {**head, "id": _id(head, *(segment.disks[number]["name"] for number in kept))}
     numbers = {old: new for new, old in enumerate(kept)}
     with progress.segment(out.segment(head, [segment.disks[number] for number in kept]), share) as written:
         for frame in segment:
@@ -149,7 +149,7 @@ def _copy(saved, out, wanted, after, progress, share):
 def _copy_head(saved, out, wanted):
     """Write what a saved segment has before its extents, as a segment of disks alone."""
     segment = saved.open()
-    head = {**heads.alone(segment.head), "stage": "disks", "id": xxh3_128_hexdigest(f"{segment.head['id']}/head")}
+    head = {**heads.alone(segment.head), "stage": "disks", "id": _id(segment.head, "head")}
     written = out.segment(head, [disk for disk in segment.disks if disk["name"] in wanted])
     for frame in segment:
         if frame.__class__ is stream.File:
@@ -158,3 +158,8 @@ def _copy_head(saved, out, wanted):
             break
     written.end()
     saved.close()
+
+
+def _id(head, *words):
+    """The id of what is made, by these words, of the segment with this head: the same one each time."""
+    return xxh3_128_hexdigest("/".join([head["id"], *words]).encode())
