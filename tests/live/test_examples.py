@@ -176,6 +176,29 @@ def test_s3(lab, vm, s3):
     restores(lab, directory, references[1], point=points[1][0])
 
 
+@needs("aws", "gpg", "gpgconf", MOTO)
+def test_a_backup_elsewhere_is_no_base_for_one_to_s3(lab, vm, s3):
+    """Else the first object of an empty bucket is an increment to what only the other place has."""
+    env = {**s3.env, "GNUPGHOME": lab.new_directory("keys")}
+    key, files = "backup@example.org", lab.new_directory("files")
+    lab.sh(f"gpg --batch --passphrase '' --quick-gen-key {key} default default never", env=env)
+    try:
+        done_well(run(lab, "encrypted", "backup", vm.name, "full", key, files, **env))
+    finally:
+        lab.sh("gpgconf --kill all", env=env)
+    references = chain(vm, lambda _: done_well(run(lab, "to-s3", vm.name, "s3://store/vm1", **env)), 2)
+    assert [name.split(".")[-2] for name in s3.names("vm1")] == ["full", "inc"]
+    directory = lab.new_directory("restored")
+    done_well(run(lab, "from-s3", "s3://store/vm1", directory, **env))
+    holds(directory, references[-1])
+    # A bucket that was emptied behind our back does not get an increment.
+    s3.aws("rm", "--recursive", "s3://store/vm1")
+    done = run(lab, "to-s3", vm.name, "s3://store/vm1", **env)
+    assert done.returncode == 1
+    assert "which this increment would start from, is not there any more: take a full one" in done.stderr
+    assert s3.aws("ls", "--recursive", "s3://store") == ""
+
+
 @needs("aws", MOTO)
 def test_to_s3_that_fails(lab, vm, s3):
     """Where the store does not take it, and where a stage fails: nothing counts, and nothing that was cut stays."""

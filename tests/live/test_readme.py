@@ -60,7 +60,7 @@ def test_every_day(no_machines, lab, host):
         vm.run("echo contents > /mnt/vda/file; sync")
         (host.path / "dev/vg/vdb").write_bytes(bytes(32 * MiB))
         scripts = recipes("Every day")
-        assert len(scripts) == 8
+        assert len(scripts) == 9
         for number, script in enumerate(scripts):
             vm.run(f"echo {number} > /mnt/vda/number; sync")
             host(script, vm)
