@@ -70,6 +70,49 @@ def test_without_an_agent_it_is_a_warning_or_an_error(lab, vm, directory):
     assert vm.checkpoints() == before
 
 
+def test_a_freeze_of_nothing_is_no_freeze(lab, linux, directory):
+    """The agent knows no file system there, and says that it has frozen none."""
+    done = backup(lab, linux, "full", directory, "--freeze /nonexistent")
+    assert f"{linux.name}: the guest is not frozen: its agent knows no file system at /nonexistent\n" in done.stderr
+    assert "0 file systems" not in done.stderr
+    done = backup(lab, linux, "inc", directory, "--freeze /nonexistent --require-freeze", check=False)
+    assert (done.returncode, linux.has_job(), status(linux)) == (1, False, "thawed")
+    assert done.stderr == (f"vnb-checkpoint: {linux.name}: cannot freeze the guest: "
+                           "its agent knows no file system at /nonexistent\n")
+    backup(lab, linux, "inc", directory, "--require-freeze --strict")
+    assert lab.leftovers() == []
+
+
+def test_a_guest_is_frozen_before_it_is_suspended(lab, linux, directory):
+    done = backup(lab, linux, "full", directory, "--pause --require-freeze --strict")
+    assert re.search(r"[1-9]\d* file systems frozen for \d+ ms\n", done.stderr)
+    assert status(linux) == "thawed"
+    assert linux.state() == libvirt.VIR_DOMAIN_RUNNING
+
+
+def test_a_suspended_guest_is_no_warning_and_is_not_asked(lab, linux, directory):
+    """Its agent could not answer for a minute, and might freeze it when it goes on."""
+    linux.pause()
+    try:
+        done = backup(lab, linux, "full", directory, "--strict")
+        assert done.stderr == (f"vnb-checkpoint: {linux.name}: the guest is not frozen: "
+                               "it is suspended, and its agent cannot answer\n")
+        done = backup(lab, linux, "inc", directory, "--require-freeze", check=False)
+        assert done.returncode == 1
+        assert "cannot freeze the guest: it is suspended, and its agent cannot answer\n" in done.stderr
+        assert linux.state() == libvirt.VIR_DOMAIN_PAUSED
+        assert record(lab, linux) is None
+    finally:
+        linux.resume()
+    assert status(linux) == "thawed"
+
+
+def test_pause_without_an_agent_is_no_warning(lab, vm, directory):
+    done = backup(lab, vm, "full", directory, "--pause --strict")
+    assert done.stderr == f"vnb-checkpoint: {vm.name}: the guest is not frozen: it has no channel for a guest agent\n"
+    assert vm.state() == libvirt.VIR_DOMAIN_RUNNING
+
+
 def test_a_begin_that_fails_thaws(lab, linux, directory):
     done = backup(lab, linux, "full", directory, "--scratch-dir /nonexistent", check=False)
     assert done.returncode == 1
@@ -231,7 +274,8 @@ def test_a_backup_that_does_not_begin_sees_to_the_thaw(lab, linux, directory, ha
     if "--require-freeze" not in options:
         backup(lab, linux, "full", directory, "--freeze /mnt/vda")
         before = keeper(lab, linux)
-    done = backup(lab, linux, "copy", directory, options, check=False)
+    level = "inc" if "threshold" in options else "copy"
+    done = backup(lab, linux, level, directory, options, check=False)
     assert done.returncode == (0 if "threshold" in options else 1)
     after = keeper(lab, linux)
     assert "--require-freeze" in options or before != after

@@ -3,12 +3,13 @@
 
 import json
 import os
+import re
 import signal
 import socket
 
 import libvirt
 import pytest
-from backups import backup, levels, listed, record, restores, tip
+from backups import backup, levels, listed, record, restores, snapshot, tip
 from lab import Disk, MiB, run
 
 
@@ -300,3 +301,131 @@ def test_no_secret_is_fetched(lab, directory):
     assert b"s3cret" not in done.stdout
     lab.sh(f"vnb-checkpoint abort {vm.name}")
     vm.remove()
+
+
+def bitmaps(vm):
+    """The names of the bitmaps of vnb in the images of a machine that is off."""
+    texts = [run("qemu-img", "info", "--output=json", disk.path) for disk in vm.disks.values()]
+    return sorted({name for text in texts for name in re.findall(r'"(vnb\.[^"]+)"', text)})
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_cleanup_removes_bitmaps_that_no_catalog_needs(lab, vm, directory, running):
+    """Those that are older than what the next increment starts from, of a domain that was defined anew meanwhile."""
+    for _ in range(4):  # of each life the full's stays, and libvirt forgets it
+        backup(lab, vm, "full", directory)
+        vm.destroy()
+        forget(vm)
+        vm.start()
+    backup(lab, vm, "inc", directory)  # it redefines the latest of them, and drops what is not needed of these
+    kept = vm.checkpoints()
+    vm.destroy()
+    gone = sorted(set(bitmaps(vm)) - set(kept))
+    assert gone
+    if running:
+        vm.start()
+    done = lab.sh(f"vnb-checkpoint cleanup {vm.name} --set {directory}")
+    assert [line.split("removing bitmap ")[1].split(",")[0] for line in done.stderr.splitlines()] == gone
+    vm.destroy()
+    assert bitmaps(vm) == kept
+    vm.start()
+    vm.write("vda", 0, MiB)
+    backup(lab, vm, "inc", directory)
+    restores(lab, directory, vm.reference())
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_bitmaps_of_no_catalog_that_is_known_are_named_and_stay(lab, vm, directory, running):
+    """A copy of another domain's image has that one's bitmaps: only who names its set knows that nobody needs them."""
+    backup(lab, vm, "full", directory)
+    vm.destroy()
+    point, = vm.checkpoints()
+    copy = lab.domain(Disk("vda", path=vm.disks["vda"].path), start=running)
+    try:
+        done = lab.sh(f"vnb-checkpoint cleanup {copy.name}")
+        assert f"{copy.name}: vda: bitmap {point} has no checkpoint, and is of no catalog that is known" in done.stderr
+        done = lab.sh(f"vnb-checkpoint cleanup {copy.name} --set {directory}")
+        assert done.stderr == (f"vnb-checkpoint: {copy.name}: vda: removing bitmap {point}, "
+                               f"which is of domain {vm.name}, saved in {directory}\n")
+        copy.destroy()
+        assert bitmaps(copy) == []
+    finally:
+        copy.remove()
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_delete_takes_the_bitmaps_along_whose_checkpoints_were_forgotten(lab, vm, directory, running):
+    backup(lab, vm, "full", directory)
+    vm.destroy()
+    forget(vm)
+    if running:
+        vm.start()
+    lab.sh(f"vnb-checkpoint delete {vm.name} --set {directory}")
+    vm.destroy()
+    assert bitmaps(vm) == []
+
+
+def test_disks_that_will_be_taken_in_full_are_counted(lab, vm, directory):
+    """QEMU was killed: libvirt says nothing of their sizes, and that is not 0."""
+    vm.write("vda", 0, 4 * MiB)
+    vm.flush()
+    backup(lab, vm, "full", directory)
+    point, = vm.checkpoints()
+    vm.kill()
+    vm.start()
+    row = listed(lab, vm, directory)[point]
+    assert row["full"] == ["vda", "vdb"]
+    assert row["increment"] >= 4 * MiB
+    done = lab.sh(f"vnb-checkpoint size {vm.name} --set {directory} --json")
+    assert "vda: full in this increment: its bitmap of " in done.stderr
+    assert json.loads(done.stdout)["disks"]["vda"] >= 4 * MiB
+
+
+def test_size_of_a_domain_that_is_off(lab, vm, directory):
+    """qemu-nbd tells, over an overlay too: the changes of both layers, each once."""
+    backup(lab, vm, "full", directory)
+    vm.write("vda", 0, 2 * MiB)
+    snapshot(lab, vm)
+    vm.write("vda", MiB, 2 * MiB)
+    vm.destroy()
+    done = lab.sh(f"vnb-checkpoint size {vm.name} --set {directory} --json")
+    assert json.loads(done.stdout)["disks"] == {"vda": 3 * MiB, "vdb": 0}
+
+
+def test_a_threshold_of_a_domain_that_is_off(lab, vm, directory):
+    """As one of many domains whose vnb.ini has it: a full is always taken, an increment only where there is enough."""
+    vm.destroy()
+    for written, saved in ((None, 1), (None, 1), ("write 0 2M", 2)):
+        if written:
+            run("qemu-io", "-f", "qcow2", "-c", written, vm.disks["vda"].path)
+        done = backup(lab, vm, "auto", directory, "--threshold 1m")
+        assert len(levels(directory)) == saved, done.stderr
+    assert levels(directory) == ["full", "inc"]
+    assert lab.leftovers() == []
+
+
+def test_a_threshold_does_not_stop_the_first_full(lab, vm, directory):
+    done = backup(lab, vm, "auto", directory, "--threshold 1t")
+    assert levels(directory) == ["full"]
+    done = backup(lab, vm, "auto", directory, "--threshold 1t")
+    assert "0 bytes to back up, less than " in done.stderr
+    assert levels(directory) == ["full"]
+
+
+def test_a_set_with_only_a_copy_says_so(lab, vm, directory):
+    backup(lab, vm, "copy", directory)
+    done = backup(lab, vm, "auto", directory)
+    why = f"no restore point in {directory} has a checkpoint: levels copy and diff make none"
+    assert f"level full: {why}\n" in done.stderr
+
+
+def test_abort_names_the_job_of_another_program(lab, vm):
+    server = f"<server transport='unix' socket='{vm.private_directory()}/x'/>"
+    vm.handle.backupBegin(f"<domainbackup mode='pull'>{server}</domainbackup>", None)
+    try:
+        done = lab.sh(f"vnb-checkpoint abort {vm.name}")
+        assert done.stderr == (f"vnb-checkpoint: {vm.name}: a backup job of another program is active: left alone "
+                               "(virsh domjobabort ends it)\n")
+        assert vm.has_job()
+    finally:
+        vm.handle.abortJob()
