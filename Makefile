@@ -12,7 +12,7 @@
 # make clean
 
 PYTEST = .venv/bin/python -m pytest
-SCRIPTS = $(shell grep -rlE '^\#!/bin/(ba)?sh' .ci bin examples) packaging/completion/vnb.bash
+SCRIPTS = $(shell grep -rlE '^\#!/bin/(ba)?sh' .ci bin examples) build/completion/vnb.bash
 PAGES = $(wildcard man/*.[1-9])
 
 .PHONY: setup demo check test stage live patient soak bench deb clean
@@ -25,6 +25,7 @@ demo: setup
 
 check: setup
 	.venv/bin/ruff check --quiet --output-format concise .
+	packaging/completion/generate build/completion
 	shellcheck -x $(SCRIPTS)
 	codespell
 	$(if $(PAGES),mandoc -T lint -W warning $(PAGES))

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Completion, by the shells themselves: it offers what the usage texts have."""
+"""Completion, by the shells themselves: the generated scripts offer the options of the usage texts."""
 
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from samples import COMMANDS, ROOT
 
-DIRECTORY = Path(ROOT, "packaging", "completion")
+from vnb.checkpoint_usage import SUBCOMMANDS
+
+GENERATE = Path(ROOT, "packaging", "completion", "generate")
+DIRECTORY = None  # of the two scripts
 COMPLETE = """
 source "$1"; COMP_WORDS=("${@:2}"); COMP_CWORD=$(($# - 2))
 _vnb "$2" "${@: -1}" "${@: -2:1}"
@@ -28,8 +32,16 @@ print -r -- "$line"
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def generated(tmp_path_factory):
+    """The two scripts, made once."""
+    global DIRECTORY
+    DIRECTORY = tmp_path_factory.mktemp("completion")
+    subprocess.run([sys.executable, GENERATE, DIRECTORY], check=True)
+
+
 def bash(*words):
-    """What it offers for the last word."""
+    """The words that bash offers for the last word."""
     argv = ["bash", "-c", COMPLETE, "bash", DIRECTORY / "vnb.bash", *words]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
@@ -38,7 +50,9 @@ def bash(*words):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_all_options_are_offered(name):
-    usage = subprocess.run([name, "--help"], capture_output=True, text=True, check=True).stdout
+    commands = [[name], *([name, word] for word in SUBCOMMANDS if name == "vnb-checkpoint")]
+    usage = "".join(
+        subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout for command in commands)
     in_usage = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", usage.partition("\nUsage:\n")[2].partition("\n\n")[0]))
     offered = bash(name, "-")
     assert len(set(offered)) == len(offered)
@@ -53,11 +67,15 @@ def test_options_that_begin_so():
     assert bash("vnb-prune", "--dry-run", "--x") == []
 
 
-def test_steps_of_checkpoint():
-    assert bash("vnb-checkpoint", "") == [
-        "abort", "begin", "cleanup", "commit", "delete", "list", "redefine", "run", "size",
-    ]
+def test_subcommands_of_checkpoint():
+    assert bash("vnb-checkpoint", "") == list(SUBCOMMANDS)
     assert bash("vnb-checkpoint", "clea") == ["cleanup"]
+
+
+def test_a_subcommand_has_its_own_options():
+    assert bash("vnb-checkpoint", "delete", "--f") == ["--force"]
+    assert bash("vnb-checkpoint", "redefine", "--f") == []
+    assert "--freeze" in bash("vnb-checkpoint", "--f")
 
 
 @pytest.fixture
@@ -88,10 +106,6 @@ def test_files(domains, words):
 def test_all_domains_take_the_options_of_one():
     assert bash("vnb-backup-all", "--keep-m") == ["--keep-monthly"]
     assert bash("vnb-backup-all", "--jo") == ["--jobs"]
-
-
-def test_a_command_that_is_not_there():
-    assert bash("/nonexistent/vnb-cat", "-") == []
 
 
 @pytest.mark.parametrize("name", ["vnb.bash", "_vnb"])

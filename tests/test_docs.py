@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Usage, pages and commands agree: what one of them says of an option, the others say too."""
 
+import functools
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ import pytest
 from samples import COMMANDS, ROOT, SOURCED
 
 from vnb import __version__
+from vnb.checkpoint_usage import SUBCOMMANDS
+from vnb.usage import Usage
 
 PAGES = sorted(Path(ROOT, "man").glob("*.[1-9]"))
 EXAMPLES = sorted(path for path in Path(ROOT, "examples").iterdir() if path.name != "demo")  # which has no operands
@@ -26,20 +29,24 @@ def run(*argv):
     return subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60, check=False)
 
 
-def usage(name):
-    done = run(name, "--help")
+@functools.cache
+def usage(*command):
+    done = run(*command, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 
-def options_of(text):
-    """{option: its default or None} of a usage text's list of options, in which each stands at the start of a line."""
-    found = {}
-    for paragraph in re.split(r"\n(?=  -)", text.partition("\nOptions:\n")[2]):
-        names, _, described = re.sub(r"^  ", "", paragraph).partition("  ")
-        default = re.search(r"\[default: (\S+)\]", described)
-        found.update(dict.fromkeys(OPTION.findall(names.partition("\n")[0]), default and default[1]))
-    return found
+def usages(name):
+    """The usage texts (list of str) of a command and of its subcommands."""
+    return [usage(name), *(usage(name, word) for word in (SUBCOMMANDS if name == "vnb-checkpoint" else ()))]
+
+
+def options_of(name):
+    """{option: its default or None} of a command and of its subcommands."""
+    return {
+        word: option.default for text in usages(name) for option in Usage(text).options
+        for word in (option.short, option.long) if word
+    }
 
 
 def items(page):
@@ -55,11 +62,11 @@ def items(page):
 
 @by_command
 def test_help_is_for_a_terminal(name):
-    text = usage(name)
-    assert text.endswith("\n")
-    assert [line for line in text.splitlines() if len(line) > 80 or line != line.rstrip()] == []
-    assert text.startswith(f"{name} - ")
-    assert "\nUsage:\n" in text
+    for text in usages(name):
+        assert text.endswith("\n")
+        assert [line for line in text.splitlines() if len(line) > 80 or line != line.rstrip()] == []
+        assert re.match(rf"{name}( [a-z]+)? - ", text)
+        assert "\nUsage:\n" in text
 
 
 @by_command
@@ -100,11 +107,12 @@ def test_an_option_that_is_not_there(name):
 
 @by_command
 def test_each_option_of_the_usage_is_described(name):
-    text = usage(name)
-    used = set(OPTION.findall(text.partition("\nUsage:\n")[2].partition("\n\n")[0]))
-    listed = set(options_of(text))
-    assert used - listed == set()
-    assert listed - used == set() or "[options]" in text
+    for text in usages(name):
+        found = Usage(text)
+        used = set(OPTION.findall(found.synopsis))
+        listed = {word for option in found.options for word in (option.short, option.long) if word}
+        assert used - listed == set()
+        assert listed - used == set() or "[options]" in text or "SUBCOMMAND" in text
 
 
 @by_command
@@ -114,13 +122,13 @@ def test_there_is_a_page(name):
 
 @by_page
 def test_page_and_usage_have_the_same_options(page):
-    assert set(items(page)) == set(options_of(usage(page.stem)))
+    assert set(items(page)) == set(options_of(page.stem))
 
 
 @by_page
 def test_page_and_usage_have_the_same_defaults(page):
     described = items(page)
-    for option, default in options_of(usage(page.stem)).items():
+    for option, default in options_of(page.stem).items():
         if default is not None:
             assert re.search(rf"(?<![\w.]){re.escape(default)}(?![\w])", described[option]), (option, default)
 
@@ -187,7 +195,7 @@ def commands_of_readme():
 
 
 def unknown_options(commands):
-    known = {name: set(options_of(usage(name))) for name in COMMANDS}
+    known = {name: set(options_of(name)) for name in COMMANDS}
     known["vnb-backup-all"] |= known["vnb-backup"]
     return [
         f"{name} {option}" for name, rest in commands for option in OPTION.findall(rest)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import samples
 
-from vnb import arguments
+from vnb.usage import Usage
 
 ROOT = Path(samples.ROOT)
 DEADLINE = 60
@@ -244,8 +244,10 @@ def test_no_stream_from_a_terminal():
 
 
 @pytest.mark.parametrize("argv, found", [
-    (["--untill", "x"], "--untill"), (["--unt", "x"], None), (["-zz"], None), (["-y"], "-y"), (["-", "--", "-y"], None),
-    (["--untill=x"], "--untill"), (["a", "b"], None), ([], None),
+    (["--untill", "x"], "unknown option --untill"), (["--unt", "x"], None), (["-zz"], None),
+    (["-y"], "unknown option -y"), (["-", "--", "-y"], None), (["--untill=x"], "unknown option --untill"),
+    (["a", "b"], None), ([], None), (["--un=x"], "--un is not a unique prefix: --unit, --until?"),
 ])
 def test_the_option_that_a_usage_does_not_have(argv, found):
-    assert arguments.unknown("Usage:\n  toy [-z] [--until POINT]", argv) == found
+    usage = Usage("toy - a toy\n\nUsage:\n  toy [-z] [options]\n\nOptions:\n  -z\n  --until POINT\n  --unit N\n")
+    assert usage.wrong_option(argv) == found

@@ -23,24 +23,6 @@ def usage(text):
     return f"{text.strip()}\n\n{heading}:\n{COMMON}"
 
 
-def wrong_option(text, argv):
-    """In words, the first word of argv that is cut short of several options of this usage text, or is none; or None."""
-    known = sorted(set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", text)))
-    for word in argv:
-        if word == "--":  # what follows is no option
-            break
-        name = word.partition("=")[0] if word.startswith("--") else word[:2]
-        if not name.startswith("-") or name in ("-", *known):
-            continue
-        # docopt takes a long option that is cut short, and a value behind a short one.
-        meant = [option for option in known if option.startswith(name)]
-        if not meant:
-            return f"unknown option {name}"
-        if meant[1:]:
-            return f"{name} is not a unique prefix: {', '.join(meant)}?"
-    return None
-
-
 def refuse_empty(args):
     """
     Raise UsageError for an option or operand that was given, but with nothing in it.

@@ -2,78 +2,21 @@
 """vnb-checkpoint - begin and end a backup job and its checkpoint
 
 Usage:
-  vnb-checkpoint begin [options] [--include DISK]... [--exclude DISK]...
-                 [--] DOMAIN
-  vnb-checkpoint begin [options] --image NAME=FILE...
-  vnb-checkpoint run [options] [--include DISK]... [--exclude DISK]...
-                 [--] DOMAIN -- COMMAND...
-  vnb-checkpoint run [options] --image NAME=FILE... -- COMMAND...
-  vnb-checkpoint (commit | abort) [options] [--] DOMAIN
-  vnb-checkpoint (commit | abort) [options] --image NAME=FILE...
-  vnb-checkpoint (list | size | cleanup | redefine | delete) [options] [--]
-                 DOMAIN
+  vnb-checkpoint SUBCOMMAND [ARGUMENT]...
   vnb-checkpoint --help | --version
 
-begin starts a job and writes a stream of its head, disks and files; a keeper
-process watches over the job until commit or abort. run does all three around
-COMMAND, which has the stream on its standard input.
+Subcommands:
+  begin     begin a backup job and write its stream
+  run       begin a job, run a pipeline, and commit if it succeeds
+  commit    end a job and keep its checkpoint
+  abort     end a job and delete its checkpoint
+  list      list the checkpoints of a domain
+  size      print how many bytes the next backup has to read
+  cleanup   end what a crash has left, and delete orphans
+  redefine  have libvirt know the checkpoints of a set again
+  delete    delete the checkpoints of a chain
 
-Options:
-  -c URI, --connect URI  libvirt's URI; default: LIBVIRT_DEFAULT_URI, else
-                         qemu:///system for root, qemu:///session for others
-  --user NAME            the user that libvirt asks for
-  --password-file FILE   its first line is the password that libvirt asks for
-  --image NAME=FILE      an image that no guest uses, without libvirt; given
-                         once for each
-  --level LEVEL          full, copy, inc, diff, or auto
-  --set DIR              the backup set that the segment goes to: it says what
-                         an increment starts from, and what was saved
-  --destination NAME     where the segment goes that is no directory of this
-                         host, by any name, as s3://bucket/vm1: what was
-                         committed to it is remembered under this name
-  --base CHECKPOINT      start from this checkpoint, which the receiver has
-                         named; for diff also last or full
-  --chain NAME           which chain of checkpoints [default: main]
-  --include DISK         only this disk; may be given several times
-  --exclude DISK         not this disk; may be given several times
-  --raw                  take disks that cannot hold a bitmap in full each time
-  --allow-plaintext      take encrypted disks, which leave QEMU decrypted
-  --no-sparse-detection  read what is dirty, zeroes too, without asking where
-                         they are
-  -S, --start-paused     start a domain that is off, paused, for the backup
-  --pause                suspend the guest while the job starts
-  --freeze MOUNTPOINTS   freeze these file systems only, separated by commas
-  --no-freeze            freeze nothing
-  --require-freeze       fail where the guest cannot be frozen
-  --strict               exit with status 3 after warnings, when all is saved
-  --no-proof             commit though no command says that it has taken the
-                         segment to its end, as ones of another host cannot
-  --threshold SIZE       take no increment that has less than this; begin
-                         exits with status 4, run with 0
-  --scratch-dir DIR      where the old data goes that the guest overwrites
-                         meanwhile; default: beside each image
-  --scratch-reserve SIZE
-                         end the job when less room than this is left there
-                         [default: 256m]
-  --socket PATH          where QEMU puts the NBD socket; default: in the
-                         domain's private directory
-  --nbd-listen ADDRESS[:PORT]
-                         have QEMU listen there instead, on a port that it
-                         finds free; [ADDRESS]:PORT for IPv6
-  --tls                  with --nbd-listen: only with certificates, verified
-  --tls-certificates DIR
-                         where ours are; default: libnbd's directory
-  --ssh-user USER        for ssh to the host of -c, instead of its URI's
-  --ssh-port PORT        the same
-  --ssh-key FILE         the same
-  --deadline TIME        end the job after this time, as 90s, 10m, 4h, 1d
-                         [default: 1d]
-  --idle TIME            end the job when nobody was connected for this time,
-                         between begin and commit [default: 10m]
-  --state-dir DIR        default: VNB_STATE_DIR, else /var/lib/vnb for root
-  --force                cleanup and delete: also what is of another set or
-                         destination, or of a process of another host
-  --json                 list and size: print JSON, one object a line
+vnb-checkpoint SUBCOMMAND --help prints the options of a subcommand.
 """
 
 import os
@@ -82,12 +25,14 @@ import shlex
 import sys
 
 from vnb import arguments, log, output, proof, stream
+from vnb.checkpoint_usage import SUBCOMMANDS
 from vnb.endpoint import parse_listen
 from vnb.errors import Error, Mistyped, Saved, UsageError, os_error
 from vnb.frame import MiB
 from vnb.pipeline import CommandFailed, Pipeline, leaves_by_stdout, readers_of_stdout
 from vnb.state import JobDirectory
 from vnb.statedir import default_directory
+from vnb.usage import Usage
 
 LEVELS = ("full", "copy", "inc", "diff", "auto")
 NEEDS_CATALOG = "needs --set DIR, or for what is no directory of this host --destination NAME, as s3://bucket/vm1"
@@ -97,29 +42,38 @@ NOTHING_TO_DO = 4  # exit status
 
 
 def main(args):
-    if args["COMMAND"][:1] == [""]:
+    subcommand = next(name for name in SUBCOMMANDS if args.get(name))
+    if args.get("COMMAND", ())[:1] == [""]:
         raise UsageError("COMMAND", "is empty")  # sh would run it, and it would have done nothing
     args["--state-dir"] = os.path.abspath(args["--state-dir"] or default_directory())
-    args["--set"] = args["--set"] and os.path.abspath(args["--set"])
+    if args.get("--set"):
+        args["--set"] = os.path.abspath(args["--set"])
     check_destination(args)
-    if args["begin"] or args["run"]:
+    if subcommand in ("begin", "run"):
         log.name_run()
-    if args["begin"]:
+    if subcommand == "begin":
         return _begin(_options(args))
-    if args["run"]:
+    if subcommand == "run":
         return _run(_options(args), args["COMMAND"])
-    if args["commit"] or args["abort"]:
-        return _finish(args, "commit" if args["commit"] else "abort")
+    if subcommand in ("commit", "abort"):
+        return _finish(args, subcommand)
     from vnb import upkeep
 
-    if args["size"]:
+    if subcommand == "size":
         args["--level"] = args["--level"] or "auto"
         if not args["--base"]:
             with upkeep.open_domain(args) as domain:
                 upkeep.wanted(args, domain)
-        return upkeep.size(_options(args), args["--json"], log.note, log.warn)
-    task = next(task for task in ("list", "cleanup", "redefine", "delete") if args[task])
-    return getattr(upkeep, task)(args, log.note)
+        return upkeep.size(_options({**_defaults("run"), **args}), args["--json"], log.note, log.warn)
+    return getattr(upkeep, subcommand)(args, log.note)
+
+
+def _defaults(subcommand):
+    """The options of a subcommand (dict, as docopt has it) when none of them is given."""
+    return {
+        option.name: [] if option.name == "--image" else option.default if option.value else False
+        for option in Usage(SUBCOMMANDS[subcommand]).options
+    }
 
 
 def _options(args):
@@ -166,7 +120,7 @@ def _options(args):
         "freeze": None if args["--no-freeze"] else args["--freeze"].split(",") if args["--freeze"] else [],
         "require_freeze": args["--require-freeze"],
         "strict": args["--strict"],
-        "no_proof": args["--no-proof"],
+        "no_proof": args.get("--no-proof", False),  # begin has none: commit may
         "threshold": arguments.size(args, "--threshold", 0, MAX_SIZE) if args["--threshold"] else None,
         "scratch_dir": args["--scratch-dir"],
         "socket": args["--socket"],
@@ -192,7 +146,7 @@ def ssh_options(args):
 
 
 def check_destination(args):
-    name = args["--destination"]
+    name = args.get("--destination")
     if name and args["--set"]:
         raise UsageError("--destination", "contradicts --set")
     if name and not name.isprintable():
@@ -387,8 +341,6 @@ def _finish(args, what):
     from vnb.keeper import ask
     from vnb.upkeep import open_domain, tell_of_job
 
-    if args["--destination"]:
-        raise UsageError("--destination", f"is known since begin: {what} needs none")
     images = _images(args)
     if images:
         from vnb.source import Images
@@ -398,7 +350,7 @@ def _finish(args, what):
         with open_domain(args) as domain:
             uuid = domain.uuid
     directory = JobDirectory(args["--state-dir"], uuid)
-    answer = ask(directory, what, log.note, set_=args["--set"], proof=not args["--no-proof"])
+    answer = ask(directory, what, log.note, set_=args.get("--set"), proof=not args.get("--no-proof"))
     if answer is None and what == "commit":
         raise Error(
             args["DOMAIN"] or "--image", "there is no backup job of ours to commit: it has ended, or was begun with "

@@ -16,18 +16,16 @@ def reason(usage, argv, parse):
     """
     Why this command line (list of str) is wrong.
 
-    parse (function): takes words, and returns docopt's dict for them, or None where it refuses them.
+    usage (vnb.usage.Usage). parse (function): takes words, and returns docopt's dict for them, or None where it
+    refuses them.
     """
-    synopsis = usage.partition("\nUsage:\n")[2].partition("\n\n")[0]
-    commands = list(dict.fromkeys(re.findall(r"(?<=[ (|])[a-z]+(?=[ )])", re.sub(r"(?m)^  \S+", "", synopsis))))
-    operands = [word for word in argv if not word.startswith("-")]
-    if commands and not set(commands) & set(argv):
-        found = f'"{operands[0]}" is no step:' if operands else "a step is needed:"
-        return f"{found} one of {', '.join(commands)}"
     if len(argv) > _MOST_WORDS:
         return "wrong usage"
-    # Any other option is the business of [options], so none that has to be there, or must not.
-    takes = {name: bool(value) for name, value in re.findall(r"(?<![\w-])(--?[A-Za-z][\w-]*)( [A-Z])?", synopsis)}
+    # Any other option belongs to [options], so no form of the command needs it, and none forbids it.
+    takes = {
+        option.name: bool(option.value) for option in usage.options
+        if re.search(rf"(?<![\w-]){option.name}(?![\w-])", usage.synopsis)
+    }
     return _missing(takes, argv, parse) or _too_much(usage, argv, parse) or "wrong usage"
 
 
@@ -68,7 +66,8 @@ def _too_much(usage, argv, parse):
     while number < len(argv):
         word, start = argv[number], number
         is_option = word.startswith("-") and word not in ("-", "--")
-        with_value = is_option and re.search(rf"(?<![\w-]){re.escape(word)}[a-z-]* [A-Z]", usage)
+        with_value = is_option and any(option.value and (option.name.startswith(word) or option.short == word)
+                                       for option in usage.options)
         number += 2 if with_value else 1
         if parse(argv[:start] + argv[number:]):
             (options if is_option else operands).append(word.partition("=")[0] if is_option else word)

@@ -17,6 +17,7 @@ import sys
 
 from vnb.errors import Error, os_error
 from vnb.run import show
+from vnb.usage import Usage
 
 OPTIONS_FIRST = True  # what was typed is not for us
 MAX_FILE = 1 << 20  # characters
@@ -25,7 +26,8 @@ SECTIONS = "[backup], [backup NAME] and [restore] are"
 
 
 def main(args):
-    options = known(sys.stdin.read(MAX_FILE))
+    # vnb-backup-all has two usage texts there, its own and that of vnb-backup.
+    options = known(Usage(sys.stdin.read(MAX_FILE)))
     typed, operands = split(args["ARGUMENT"], options)
     names = sections(args["SECTION"], operands)
     values = read(args["FILE"], names)
@@ -48,15 +50,12 @@ def sections(command, operands):
 
 
 def known(usage):
-    """{option with its dashes: whether it takes a value} of a usage text's list, and {short option: long option}."""
+    """{option with its dashes: whether it takes a value} of a vnb.usage.Usage, and {short option: long option}."""
     found = {}
-    for names in re.findall(r"(?m)^  (-\S.*?)(?:  |$)", usage.partition("\nOptions:\n")[2]):
-        short = None
-        for name, value in re.findall(r"(--?[A-Za-z][\w-]*)( [A-Z])?", names):
-            found[name] = bool(value)
-            if short is not None and name.startswith("--"):
-                found[short] = name
-            short = None if name.startswith("--") else name
+    for option in usage.options:
+        found[option.name] = bool(option.value)
+        if option.short and option.long:
+            found[option.short] = option.long
     return found
 
 

@@ -25,7 +25,7 @@ def outcome(name, module, argv):
     module (module or str): imported here where it is a name, since that takes long enough to be interrupted.
     """
     debug = "--debug" in argv[: argv.index("--") if "--" in argv else None]
-    synopsis = ""
+    usage = None
     try:
         log.begin(name)
         for signum in interrupts.SIGNALS:
@@ -36,13 +36,14 @@ def outcome(name, module, argv):
 
         if isinstance(module, str):
             module = importlib.import_module(module)
-        usage = arguments.usage(module.__doc__)
+        usage = arguments.usage(_text(module, argv))
         try:
             args = _parse(usage, argv, module)
         except DocoptExit as exit_:
             raise UsageError(None, _misuse(usage, argv, module, str(exit_).partition("\n")[0])) from None
-        finally:
-            synopsis = f"\n{DocoptExit.usage.strip()}"
+        if args.get("SUBCOMMAND"):
+            known = ", ".join(module.SUBCOMMANDS)
+            raise UsageError(None, f'unknown subcommand "{args["SUBCOMMAND"]}"; expected one of {known}')
         arguments.refuse_empty(args)
         log.choose(args)
         if args.get("--help"):
@@ -57,7 +58,7 @@ def outcome(name, module, argv):
             return status
         return 0
     except UsageError as error:
-        log.error(error, "" if isinstance(error, Mistyped) else synopsis)
+        log.error(error, "" if usage is None or isinstance(error, Mistyped) else _synopsis(usage))
         return 2
     except Saved as error:
         return _fail(error, debug, SAVED_BUT)
@@ -83,6 +84,19 @@ def outcome(name, module, argv):
         _die(interrupted.signum)
 
 
+def _text(module, argv):
+    """The usage text that a command line is about: that of the subcommand in it, where the module has subcommands."""
+    subcommands = getattr(module, "SUBCOMMANDS", {})
+    words = argv[: argv.index("--")] if "--" in argv else argv
+    return next((subcommands[word] for word in words if word in subcommands), module.__doc__)
+
+
+def _synopsis(usage):
+    from vnb.usage import Usage
+
+    return f"\nUsage:\n{Usage(usage).synopsis}"
+
+
 def _parse(usage, argv, module):
     """The dict of docopt, or of docopt-ng, which has its name and hides it; DocoptExit where the line is wrong."""
     from docopt import docopt
@@ -96,8 +110,10 @@ def _misuse(usage, argv, module, said):
     from docopt import DocoptExit
 
     from vnb import misuse
+    from vnb.usage import Usage
 
-    wrong = arguments.wrong_option(usage, argv) or (said if said.startswith("-") else None)
+    text = Usage(usage)
+    wrong = text.wrong_option(argv) or (said if said.startswith("-") else None)
     if wrong:
         return wrong
 
@@ -107,7 +123,7 @@ def _misuse(usage, argv, module, said):
         except DocoptExit:
             return None
 
-    return misuse.reason(usage, argv, parse)
+    return misuse.reason(text, argv, parse)
 
 
 def show(text, flush=False):
