@@ -21,7 +21,7 @@ FAST = (
     "test_run", "test_scale", "test_source", "test_speed", "test_state", "test_stream", "test_vectors",
 )
 # These wait for agents that hang and for scratch files that fill up, and leave the processors to others.
-PATIENT = ("test_checkpoint_freeze", "test_checkpoint_keeper")
+PATIENT = ("test_checkpoint_freeze", "test_checkpoint_keeper", "test_from_virtnbdbackup")
 
 # Servers and mkfs are where not every user's PATH goes.
 os.environ["PATH"] = f"{COMMANDS}:{os.environ['PATH']}:/usr/sbin:/sbin"
