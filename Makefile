@@ -5,6 +5,7 @@
 # make check    the fast tests and the linters: seconds
 # make test     all tests: minutes. Those of single stages are make stage, those on a real libvirtd and QEMU make live,
 #               and of them those that mostly wait, for what hangs or fills up, make patient
+# make distros  all but those, on Debian 12 and 13, or SUITES="...", in roots that debootstrap makes: see tests/distros
 # make soak     faults for MINUTES=60, by a seed: SEED=1; writes the table of tests/faults/README.md
 # make bench    beside nbdcopy, qemu-img, virtnbdbackup; JSON=1 prints JSON, TABLE=1 writes that of
 #               tests/bench/README.md
@@ -12,10 +13,10 @@
 # make clean
 
 PYTEST = .venv/bin/python -m pytest
-SCRIPTS = $(shell grep -rlE '^\#!/bin/(ba)?sh' .ci bin examples) build/completion/vnb.bash
+SCRIPTS = $(shell grep -rlE '^\#!/bin/(ba)?sh' .ci bin examples tests/distros) build/completion/vnb.bash
 PAGES = $(wildcard man/*.[1-9])
 
-.PHONY: setup demo check test stage live patient soak bench deb clean
+.PHONY: setup demo check test stage live patient distros soak bench deb clean
 
 setup:
 	@.ci/setup
@@ -43,6 +44,10 @@ live: setup
 
 patient: setup
 	$(PYTEST) tests -m patient --durations 10
+
+distros:
+	@.ci/setup distros
+	@tests/distros $(SUITES)
 
 soak: setup
 	VNB_SOAK=$(or $(MINUTES),60) VNB_SEED=$(or $(SEED),$(shell date +%j)) VNB_SOAK_RESULTS=tests/faults/results.json \

@@ -154,7 +154,7 @@ def test_something_happens(life, rounds, event):
             event(each)
         except libvirt.libvirtError as error:
             # A disk that is backed up may be QEMU's to refuse.
-            assert re.search("in use|in active block job", str(error)), str(error)
+            assert re.search("in use|in active block job|is busy", str(error)), str(error)
         if not each.vm.is_active():
             assert each.lab.leftovers(patience=60) == []
             each.vm.start()
