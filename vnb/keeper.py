@@ -27,6 +27,7 @@ from vnb.source import open_source, source_of
 from vnb.state import JobDirectory, is_dead, owner
 
 TICK_SECONDS = 1.0  # free room, clients and deadline have no event that one could wait for
+WAITED_FOR_SECONDS = 30  # for whoever has begun a job to wait for its end, where that fails
 RAREST_SECONDS = 300  # between two attempts to end a job that does not end; the first pause is a tick
 MAX_MESSAGE = 16 << 20  # a head has XML in it, disks are a few hundred bytes each
 REQUEST_SECONDS = 10  # for whoever speaks to the keeper to say what it wants, and to take the answer
@@ -183,7 +184,8 @@ class Starter:
         """
         Hang up, which ends the job if it still runs; wait for the keeper to end, do its work if it was killed.
 
-        A keeper that stays to thaw the guest is not waited for: that may last as long as the guest's agent hangs.
+        A keeper that stays is not waited for: to thaw the guest it may take as long as the guest's agent hangs, and to
+        end a job as long as libvirt does not.
         """
         with contextlib.suppress(OSError):
             self.line.socket.shutdown(socket.SHUT_WR)
@@ -459,6 +461,7 @@ class Keeper:
         self.options = options
         self.done = False
         self.ending = None
+        self.ending_since = None
         self.kept_alone = False
         self.troubles = {}
         self.pause = TICK_SECONDS  # until a job that could not be ended is tried again
@@ -472,9 +475,7 @@ class Keeper:
         """Until the job has ended, and the guest is thawed, or somebody else sees to that."""
         while (not self.done or self.job.record["frozen"]) and self.successor is None:
             if self.done and self.left is not None:
-                self.left.send(stays=True)
-                self.left.close()
-                self.left = None
+                self._stay_without_starter()
             waiting = [self.listener] if self.starter is None else [self.listener, self.starter]
             ready, _, _ = select.select(waiting, [], [], TICK_SECONDS)
             if self.starter in ready:
@@ -484,6 +485,12 @@ class Keeper:
             if time.monotonic() - self.looked >= TICK_SECONDS:  # whoever speaks to us, and how often
                 self._look()
                 self.looked = time.monotonic()
+
+    def _stay_without_starter(self):
+        """Have a starter that has hung up not wait for our end."""
+        self.left.offer(stays=True)
+        self.left.close()
+        self.left = None
 
     def end_if_running(self, reason):
         """
@@ -495,6 +502,7 @@ class Keeper:
             return
         if self.ending is None:
             self.ending = reason
+            self.ending_since = time.monotonic()
             self._write(f"ending the job: {reason}")
             if self.starter is not None:
                 self.starter.offer(ending=reason)  # its command, which may be all that keeps QEMU, has to go
@@ -506,6 +514,9 @@ class Keeper:
             if self._trouble("end", str(error)):
                 with contextlib.suppress(Error):
                     self.job.intend("trouble", error.reason)
+            if self.left is not None and time.monotonic() - self.ending_since > WAITED_FOR_SECONDS:
+                self.left.tell(f"{error}; its keeper goes on trying")
+                self._stay_without_starter()
             return
         self.done = True
         for line in (self.starter, self.left):

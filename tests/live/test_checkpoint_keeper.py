@@ -552,10 +552,12 @@ def test_ctrl_c_in_the_middle(lab, vm, directory):
 
 def test_a_job_that_does_not_end_is_said_once_and_tried_more_and_more_rarely(lab, vm, directory):
     """libvirtd logs every question that it has no answer to; whoever looks is told, and when it ends all is well."""
-    begin(lab, vm, directory, options="--deadline 10s")
+    ours = start(lab, f"vnb-checkpoint run {vm.name} --level full --set {directory} -- '{ENDLESS}'")
+    running(lab, vm)
     vm.handle.abortJob()
     wait_for(lambda: not vm.has_job(), "the end of the job")
     lose_job_data(lab, vm)
+    os.killpg(ours.pid, signal.SIGTERM)
     log = lab.path("libvirtd.log")
     size = os.path.getsize(log)
     wait_for(lambda: "trouble" in (record(lab, vm) or {}), "the first attempt", 2 * JOB_END_SECONDS)
@@ -563,6 +565,7 @@ def test_a_job_that_does_not_end_is_said_once_and_tried_more_and_more_rarely(lab
         "the backup job is still there after 60 seconds, and libvirt knows nothing about it, as after a crash: "
         "it ends when the domain is shut down"
     )
+    assert f"vnb-checkpoint: {vm.name}: {reason}; its keeper goes on trying\n" in ours.communicate()[1]
     said = lab.sh(f"vnb-checkpoint list {vm.name} --set {directory}").stderr
     assert re.fullmatch(
         rf"vnb-checkpoint: {vm.name}: a backup runs already, begun .* \(process \d+ on .*\), and its job does not end: "
