@@ -179,6 +179,10 @@ def check_head(head):
         need(key in head and (head[key] is None or is_name(head[key])), key)
     need(all(is_name(head[key]) for key in ("chain", "run", "next") if key in head), "chain, run or next")
     need(all(head.get(key) is None or isinstance(head[key], str) for key in ("domain_xml", "checkpoint_xml")), "XML")
+    grows = head.get("grows", {})
+    need(isinstance(grows, dict), "grows")
+    need(all(is_name(name) and "/" not in name and name[0] != "." for name in grows), "grows")
+    need(all(is_integer(size) and size < 1 << 63 for size in grows.values()), "grows")
     created = head.get("created")
     time = r"[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}\.[0-9]{6}Z"
     need(isinstance(created, str) and re.fullmatch(time, created), "created")

@@ -4,6 +4,7 @@
 import json
 import os
 
+import applied
 import makers
 import pytest
 from applied import qemu_img, restored, same, segments_of
@@ -105,6 +106,19 @@ def test_new_disk_in_an_increment(tmp_path, format_):
     check(tmp_path, [
         {"vda": "64k:A"}, {"vda": "64k:.", "vdb": "64k:B 64k:-"}, {"vda": "64k:.", "vdb": "64k:C"},
     ], format_)
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_disk_that_one_point_in_between_does_not_have(tmp_path, comes_back):
+    """What becomes of it is known at the end: it comes back in full, and nothing is to be said of it."""
+    plan = [{"vda": "64k:A", "vdb": "64k:B"}, {"vda": "64k:.", }, {"vda": "64k:.", "vdb": "64k:C"}]
+    segments = segments_of(plan)
+    done = applied.apply(b"".join(segments if comes_back else segments[:2]), "--format", "raw", tmp_path / "out")
+    said = f"vnb-apply: vdb: not part of restore point {makers.point(1)}: no image is made of it\n"
+    assert (done.returncode, done.stderr) == (0, "" if comes_back else said)
+    assert sorted(os.listdir(tmp_path / "out")) == (["vda.raw", "vdb.raw"] if comes_back else ["vda.raw"])
+    if comes_back:
+        assert (tmp_path / "out" / "vdb.raw").read_bytes() == b"C" * (64 << 10)
 
 
 def test_only_chosen_disks(tmp_path):

@@ -48,6 +48,8 @@ def test_key_missing_in_head(key):
     ("chain", 5), ("chain", ""), ("run", []), ("domain_xml", 5), ("checkpoint_xml", {}),
     ("created", "2026-01-31"), ("created", "2026-01-31T12:00:00Z"), ("created", "2026-01-31T12:00:00.00000٠Z"),
     ("level", "inc"), ("level", "diff"), ("level", "none"), ("stage", "DATA"),
+    ("grows", 5), ("grows", [1]), ("grows", {"vda": True}), ("grows", {"vda": 1 << 63}),
+    ("grows", {"../x": 1}), ("grows", {"": 1}),
 ])
 def test_more_wrong_heads(key, value):
     refused(segment(head(**{key: value}), DISKS, WHOLE), "malformed head")

@@ -8,6 +8,7 @@ import subprocess
 import applied
 import makers
 import pytest
+import samples
 from applied import qemu_img, qemu_nbd, refused, restored, same, segments_of
 from xxhash import xxh3_64_intdigest
 
@@ -191,6 +192,54 @@ def test_disk_that_grew(tmp_path, format_):
     assert same(image, format_, makers.images(plan)[-1]["vda"], tmp_path)
 
 
+GROWING = [{"vda": "128k:A", "vdb": "64k:A"}, {"vda": "64k:B 64k:. 64k:. 64k:C", "vdb": "64k:."},
+           {"vda": "4k:D", "vdb": "4k:D", "vdc": "64k:E"}]
+
+
+def chain_from(tmp_path):
+    """The stream of vnb-cat, which knows all segments before it writes the first."""
+    makers.make_set(tmp_path / "set", GROWING)
+    return subprocess.run(["vnb-cat", tmp_path / "set"], stdout=subprocess.PIPE, check=True).stdout
+
+
+@pytest.mark.parametrize("format_", ["raw", "qcow2"])
+def test_what_is_too_small_for_a_later_segment_is_refused_before_the_first_write(tmp_path, format_):
+    """It has the disk's old size: all of it would be written, and the restore refused then."""
+    image, other, third = (old_file(tmp_path / name, size) for name, size in (
+        ("image", 128 << 10), ("other", 64 << 10), ("third", 32 << 10)))
+    if format_ == "qcow2":
+        qemu_img("create", "-q", "-f", "qcow2", image, 128 << 10)
+    content = chain_from(tmp_path)
+    before = [path.read_bytes() for path in (image, other, third)]
+    line = refused(content, "--disk", f"vda={format_}:{image}", "--disk", f"vdb={other}")
+    assert line == f"{format_}:{image}: has 131072 bytes, disk vda needs 262144"
+    line = refused(content, "--disk", f"vdb={other}", "--disk", f"vdc={third}")
+    assert line == f"{third}: has 32768 bytes, disk vdc needs 65536"
+    assert [path.read_bytes() for path in (image, other, third)] == before
+    os.truncate(third, 64 << 10)
+    restored(content, "--disk", f"vdb={other}", "--disk", f"vdc={third}")
+    expected = makers.images(GROWING)[-1]
+    assert (other.read_bytes(), third.read_bytes()) == (expected["vdb"], expected["vdc"])
+
+
+def test_a_block_device_of_the_old_size_is_refused_before_the_first_write(tmp_path):
+    content = chain_from(tmp_path)
+    with loop_device(tmp_path / "backing", 128 << 10) as device:
+        assert refused(content, "--disk", f"vda={device}") == f"{device}: has 131072 bytes, disk vda needs 262144"
+    assert (tmp_path / "backing").read_bytes() == OLD * (1 << 15)
+
+
+def test_the_sizes_to_come_are_in_a_stream_and_not_in_a_set(tmp_path):
+    content = chain_from(tmp_path)
+    heads = [head for head, *_ in samples.read(content)]
+    assert [head.get("grows") for head in heads] == [{"vda": 256 << 10, "vdc": 64 << 10}, None, None]
+    subprocess.run(["vnb-pack", "-o", tmp_path / "copy"], input=content, check=True)
+    for path in (tmp_path / "copy").iterdir():
+        assert "grows" not in samples.read(path.read_bytes())[0][0]
+    one = subprocess.run(["vnb-cat", "--disk", "vdb", tmp_path / "set"], stdout=subprocess.PIPE, check=True).stdout
+    assert not any("grows" in head for head, *_ in samples.read(one))
+
+
 @contextlib.contextmanager
 def loop_device(path, size, *options):
     """A block device, or skip."""
@@ -337,8 +386,9 @@ def test_disk_that_is_dropped_stays_as_it_was(tmp_path):
     vda, vdb = old_file(tmp_path / "vda", 64 << 10), old_file(tmp_path / "vdb", 64 << 10)
     done = applied.apply(b"".join(segments_of(plan)), "--disk", f"vda={vda}", "--disk", f"vdb={vdb}")
     assert done.returncode == 1
+    left = f"{vdb} is left as it was at the restore point before"
     assert done.stderr == (
-        f"vnb-apply: vdb: not part of point {makers.point(1)}: {vdb} is left as it was at the point before\n"
+        f"vnb-apply: vdb: not part of restore point {makers.point(1)}: {left}\n"
         f"vnb-apply: --disk: no disk vdb at point {makers.point(1)}, there is vda\n"
     )
     assert vdb.read_bytes() == b"B" * (64 << 10)

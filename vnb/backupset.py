@@ -26,7 +26,6 @@ MOST_PRUNED = 1 << 20  # bytes of it that are read
 MOVE = "move it out of the set"
 LISTINGS = 5  # of a set from which files go while it is read
 LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # it is not the file that is damaged
-_OF_PEER = re.compile(r".+\.(full|copy|inc|diff)(\..+)?\.data")  # the names of disks in a directory of virtnbdbackup
 _INDEX_HEADER = 64  # an index frame's header is shorter
 _INDEX_FRAME = _INDEX_HEADER + index.ROW_SIZE * index.FRAME_ROWS  # as long as those that vnb writes are
 
@@ -275,19 +274,8 @@ def some(operands):
     if not found:
         for file in damaged:
             raise file.error
-        for operand in operands:
-            refuse_peer(operand)
         raise Error(operands[0] if len(operands) == 1 else "the chain", "no segment here")
     return found, damaged
-
-
-def refuse_peer(directory, advice="vnb-import reads it"):
-    """Raise Error, with advice (str), if a directory without segments holds a backup of virtnbdbackup."""
-    names = ()
-    with contextlib.suppress(OSError):
-        names = os.listdir(directory)
-    if any(_OF_PEER.fullmatch(name) for name in names):
-        raise Error(directory, f"holds a backup of virtnbdbackup: {advice}")
 
 
 def readable(operands):
@@ -501,8 +489,6 @@ def of_domain(segments, directory, uuid, domain):
 def admit(directory, head, disks):
     """Raise Error unless a set may take a segment with this head and these disks."""
     held, damaged = readable([directory])
-    if not held:
-        refuse_peer(directory, "name an empty directory for a set")
     names = {disk["name"] for disk in disks}
     for segment in held:
         if segment.head["id"] == head["id"]:

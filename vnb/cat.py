@@ -86,8 +86,10 @@ def main(args):
             _merge(path, name, wanted, out, progress)
             return 0
         length = sum(saved.length for saved in path)
+        grows = _grows(path, wanted)
         for saved, after in zip(path, [*path[1:], None]):
-            _copy(saved, out, wanted, after, progress, saved.length / length)
+            more = {"grows": grows} if grows and saved is path[0] else {}
+            _copy(saved, out, wanted, after, more, progress, saved.length / length)
     return 0
 
 
@@ -119,16 +121,29 @@ def _merge(path, name, wanted, out, progress):
         written.end()
 
 
-def _copy(saved, out, wanted, after, progress, share):
+def _grows(path, wanted):
+    """{disk: its most bytes} of the wanted disks (set of names) that are larger later than in the first segment."""
+    first = {disk["name"]: disk["size"] for disk in path[0].disks}
+    most = {}
+    for segment in path[1:]:
+        for disk in segment.disks:
+            if disk["name"] in wanted and disk["size"] > max(first.get(disk["name"], -1), most.get(disk["name"], -1)):
+                most[disk["name"]] = disk["size"]
+    return most
+
+
+def _copy(saved, out, wanted, after, more, progress, share):
     """
     Write what a saved segment has of the disks that are wanted (set of names): a share (float) of all there is to do.
 
     after (SavedSegment or None): follows in this stream, and the head says so: a stream that ends where one of its
-    segments does would else be taken for an older point.
+    segments does would else be taken for an older point. more (dict): what else its head is to have.
     """
     segment = saved.open()
     kept = [number for number, disk in enumerate(segment.disks) if disk["name"] in wanted]
-    head = {**segment.head, "next": after.head["point"]} if after is not None else heads.alone(segment.head)
+    head = {**heads.alone(segment.head), **more}
+    if after is not None:
+        head["next"] = after.head["point"]
     if len(kept) < len(segment.disks):
         # Not the same segment any more, but the same one each time that these disks are asked for.
         head = {**head, "id": _id(head, *(segment.disks[number]["name"] for number in kept))}

@@ -96,8 +96,6 @@ class Catalog:
         except OSError as error:
             raise os_error(self.directory, error) from None
         found, self.damaged = backupset.readable([self.directory])
-        if not found:
-            backupset.refuse_peer(self.directory, "name an empty directory for a set")
         return found
 
     def of_domain(self, uuid, domain):

@@ -76,7 +76,6 @@ def _paths(operand):
         return [operand]
     paths = backupset.paths(operand)
     if not paths:
-        backupset.refuse_peer(operand)
         raise Error(operand, "no segment here")
     return paths
 

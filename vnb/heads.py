@@ -58,7 +58,7 @@ def created_of_file(name):
 
 def alone(head):
     """A head as that of a segment that stands alone, in a set: nothing follows it."""
-    return {key: value for key, value in head.items() if key != "next"}
+    return {key: value for key, value in head.items() if key not in ("next", "grows")}
 
 
 def uuid_of(name):

@@ -50,6 +50,8 @@ class Restore:
         self.follow = Follow("stdin")
         self.disks = {}  # name: Disk
         self._force = force
+        self._most = {}  # disk: the most bytes that it has, where that is more than in the first segment
+        self._dropped = {}  # disk that the point before had: (point without it, what becomes of its place)
         self._directory_path = directory
         self._recipe = recipe
         self._directory = None
@@ -74,6 +76,8 @@ class Restore:
     def apply(self, segment):
         """Write one segment. When this returns, the segment was read and checked to its end."""
         before = self.follow.disks
+        if self.follow.head is None:
+            self._most = segment.head.get("grows", {})
         self._accept(segment)
         infos = Infos(segment.disks)
         numbers = None
@@ -109,6 +113,9 @@ class Restore:
     def finish(self):
         """All segments are there: make what was written durable."""
         self.buffers.check()
+        for name, (point, what) in self._dropped.items():
+            if name not in self.disks:  # else a later segment has brought it back
+                log.note(f"{name}: not part of restore point {point}: {what}")
         for name in self.chosen:
             if name not in self.disks:
                 there = ", ".join(self.follow.disks) or "no disk"
@@ -139,17 +146,19 @@ class Restore:
         disks = {disk["name"]: disk for disk in segment.disks if not self.chosen or disk["name"] in self.chosen}
         for name in [name for name in self.disks if name not in disks]:
             self._drop(name, segment.head["point"])
-        for name in self.chosen:
-            if not before and name not in disks:
-                log.note(f'{name}: not in the stream at point {segment.head["point"]}')
         # All that is new is looked at before anything is written.
         new = {name: self._place(name) for name in disks if name not in self.disks}
+        if not before:
+            for name in self._most.keys() - disks.keys():  # these come later
+                if self.chosen.get(name) is not None:
+                    self.chosen[name](name).open(self._most[name]).close()
         for name, disk in disks.items():
             if name in new and disk["level"] == "inc" and name not in before and new[name].fresh:
                 raise Error("stdin", f'{segment.head["point"]} has changes of disk {name}, and there is no image of it')
         for name, disk in disks.items():
             if name in new:
-                self.disks[name] = Disk(new[name], before.get(name), disk, infos.of(disk), self.buffers)
+                most = self._most.get(name, 0)
+                self.disks[name] = Disk(new[name], before.get(name), disk, most, infos.of(disk), self.buffers)
             else:
                 self.disks[name].go_on(disk, infos.of(disk))
         return [self.disks.get(disk["name"]) for disk in segment.disks]
@@ -173,8 +182,8 @@ class Restore:
             what = "no image is made of it"
         else:
             disk.finish()
-            what = f"{disk.place} is left as it was at the point before"
-        log.note(f"{name}: not part of point {point}: {what}")
+            what = f"{disk.place} is left as it was at the restore point before"
+        self._dropped[name] = point, what
 
 
 class Infos:
@@ -208,11 +217,12 @@ class Disk:
     A disk, its place, and the writer that brings it there.
 
     before (dict or None): the disk as its place has it. disk (dict): as it is in the first segment for it.
-    size (int): bytes at the point reached.
+    most (int): bytes that it will have, as far as that is known. size (int): bytes at the point reached.
     """
 
-    def __init__(self, place_, before, disk, info, buffers):
+    def __init__(self, place_, before, disk, most, info, buffers):
         self.place = place_
+        self._most = most
         self._buffers = buffers
         if disk["level"] == "full":
             place_.begin(disk["size"], info)
@@ -225,7 +235,7 @@ class Disk:
     def _open(self, disk):
         self.size = disk["size"]
         self.fresh = disk["level"] == "full" and self.place.fresh
-        self.writer = Writer(self.place.open(disk["size"]), self.place.name, self._buffers)
+        self.writer = Writer(self.place.open(max(disk["size"], self._most)), self.place.name, self._buffers)
 
     def _zero_tail(self, before):
         """

@@ -702,6 +702,11 @@ def checked_head(fields, payload, error):
     for key in ("domain_xml", "checkpoint_xml"):
         if not isinstance(head.get(key), (str, type(None))):
             raise error(f'malformed head: "{key}"')
+    grows = head.get("grows", {})
+    if not isinstance(grows, dict) or not all(
+        is_safe_name(name) and type(size) is int and 0 <= size <= f.MAX_OFFSET for name, size in grows.items()
+    ):
+        raise error('malformed head: "grows"')
     if not isinstance(head.get("created"), str) or not _CREATED.fullmatch(head["created"]):
         raise error('malformed head: "created"')
     if head.get("stage") not in STAGES or head.get("level") not in LEVELS:

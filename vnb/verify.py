@@ -214,7 +214,6 @@ def _operands(operands, threads, report, progress, each=False, quarantine=False)
         try:
             paths = backupset.paths(operand)
             if not paths:
-                backupset.refuse_peer(operand)
                 raise Error(operand, "no segment here")
             jobs += [(operand, path) for path in paths]
         except Error as error:
