@@ -37,7 +37,7 @@ import shlex
 import stat
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from vnb import log, stream
+from vnb import domxml, log, stream
 from vnb.adjust import Domain, Place, Wishes, is_name
 from vnb.endpoint import NBD_PORT
 from vnb.errors import Error, UsageError
@@ -74,9 +74,10 @@ def main(args):
             restored.files.publish()
             if not args["-o"]:
                 show(xml)
-            if args["--keep-identity"]:
+            if args["--keep-identity"] and not any(_bitmaps(restored.places).values()):
+                every = f"$(virsh checkpoint-list {shlex.quote(domain.name)} --name --topological | tac)"
                 log.note(f"{domain.name}: where libvirt knows checkpoints of it, which {_IN_THE_WAY}: "
-                     f"{_forget_checkpoints(domain.name, None)}")
+                         f"{_forget_checkpoints(domain.name, None, every)}")
     finally:
         if restored is not None:
             restored.files.close()
@@ -253,10 +254,36 @@ def _define(args, domain, xml, restored):
         if args["--autostart"] and restored.head.get("autostart") is True:
             defined.call("setAutostart", 1)
         log.note(f"{domain.name}: defined")
-        left = defined.checkpoints()
+        left = _without_bitmaps(defined.checkpoints(), restored.places if defined.is_local else {})
         if left:
             log.note(f"{domain.name}: libvirt knows {len(left)} checkpoints of it, which {_IN_THE_WAY}: "
-                 f"{_forget_checkpoints(domain.name, args['--connect'])}")
+                     f"{_forget_checkpoints(domain.name, args['--connect'], shlex.join(left))}")
+
+
+def _without_bitmaps(checkpoints, places):
+    """
+    The names of those checkpoints ({name: XML}) of which no image holds a bitmap, the newest first.
+
+    An image that was restored over an existing one still has the bitmaps of that, in which the restore has left its
+    marks: the next increment is right.
+    """
+    held = _bitmaps(places)
+    return [
+        name for name, xml in sorted(checkpoints.items(), reverse=True)
+        if not any(bitmap in held.get(disk, ()) for disk, bitmap in domxml.bitmaps(xml).items())
+    ]
+
+
+def _bitmaps(places):
+    """{disk name: the sound bitmaps (set of str) that its image holds}, of the images here. places: see Restored."""
+    from vnb import qemuimg  # and libnbd with it
+
+    found = {}
+    for name, place in places.items():
+        if place and place.type in ("file", "block") and place.format == "qcow2" and os.path.exists(place.path):
+            layers = qemuimg.layers(name, place.path, place.format, shared=True)
+            found[name] = {bitmap for layer in layers for bitmap in layer.bitmaps if qemuimg.holders(layers, bitmap)}
+    return found
 
 
 def _give_data_files(restored, user):
@@ -281,9 +308,7 @@ def _give_data_files(restored, user):
 _IN_THE_WAY = "the restored disks do not have, in the way of its next backup until libvirt forgets them"
 
 
-def _forget_checkpoints(name, uri):
-    """The command that has libvirt forget a domain's checkpoints."""
+def _forget_checkpoints(name, uri, which):
+    """The command that has libvirt forget some checkpoints of a domain. which (str): their names, for a shell."""
     virsh = f"virsh -c {shlex.quote(uri)}" if uri else "virsh"
-    name = shlex.quote(name)
-    return (f"for c in $({virsh} checkpoint-list {name} --name --topological | tac); do "
-            f'{virsh} checkpoint-delete {name} "$c" --metadata; done')
+    return f'for c in {which}; do {virsh} checkpoint-delete {shlex.quote(name)} "$c" --metadata; done'

@@ -11,7 +11,7 @@ import guest
 import libvirt
 import pytest
 import samples
-from backups import backup, levels
+from backups import backup, levels, restores
 from lab import ROOT, Disk, MiB, run
 from remote import SSHD, Hypervisor
 
@@ -396,6 +396,33 @@ def test_a_replacement_on_the_same_host(lab, machine):
     assert vm.checkpoints() == []
     assert "full" in backup(lab, vm, "auto", directory, "--no-freeze").stderr
     vm.handle.setAutostart(0)
+
+
+def test_a_restore_over_existing_images_keeps_the_checkpoints(lab, vm):
+    """Their bitmaps are still in the images, and have recorded what the restore wrote: the next increment is right."""
+    directory = lab.new_directory("set")
+    vm.write_random("vda", 4 * MiB, 4 * MiB, seed=1)
+    backup(lab, vm, "full", directory, "--no-freeze")
+    first, = vm.checkpoints()
+    vm.write_random("vda", 6 * MiB, 4 * MiB, seed=2)
+    backup(lab, vm, "inc", directory, "--no-freeze")
+    vm.write_random("vda", 20 * MiB, 2 * MiB, seed=3)
+    vm.zero("vda", 4 * MiB, MiB)
+    before = vm.checkpoints()
+    vm.destroy()
+    disks = " ".join(f"--disk {name}=qcow2:{disk.path}" for name, disk in vm.disks.items())
+    target = lab.new_directory("restored")
+    done = lab.sh(f"{RESTORE} --until {first} --keep-identity --define {disks} {directory} {target}")
+    assert "checkpoints" not in done.stderr
+    done = lab.sh(f"{RESTORE} --until {first} --keep-identity {disks} {directory} {target}")
+    assert "checkpoints" not in done.stderr
+    assert vm.checkpoints() == before
+    vm.start()
+    vm.write_random("vda", 5 * MiB, MiB, seed=4)
+    done = backup(lab, vm, "auto", directory, "--no-freeze")
+    assert "level inc, since" in done.stderr
+    assert "full" not in done.stderr
+    restores(lab, directory, vm.reference())
 
 
 def test_a_domain_of_this_name_is_not_replaced(lab, machine):
