@@ -13,7 +13,7 @@ Subcommands:
   list      list the checkpoints of a domain
   size      print how many bytes the next backup has to read
   cleanup   end what a crash has left, and delete orphans
-  redefine  have libvirt know the checkpoints of a set again
+  redefine  have libvirt know again what the images still hold
   delete    delete the checkpoints of a chain
 
 vnb-checkpoint SUBCOMMAND --help prints the options of a subcommand.

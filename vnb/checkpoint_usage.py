@@ -161,14 +161,14 @@ Usage:
 Options:
 {_SET}{_DESTINATION}{_FORCE}{_CONNECTION}{_STATE}""",
     "redefine": f"""\
-vnb-checkpoint redefine - have libvirt know the checkpoints of a set again
+vnb-checkpoint redefine - have libvirt know checkpoints again
 
 Usage:
   vnb-checkpoint redefine [options] [--] DOMAIN
   vnb-checkpoint redefine --help | --version
 
 Options:
-{_SET}{_CONNECTION}{_STATE}""",
+{_SET}{_DESTINATION}{_CONNECTION}{_STATE}""",
     "delete": f"""\
 vnb-checkpoint delete - delete the checkpoints of a chain
 

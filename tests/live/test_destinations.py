@@ -204,3 +204,12 @@ def test_state_of_a_domain_that_was_undefined_can_be_removed(lab, vm):
     done = lab.sh(f"vnb-checkpoint cleanup {name}", check=False)
     assert done.returncode == 1
     assert "no such domain" in done.stderr
+
+
+def test_redefine_of_a_destination(lab, vm):
+    place = Place(lab, vm, "place")
+    place.take("full")
+    before = vm.checkpoints()
+    forget(vm)
+    lab.sh(f"vnb-checkpoint redefine {vm.name} --destination place")
+    assert vm.checkpoints() == before
