@@ -47,7 +47,7 @@ def frames(content):
         kind = elements[0]
         need(len(elements) >= 1 and content[sum_at] == 0xCF, "no sum")
         need(payload is None or content[sum_at + 9] == 0xC6, "the payload is no bin 32")
-        need(size <= (MiB if kind == "vnb" else 256 * KiB) and len(payload or b"") <= 4 * MiB, "too large")
+        need(size <= (4 * MiB if kind == "vnb" else 256 * KiB) and len(payload or b"") <= 4 * MiB, "too large")
         need(sum_ == xxh3(header + (payload if payload is not None and kind != "data" else b"")), "bad sum")
         need(header == encoded(elements, payload is not None), "another form")
         for element in elements:

@@ -250,6 +250,13 @@ def test_line_without_end():
     assert endless.given < 2 * MAX_LINE
 
 
+def test_a_line_of_many_values_is_refused_before_it_is_taken_apart():
+    """Each of them is three bytes of the line, and 64 in memory."""
+    refused([b'{"frame":"+x","elements":[' + b"{}," * 100_000 + b'"a, [ {"]}'], "more values than a frame may have")
+    commas = segment(head(domain_xml=", [ { \\\" " * 50_000), [disk(size=0)])
+    assert from_lines(to_lines(commas)) == commas
+
+
 def test_largest_frames():
     """What the format allows fits into a line."""
     payload = bytes(range(256)) * (f.MAX_DATA // 256)

@@ -52,6 +52,11 @@ def test_sound_streams(segments):
     assert fast(content) == slow(content) is not None
 
 
+def test_a_head_of_nearly_the_largest_size():
+    content = samples.segment(head(domain_xml="x" * (f.MAX_HEAD - 1000)), [disk(size=0)])
+    assert fast(content) == slow(content) is not None
+
+
 def test_cut():
     for size in range(0, len(STREAM), 3):
         assert fast(STREAM[:size]) == slow(STREAM[:size])

@@ -110,7 +110,7 @@ def test_limits_of_the_page():
     limits = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|", PAGE.partition("## Limits\n")[2], flags=re.MULTILINE))
     assert {
         "head frame": f"{f.MAX_HEAD >> 20} MiB",
-        "disk frames of a segment together": f"{f.MAX_HEAD >> 20} MiB",
+        "disk frames of a segment together": f"{f.MAX_DISK_FRAMES >> 20} MiB",
         "any other frame, without payload": f"{f.MAX_HEADER >> 10} KiB",
         "length of a data frame": f"{f.MAX_DATA >> 20} MiB",
         "payload of file, index, unknown": f"{f.MAX_PAYLOAD >> 20} MiB",

@@ -268,6 +268,8 @@ class _Feed(stream.Writer):
         try:
             super()._writev(parts)
         except Error as error:
+            if error.what != self.name:
+                raise  # not of the pipe: the keeper has ended the job
             # Whatever it did then, it did not store all of the stream.
             raise self._pipeline.failure(f"the command did not read its input ({error.reason})") from None
 

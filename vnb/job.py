@@ -290,6 +290,16 @@ def begin(directory, source, options, note, warn):
     return job
 
 
+def with_domain(error, source):
+    """An Error about a disk of a domain as one that says which domain it is: there may be others' lines beside it."""
+    if source is None or source.kind == "images":
+        return error
+    with contextlib.suppress(Error):
+        if error.what in [disk.name for disk in source.disks()]:
+            return Error(source.name, error.reason, f"{error.what}: {error.where}" if error.where else error.what)
+    return error
+
+
 def _files(source, plan, job):
     """
     What goes into file frames: [{role, path}] or [{role, path, text}].

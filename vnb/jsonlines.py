@@ -26,8 +26,10 @@ KEYS = {
     "tail": ("length", "back"),
 }
 COMMON = ("frame", "sum", "payload", "size", "elements")
-# A payload of 4 MiB is 5.6 MiB in base64; text of 1 MiB in a head is 6 MiB, if all of it has to be escaped.
-MAX_LINE = 8 << 20
+# A payload of 4 MiB is 5.6 MiB in base64; text of 4 MiB in a head is 24 MiB, if all of it has to be escaped.
+MAX_LINE = 26 << 20
+MAX_COMMAS = 2 * f.MAX_VALUES  # outside strings: values between more of them could take gigabytes of memory
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
 _HEX = re.compile("[0-9a-f]{16}")
 
 
@@ -180,6 +182,8 @@ def _are_integers(values, tops):
 
 
 def _parse(line):
+    if _STRING.sub(b"", line).count(b",") > MAX_COMMAS:
+        raise ValueError("more values than a frame may have")
     try:
         value = json.loads(
             line.decode(), parse_int=_integer, parse_float=_number, parse_constant=_number, object_pairs_hook=_map

@@ -29,7 +29,7 @@ from vnb.state import JobDirectory, is_dead, owner
 TICK_SECONDS = 1.0  # free room, clients and deadline have no event that one could wait for
 WAITED_FOR_SECONDS = 30  # for whoever has begun a job to wait for its end, where that fails
 RAREST_SECONDS = 300  # between two attempts to end a job that does not end; the first pause is a tick
-MAX_MESSAGE = 16 << 20  # a head has XML in it, disks are a few hundred bytes each
+MAX_MESSAGE = 32 << 20  # a head has XML in it, disks are a few hundred bytes each
 REQUEST_SECONDS = 10  # for whoever speaks to the keeper to say what it wants, and to take the answer
 ANSWER_SECONDS = 180  # a guest that shuts down keeps its job for half a minute
 MAKE_WAY_SECONDS = 20  # for a keeper that may be asking a guest agent that hangs
@@ -359,6 +359,7 @@ def _begin(directory, source, line, listener, options):
     except jobs.BelowThreshold as below:
         message = {"below": str(below)}
     except Error as error:
+        error = jobs.with_domain(error, source)
         message = {"error": [error.what, error.reason, error.where]}
     else:
         message = {"head": job.head, "disks": job.record["disks"], "files": job.files}

@@ -7,7 +7,7 @@ import os
 import re
 import stat
 
-from vnb import chain, domxml, heads
+from vnb import chain, domxml, frame, heads
 from vnb.catalog import Catalog
 from vnb.errors import Error
 from vnb.state import owner
@@ -15,6 +15,7 @@ from vnb.virt import BrokenBitmap
 
 QCOW2_MAGIC = b"QFI\xfb"
 LATEST = 3  # checkpoints that are redefined, beside the last full's
+CHECKPOINT_ROOM = 64 << 10  # bytes: of a checkpoint's XML, beside the domain's in it
 SUN_PATH = 107  # bytes of a socket's path, without the zero behind it
 
 
@@ -60,7 +61,22 @@ class Plan:
         self.saved = self._saved_images()
         self.images_then = self._images_then() if self.parent else {}
         self.disks = [self._disk(disk) for disk in chosen]
+        self._check_head()
         self.scratch = {disk.name: self._scratch(disk) for disk in chosen} if source.kind == "running" else {}
+
+    def _check_head(self):
+        """Raise Error where the head will be too large for a stream: its checkpoint's XML is made with the job."""
+        likely = dict(self.head)
+        if self.marks:
+            texts = [self.head.get(key) or "" for key in ("domain_xml", "inactive_xml")]
+            likely["checkpoint_xml"] = "".join([*texts, " " * CHECKPOINT_ROOM])
+        try:
+            frame.encode(["vnb", frame.VERSION, likely])
+        except frame.FrameError as error:
+            raise Error(
+                self.source.name, f"its XML does not fit into a backup: {error}, where {frame.MAX_HEAD} are the most "
+                "(metadata that nobody needs can be removed: virsh metadata, virsh desc)"
+            ) from None
 
     def record(self):
         """The job's record: all that is needed to end it."""
@@ -280,7 +296,8 @@ class Plan:
         for option in ("include", "exclude"):
             unknown = sorted(set(self.options[option]) - names)
             if unknown:
-                raise Error(f"--{option}", f"{self.source.name} has no disk {', '.join(unknown)}")
+                there = ", ".join(sorted(names))
+                raise Error(f"--{option}", f"{self.source.name} has no disk {', '.join(unknown)}: there is {there}")
         chosen = []
         for disk in everything:
             if disk.name in self.options["exclude"] or (
@@ -294,7 +311,8 @@ class Plan:
             if why:
                 raise Error(disk.name, f"{why}: --exclude {disk.name} leaves it out")
             if disk.encrypted and not self.options["allow_plaintext"]:
-                raise Error(disk.name, "is encrypted and would be stored in plain text: --allow-plaintext, or exclude")
+                raise Error(disk.name, "is encrypted and would be stored in plain text: --allow-plaintext, or "
+                            f"--exclude {disk.name}")
             chosen.append(disk)
         if not chosen:
             raise Error(self.source.name, "no disk is left to back up")
@@ -380,17 +398,25 @@ class Plan:
         directory = self.options["scratch_dir"] or (
             os.path.dirname(disk.path) if disk.type == "file" and disk.path else self._private_directory()
         )
-        self._warn_of_room(disk, directory)
+        self._check_room(disk, directory)
         return os.path.join(os.path.abspath(directory), f"vnb-{self.head['id'][:12]}-{disk.name}.scratch")
 
     def _private_directory(self):
         return self.source.private_directory() if self.endpoint.is_tcp else os.path.dirname(self.endpoint.path)
 
-    def _warn_of_room(self, disk, directory):
+    def _check_room(self, disk, directory):
+        """Raise Error where the job could not begin, or would be ended at once; warn of what may happen."""
+        if self.options["scratch_dir"] and self.source.is_local and not os.path.isdir(directory):
+            raise Error("--scratch-dir", f"{directory}: no such directory (QEMU's user has to be able to write there)")
         try:
             free = self.source.room(directory)
         except OSError:
             return  # QEMU will say so
+        if free is not None and free < self.options["reserve"]:
+            raise Error(
+                self.source.name, f"the scratch directory {directory} has {free} bytes left, and with less than "
+                f"{self.options['reserve']} the job would be ended: see --scratch-dir and --scratch-reserve"
+            )
         used = self.source.allocated([disk.name])[disk.name]
         if free is not None and free < used:
             self.warn(

@@ -388,7 +388,7 @@ class Segment:
         return head
 
     def _read_disks(self):
-        room = f.MAX_HEAD
+        room = f.MAX_DISK_FRAMES
         while True:
             raw = self.reader.raw()
             if raw.fields[0] != "disk":
@@ -404,7 +404,7 @@ class Segment:
                 raise error(f'{disk["name"]}: a source, in a segment that holds its data')
             room -= len(raw.header)
             if room < 0:
-                raise error(f"the disks take more than {f.MAX_HEAD} bytes")
+                raise error(f"the disks take more than {f.MAX_DISK_FRAMES} bytes")
             self.disks.append(disk)
             self._accept(raw)
 

@@ -89,12 +89,12 @@ def test_a_data_file_with_a_relative_name(lab, directory):
     lab.sh(f"cd {made}; qemu-img create -q -f qcow2 -o data_file=vda.data {path} 4M; "
            f"qemu-io -f qcow2 -c 'write -P 7 0 1M' {path}")
     vm = lab.domain(Disk("vda", path=path), start=False)
-    for options in (f"--image vda={path}", vm.name):
+    for options, whose in ((f"--image vda={path}", ""), (vm.name, f"{vm.name}: ")):
         done = lab.sh(f"cd {made}; vnb-checkpoint begin --level full --set set {options}", check=False)
         assert (done.returncode, done.stderr) == (
-            1, f"vnb-checkpoint: vda: {path} names its data file vda.data, which QEMU looks for in the directory where "
-            f'it is started: there, qemu-img amend -f qcow2 -o data_file="$PWD/vda.data" {path} makes the name '
-            "absolute\n"
+            1, f"vnb-checkpoint: {whose}vda: {path} names its data file vda.data, which QEMU looks for in the "
+            f'directory where it is started: there, qemu-img amend -f qcow2 -o data_file="$PWD/vda.data" {path} makes '
+            "the name absolute\n"
         )
     lab.sh(f'cd {made}; qemu-img amend -f qcow2 -o data_file="$PWD/vda.data" {path}')
     backup(lab, vm, "full", directory)
@@ -123,7 +123,8 @@ def test_an_encrypted_disk_is_refused_unless_plain_text_is_allowed(lab, director
     done = backup(lab, vm, "full", directory, check=False)
     assert done.returncode == 1
     assert done.stderr == (
-        "vnb-checkpoint: vda: is encrypted and would be stored in plain text: --allow-plaintext, or exclude\n"
+        f"vnb-checkpoint: {vm.name}: vda: is encrypted and would be stored in plain text: --allow-plaintext, "
+        "or --exclude vda\n"
     )
     backup(lab, vm, "full", directory, "--allow-plaintext")
     assert lab.sh(f"vnb-cat {directory} | grep -c s3cret", check=False).stdout == b"0\n"
@@ -211,7 +212,8 @@ def test_a_network_disk_says_what_is_missing(lab, directory):
         done = backup(lab, vm, "copy", directory, check=False)
         assert done.returncode == 1
         assert done.stderr == (
-            "vnb-checkpoint: vda: a disk of type network can be read while its domain runs only (--start-paused)\n"
+            f"vnb-checkpoint: {vm.name}: vda: a disk of type network can be read while its domain runs only "
+            "(--start-paused)\n"
         )
         vm.remove()
     finally:

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 
@@ -183,7 +184,7 @@ def test_raw_and_v2_disks_are_refused_by_name_or_taken_in_full(lab, directory):
     vm = lab.domain(Disk("vda"), Disk("vdb", format="raw"))
     done = backup(lab, vm, "full", directory, check=False)
     assert done.returncode == 1
-    assert done.stderr == ("vnb-checkpoint: vdb: a raw image cannot hold a bitmap: "
+    assert done.stderr == (f"vnb-checkpoint: {vm.name}: vdb: a raw image cannot hold a bitmap: "
                            "--raw takes it in full each time, --exclude vdb leaves it out\n")
     change(vm, 0)
     backup(lab, vm, "full", directory, "--raw")
@@ -195,6 +196,42 @@ def test_raw_and_v2_disks_are_refused_by_name_or_taken_in_full(lab, directory):
     assert done.returncode == 1
     assert "vda: a qcow2 image of version 2 cannot hold a bitmap" in done.stderr
     assert lab.leftovers() == []
+
+
+@pytest.mark.parametrize("options", ["--scratch-dir /nonexistent", "--scratch-reserve 900T"])
+def test_a_scratch_without_room_is_refused_before_the_job(lab, vm, directory, options):
+    """The job would be ended at the first look, after the guest was frozen for it."""
+    begun = vm.handle.jobStats(libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED)
+    done = backup(lab, vm, "full", directory, options, check=False)
+    assert done.returncode == 1
+    assert re.search("/nonexistent: no such directory|left, .* see --scratch-dir and --scratch-reserve", done.stderr)
+    assert vm.handle.jobStats(libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED) == begun
+    assert vm.checkpoints() == []
+
+
+def test_much_metadata_is_saved_or_refused_before_the_job(lab, vm, directory):
+    """The head has the domain's XML four times. What does not fit there must not be found after the freeze."""
+    both = libvirt.VIR_DOMAIN_AFFECT_LIVE | libvirt.VIR_DOMAIN_AFFECT_CONFIG
+    vm.handle.setMetadata(libvirt.VIR_DOMAIN_METADATA_DESCRIPTION, "x" * 700_000, None, None, both)
+    backup(lab, vm, "full", directory)
+    restores(lab, directory, vm.reference())
+    assert lab.sh(f"vnb-cat --head {directory} | vnb-config | wc -c").stdout > b"700000"
+    vm.handle.setMetadata(libvirt.VIR_DOMAIN_METADATA_DESCRIPTION, "x" * 1_200_000, None, None, both)
+    done = backup(lab, vm, "full", directory, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert f'vnb-checkpoint: {vm.name}: its XML does not fit into a backup: frame "vnb" is too large: ' in done.stderr
+    assert not vm.has_job()
+    vm.handle.setMetadata(libvirt.VIR_DOMAIN_METADATA_DESCRIPTION, None, None, None, both)
+
+
+def test_run_hears_of_the_end_while_nobody_reads_its_stream(lab, vm, directory):
+    """The head alone is more than a pipe takes."""
+    both = libvirt.VIR_DOMAIN_AFFECT_LIVE | libvirt.VIR_DOMAIN_AFFECT_CONFIG
+    vm.handle.setMetadata(libvirt.VIR_DOMAIN_METADATA_DESCRIPTION, "x" * 100_000, None, None, both)
+    done = backup(lab, vm, "full", directory, "--deadline 1s", check=False, store="exec sleep 1000")
+    assert done.returncode == 1
+    assert done.stderr.endswith("the job is ended: its deadline of 1 seconds has passed\n")
+    assert (vm.has_job(), vm.checkpoints()) == (False, [])
 
 
 def test_a_backing_chain_and_other_cluster_sizes(lab, directory):
@@ -210,7 +247,8 @@ def test_a_backing_chain_and_other_cluster_sizes(lab, directory):
 
 def test_include_exclude_and_what_is_left_out(lab, vm, directory):
     done = backup(lab, vm, "full", directory, "--include vdz", check=False)
-    assert (done.returncode, done.stderr) == (1, f"vnb-checkpoint: --include: {vm.name} has no disk vdz\n")
+    assert done.returncode == 1
+    assert done.stderr == f"vnb-checkpoint: --include: {vm.name} has no disk vdz: there is vda, vdb\n"
     done = backup(lab, vm, "full", directory, "--exclude vda --exclude vdb", check=False)
     assert (done.returncode, done.stderr) == (1, f"vnb-checkpoint: {vm.name}: no disk is left to back up\n")
     backup(lab, vm, "full", directory, "--include vda")

@@ -237,7 +237,8 @@ def is_read_by_qemu_only(lab, disk, what, bytes_, options=""):
     sets = lab.new_directory("set"), lab.new_directory("set")
     done = backup(lab, vm, "copy", sets[0], options, check=False)
     assert done.returncode == 1
-    assert done.stderr == f"vnb-checkpoint: vda: {what} can be read while its domain runs only (--start-paused)\n"
+    why = f"{what} can be read while its domain runs only (--start-paused)"
+    assert done.stderr == f"vnb-checkpoint: {vm.name}: vda: {why}\n"
     assert os.listdir(sets[0]) == []
     backup(lab, vm, "copy", sets[1], f"{options} --start-paused")
     restored = lab.new_directory("restored")
