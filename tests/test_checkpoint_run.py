@@ -218,6 +218,24 @@ def test_saved_but_is_a_status_of_its_own(image, command, status):
     assert [bitmap["name"] for bitmap in image.bitmaps()] == [point]
 
 
+def test_a_new_set_is_said_to_be_one(image):
+    """It may be the mount point of a file system that is not mounted, and takes a full backup."""
+    store = f'{READ} | vnb-pack -o "$VNB_SET"'
+    said = image.run(store, "--set set --must-exist", status=1)
+    assert said == (f"vnb-checkpoint: {image.path}/set: is not there, and --must-exist is given: is its file system "
+                    "mounted?\n")
+    line = f"vnb-checkpoint: {image.path}/set: is not there yet: a new backup set is made\n"
+    assert image.run(store, "--set set") == line
+    assert image.run(store, "--set set --must-exist") == ""
+
+
+def test_a_set_that_must_exist_is_not_made(image):
+    image.run(f"{READ} > all.vnb")
+    said = image.sh("vnb-pack --must-exist -o set < all.vnb", status=1)
+    assert said == "vnb-pack: set: is not there, and --must-exist is given: is its file system mounted?\n"
+    assert not image.path.joinpath("set").exists()
+
+
 def test_run_by_its_full_path_finds_the_stages(image):
     """As from cron: PATH of the command ends with the directory of run."""
     path = subprocess.run(["which", "vnb-checkpoint"], capture_output=True, text=True, check=True).stdout.strip()

@@ -29,7 +29,7 @@ def checkpoint(*words, tmp_path=None):
     (["begin", "--image", "a=b", "--image", "a=c", "--level", "full"], "--image: a is given twice"),
     (["begin", "--image", "a=b", "--pause", "--level", "full"], "--pause: has no meaning with --image"),
     (["begin", "vm1", "--level", "inc", "--threshold", "lots"],
-     '--threshold: "lots" is not a size within 0-1152921504606846976'),
+     '--threshold: "lots" is not a size such as 4096, 512k, 10M or 2G, within 0-1152921504606846976'),
     (["begin", "vm1", "--level", "inc", "--idle", "soon"], '--idle: "soon" is not a time such as 90s, 10m, 4h or 1d'),
     (["begin", "vm1", "--level", "auto"], "--level: auto needs --set DIR, or for what is no directory of this host "
      "--destination NAME, as s3://bucket/vm1"),

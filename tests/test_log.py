@@ -122,6 +122,28 @@ def test_quiet_leaves_out_what_is_not_wrong(tmp_path):
         assert run("vnb-cat", *options, "/none/here", **environment)[2] == f"vnb-cat: {MISSING}\n"
 
 
+def test_a_log_file_has_what_all_commands_said(tmp_path):
+    """Also what was said to nobody, with -q, and in whatever form the rest is; it is for its owner alone."""
+    log = tmp_path / "log"
+    fork(tmp_path / "set")
+    words = ["--merge", "--from", point(1), tmp_path / "set"]
+    for options in [], ["-q"], ["--log-format", "json"]:
+        run("vnb-cat", *options, *words, VNB_LOG_FILE=str(log), VNB_RUN="night")
+    run("vnb-cat", "/none/here", VNB_LOG_FILE=str(log))
+    lines = [re.sub(r"^2\d{3}-\d\d-\d\dT[\d:]{8}\.\d{3}Z ", "", line) for line in log.read_text().splitlines()]
+    nothing = f"vnb-cat: [night] {tmp_path}/set: nothing to do: {point(1)} is the last restore point"
+    assert lines == [nothing, nothing, nothing, f"vnb-cat: {MISSING}"]
+    assert log.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_log_file_that_cannot_be_written(tmp_path):
+    """It is found before anything is done; one that fills up later is no reason to stop."""
+    status, _, err = run("vnb-cat", "/none/here", VNB_LOG_FILE=f"{tmp_path}/none/log")
+    assert status == 2
+    assert err.startswith(f"vnb-cat: VNB_LOG_FILE: {tmp_path}/none/log: No such file or directory\n")
+    assert run("vnb-cat", "/none/here", VNB_LOG_FILE="/dev/full") == (1, b"", f"vnb-cat: {MISSING}\n")
+
+
 def test_all_stages_say_the_run_of_the_head(tmp_path):
     """Each in its first line of --verbose, however it was started."""
     stream = samples.segment({**head(0), "stage": "disks", "run": "night"}, [])

@@ -65,7 +65,7 @@ def test_all_machines_have_no_section_of_one(ini):
     assert (done.returncode, done.stderr) == (0, "")
     first, second = (line for line in done.stdout.splitlines() if line.startswith("vnb-checkpoint"))
     assert first == "vnb-checkpoint run --level auto --set db/vm1 vm1 -- "\
-                    "'vnb-extents | vnb-read | vnb-pack --compress zstd:3 -o db/vm1'"
+                    "'vnb-extents | vnb-read | vnb-pack --compress zstd:3 -o db/vm1' &&"
     assert second.startswith("vnb-checkpoint run --level inc --set db/db --exclude vdb --exclude vdc db -- ")
 
 
@@ -130,8 +130,8 @@ def test_no_text(tmp_path):
 def test_backup_and_restore_read_it(ini):
     lines = command("vnb-backup", "--dry-run", "-z", "vm1", "/b", VNB_CONFIG=str(ini)).stdout.splitlines()
     assert lines == [
-        "vnb-checkpoint run --level auto --set /b vm1 -- 'vnb-extents | vnb-read | vnb-pack -z -o /b'",
-        "vnb-verify /b", "vnb-prune --keep-daily 14 /b",
+        "vnb-checkpoint run --level auto --set /b vm1 -- 'vnb-extents | vnb-read | vnb-pack -z -o /b' &&",
+        "vnb-verify /b &&", "vnb-prune --keep-daily 14 /b",
     ]
     done = command("vnb-restore", "--dry-run", "formats/vectors/chain.vnb", "/r", VNB_CONFIG=str(ini))
     assert "| vnb-apply --format raw /r" in done.stdout

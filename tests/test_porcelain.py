@@ -19,6 +19,7 @@ from vnb.imagedir import EXISTS
 
 PLAN = [{"vda": "64k:A 64k:-", "vdb": "64k:B"}, {"vda": "96k:. 32k:C", "vdb": "64k:."}]
 ODD = "it's $(touch gone) `touch gone`; \"touch\" *\n\\x & -o"  # for a shell, anything but a name
+CHECKPOINT = ["vnb-checkpoint", "begin", "--level", "copy", "--image", "vda=/nonexistent"]
 SCRIPTS = ("vnb-backup", "vnb-backup-all", "vnb-restore")
 
 
@@ -106,6 +107,8 @@ def test_what_is_wrong_is_said_before_anything_runs(stubs, line, reason, dry):
     ("--compress", ["none", "none:1", "lz4", "lz4:0", "lz4:16", "lz4:17", "lz4:", "zstd:22", "zstd:23", "zstd:007",
                     "zstd:", "gzip", "lz4:x", "lz4:1:2", "LZ4", "lz4 "], ["vnb-pack"]),
     ("--progress", ["auto", "none", "json", "loud", "auto none"], ["vnb-pack"]),
+    ("--threshold", ["0", "5x", "10M", "10mib", "10mb", "1e3", " 1", "5t"], CHECKPOINT),
+    ("--scratch-reserve", ["1k", "-1", "k"], CHECKPOINT), ("--deadline", ["90s", "5x", "s", "1d", "10"], CHECKPOINT),
     ("--log-format", ["text", "json", "journal"], ["vnb-pack"]),
 ])
 def test_backup_takes_the_values_that_its_filters_take(tmp_path, option, values, filter_):
@@ -156,7 +159,7 @@ def test_all_domains_are_backed_up_though_nobody_can_be_told(stubs, virsh):
 def test_backup_dry_run_is_the_pipeline():
     assert printed("vnb-backup", "--dry-run", "-z", "--verify", "--exclude=vdb", "vm1", "/backup/vm1") == (
         "vnb-checkpoint run --level auto --set /backup/vm1 --exclude vdb vm1 -- "
-        "'vnb-extents | vnb-read | vnb-pack -z -o /backup/vm1'\n"
+        "'vnb-extents | vnb-read | vnb-pack -z -o /backup/vm1' &&\n"
         "vnb-verify /backup/vm1\n"
     )
 
@@ -225,6 +228,27 @@ def test_backup_after_which_something_fails(stubs, failing, pruned, status):
     assert (seen(stubs, "vnb-prune") is not None) == pruned
 
 
+def test_a_backup_that_is_saved_but_is_pruned_all_the_same(stubs):
+    """As with --strict and a warning each night: else the disk would fill up."""
+    (stubs / "vnb-checkpoint").write_text("#!/bin/sh\nexit 3\n")
+    path = f"{stubs}:{os.environ['PATH']}"
+    assert porcelain("vnb-backup", "--strict", "--keep-last", "2", "vm1", "/b", path=path).returncode == 3
+    assert seen(stubs, "vnb-prune") == ["--keep-last", "2", "/b"]
+
+
+def test_a_directory_of_all_sets_that_must_exist(stubs, virsh, tmp_path):
+    """Sets below it are made: a domain may be new."""
+    path = virsh("one")
+    done = porcelain("vnb-backup-all", "--must-exist", tmp_path / "none", path=path)
+    assert done.returncode == 1
+    assert "none: is not there, and --must-exist is given: is its file system mounted?" in done.stderr
+    assert porcelain("vnb-backup-all", "--must-exist", tmp_path, path=path).returncode == 0
+    assert seen(stubs, "vnb-pack") == ["-o", f"{tmp_path}/one"]
+    assert porcelain("vnb-backup", "--must-exist", "vm1", "/b", path=path).returncode == 0
+    assert seen(stubs, "vnb-pack")[2:] == ["--must-exist", "-o", "/b"]
+    assert seen(stubs, "vnb-checkpoint")[-4:-1] == ["--must-exist", "vm1", "--"]
+
+
 @pytest.fixture
 def virsh(stubs):
     """Function that has virsh list these domains."""
@@ -280,7 +304,7 @@ def test_backup_of_all_domains_says_which_failed(stubs, virsh, jobs):
     assert done.returncode == 3
     assert sorted(done.stderr.splitlines()) == [
         "vnb-backup-all: good: done", "vnb-backup-all: last: done",
-        "vnb-backup-all: worn: saved, but what came after that failed",
+        "vnb-backup-all: worn: saved, but with warnings, or what came after that failed",
     ]
     (stubs / "vnb-pack").write_text('#!/bin/sh\ncase $2 in */good) exit 1; esac\n')
     done = porcelain("vnb-backup-all", *jobs, "--verify", "/b", path=path)

@@ -49,7 +49,7 @@ def size(args, option, low, high):
     match = re.fullmatch(r"([0-9]{1,15})(?:([kmgt])(?:ib)?)?", text.lower())
     value = int(match[1]) * _UNITS[match[2]] if match else -1
     if not low <= value <= high:
-        raise UsageError(option, f'"{text}" is not a size within {low}-{high}')
+        raise UsageError(option, f'"{text}" is not a size such as 4096, 512k, 10M or 2G, within {low}-{high}')
     return value
 
 

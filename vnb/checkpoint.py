@@ -99,6 +99,13 @@ def _options(args):
             raise UsageError(option, f"is for {other}")
     if args["--nbd-listen"] and args["--socket"]:
         raise UsageError("--socket", "contradicts --nbd-listen")
+    if args["--must-exist"] and not args["--set"]:
+        raise UsageError("--must-exist", "is for --set")
+    if args["--set"] and not os.path.lexists(args["--set"]):
+        if args["--must-exist"]:
+            raise Error(args["--set"], "is not there, and --must-exist is given: is its file system mounted?")
+        if args.get("begin") or args.get("run"):
+            log.note(f"{args['--set']}: is not there yet: a new backup set is made")
     found = {
         "domain": args["DOMAIN"],
         "images": _images(args),

@@ -44,6 +44,7 @@ _DISKS = """\
   --allow-plaintext      take encrypted disks, which leave QEMU decrypted
 """
 _JOB = """\
+  --must-exist           fail if the directory of --set is not there
   --no-sparse-detection  read all that is dirty, also zeroes, without asking the
                          server where they are
   -S, --start-paused     start a domain that is off, paused, for the backup

@@ -21,6 +21,7 @@ FORMATS = ("text", "json", "journald")
 LEVELS = ("quiet", "normal", "verbose")
 ERROR, WARNING, NOTICE, INFO = 3, 4, 5, 6  # as syslog(3) has them
 NAMES = {ERROR: "error", WARNING: "warning", NOTICE: "notice", INFO: "info"}
+FILE = "VNB_LOG_FILE"  # the variable with the path of a file that lines are written to as well
 _MOST = {"quiet": WARNING, "normal": NOTICE, "verbose": INFO}
 LONGEST_RUN = 255  # it goes into heads
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
@@ -44,6 +45,11 @@ def begin(command):
         raise UsageError("VNB_RUN", f"is not a name of at most {LONGEST_RUN} printable characters")
     _set_level(os.environ.get("VNB_LOG_LEVEL") or "normal", "VNB_LOG_LEVEL")
     _set_format(os.environ.get("VNB_LOG_FORMAT") or "text", "VNB_LOG_FORMAT")
+    if os.environ.get(FILE):
+        try:
+            os.close(_open_file())
+        except OSError as failure:
+            raise UsageError(FILE, f"{os.environ[FILE]}: {failure.strerror}") from None
 
 
 def choose(args):
@@ -117,11 +123,9 @@ def detail(text):
 
 def record(**fields):
     """A JSON line for programs on standard error, with time, command and run; values as JSON has them."""
-    import datetime
     import json
 
-    time = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    _write(json.dumps({"time": time, "command": _Chosen.command, "run": _Chosen.run, **fields}))
+    _write(json.dumps({"time": _now(), "command": _Chosen.command, "run": _Chosen.run, **fields}))
 
 
 def _set_level(level, what):
@@ -153,6 +157,8 @@ def _missing_for_journal():
 
 
 def _tell(priority, text, more=""):
+    if os.environ.get(FILE) and priority <= max(NOTICE, _MOST[_Chosen.level]):
+        _to_file(text)
     if priority > _MOST[_Chosen.level]:
         return
     if _Chosen.format == "json":
@@ -162,6 +168,27 @@ def _tell(priority, text, more=""):
     else:
         run = f"[{one_line(_Chosen.run)}] " if _Chosen.run and is_verbose() else ""
         _write(f"{_Chosen.command}: {run}{text}{more}")
+
+
+def _to_file(text):
+    """Write a line to the end of the log file; opened for each, as a keeper lives on and must not hold it open."""
+    run = f"[{one_line(_Chosen.run)}] " if _Chosen.run else ""
+    with contextlib.suppress(OSError):  # it is said on standard error, too
+        fd = _open_file()
+        try:
+            os.write(fd, f"{_now()} {_Chosen.command}: {run}{one_line(text)}\n".encode(errors="backslashreplace"))
+        finally:
+            os.close(fd)
+
+
+def _open_file():
+    return os.open(os.environ[FILE], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o600)
+
+
+def _now():
+    import datetime
+
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _send(priority, text):

@@ -2,7 +2,8 @@
 """vnb-pack - compress, index and store a stream
 
 Usage:
-  vnb-pack [-z | --compress CODEC] [--threads N] [-o DIR] [options]
+  vnb-pack [-z | --compress CODEC] [--threads N] [-o DIR [--must-exist]]
+           [options]
   vnb-pack --help | --version
 
 Reads a stream with data. Writes it, indexed, to standard output, or each of
@@ -15,12 +16,14 @@ Options:
   --threads N       threads that compress and check; 0 is none but the one
                     that reads and writes [default: 2]
   -o DIR            store in this backup set: complete, synced, or not at all
+  --must-exist      fail where DIR is not there, as when its file system is not
+                    mounted
   --progress MODE   auto, none or json: how far it is, see vnb(7)
 """
 
 import os
 
-from vnb import arguments, codec, heads, output, proof, stream
+from vnb import arguments, codec, heads, log, output, proof, stream
 from vnb.backupset import Store
 from vnb.errors import Error
 from vnb.index import Builder
@@ -43,6 +46,10 @@ def main(args):
                 continue
             head = heads.alone(segment.head)
             _refuse_other_set(args["-o"], head)
+            if not os.path.lexists(args["-o"]):
+                if args["--must-exist"]:
+                    raise Error(args["-o"], "is not there, and --must-exist is given: is its file system mounted?")
+                log.detail(f"{args['-o']}: is a new backup set")  # vnb-checkpoint has said so, of one that it sees
             with Store(args["-o"], head, segment.disks) as store:
                 report = proof.Report(head)
                 packer.pack(segment, head, store.writer, progress)
