@@ -10,6 +10,7 @@ from pathlib import Path
 
 import limit
 import pytest
+from host import host  # noqa: F401 - a fixture
 from machines import lab, linux, no_machines, vm  # noqa: F401 - fixtures; one laboratory for all folders
 
 COMMANDS = Path(__file__).resolve().parents[1] / ".venv" / "bin"
