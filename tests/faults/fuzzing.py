@@ -166,7 +166,7 @@ class Fuzzer:
         fault = fault_of(target.name, done, base)
         if fault is None and tree(here) != before:
             fault = f"it wrote outside its target: {sorted(tree(here).symmetric_difference(before))}"
-        if fault is None and done.status and (left := finished(here / TARGET)):
+        if fault is None and done.status in (1, 2) and (left := finished(here / TARGET)):
             fault = f"it failed, and left {left}"
         if fault is not None:
             (here / "stdin").write_bytes(stdin)
@@ -186,9 +186,9 @@ def fault_of(name, done, base=0):
     lines = done.err.splitlines()
     if "Traceback" in done.err:
         return f"traceback: {done.err[-3000:]}"
-    if done.status not in (0, 1, 2):
+    if done.status not in (0, 1, 2, 3):
         return f"status {done.status}: {done.err[-3000:]}"
-    if done.status == 1 and not lines:
+    if done.status in (1, 3) and not lines:
         return "it failed without a word"
     for line in lines:
         if not re.match(rf"{name}: ", line) or not line.isprintable() or len(line) > 10_000:

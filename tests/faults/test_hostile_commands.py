@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-Every command on hostile input: status 0, 1 or 2, lines of its own on standard error, memory that is bounded, and
+Every command on hostile input: status 0 to 3, lines of its own on standard error, memory that is bounded, and
 nothing outside its target. fuzzing.py has how it is fed, corpus/ what it begins with.
 """
 
@@ -41,7 +41,7 @@ from vnb.state import JobDirectory
 
 FAULT = pytest.mark.fault(
     "hostile input to a command: streams, sets, XML, JSON, files of virtnbdbackup",
-    holds="status 0, 1 or 2, lines of its own, bounded memory, nothing outside its target", share=0.8,
+    holds="status 0 to 3, lines of its own, bounded memory, nothing outside its target", share=0.8,
 )
 EARLIER = kept.load()
 REAL = {path.stem: path.read_bytes() for path in sorted(Path(__file__).with_name("corpus").glob("*.vnb"))}
