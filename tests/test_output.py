@@ -1,25 +1,36 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Standard output that is a file: written past the page cache, and left as any filter leaves it."""
+"""Standard output: a file is written past the page cache, and each kind is left as any filter leaves it."""
 
+import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 import samples
 
+from vnb import output
 from vnb.direct import ALIGNMENT, BLOCK
 from vnb.errors import StreamError
 from vnb.stream import Reader
 
 SEGMENTS = """
-import os, sys
+import os, select, sys
 sys.path.insert(0, sys.argv[1])
 import samples
 from vnb import direct, output, stream
 {before}
-out = output.stdout()
+def wait(fd, event):
+    waited.append(fd)
+    poll = select.poll()
+    poll.register(fd, event)
+    poll.poll()
+
+waited = []
+out = output.stdout(wait)
 print(type(out).__name__, file=sys.stderr)
 for number in range(2):
     written = out.segment(samples.head(), [samples.disk(size=1 << 27)])
@@ -27,21 +38,84 @@ for number in range(2):
         written.data(0, at << 20, 1 << 20, "none", 0, bytes([at]) * (1 << 20))
     written.extents(0, [12 << 20, (1 << 27) - (12 << 20), 3])
     written.end()
+{after}
 """
+# Without this nothing was waited for, and what is to be tested was not done.
+WAITED = "assert waited"
 
 
-def run(stdout, before=""):
-    """Write two segments of 12 MiB to stdout, and run before (str, Python) first; what was written, and with what."""
+def run(stdout, before="", after=""):
+    """
+    Write two segments of 12 MiB to stdout; what was written, and with what.
+
+    before, after (str): Python that is run first and last.
+    """
     directory = os.path.dirname(samples.__file__)
-    process = subprocess.run([sys.executable, "-c", SEGMENTS.format(before=before), directory], stdout=stdout,
-                             stderr=subprocess.PIPE, check=True)
+    process = subprocess.run([sys.executable, "-c", SEGMENTS.format(before=before, after=after), directory],
+                             stdout=stdout, stderr=subprocess.PIPE, check=True)
     return process.stdout, process.stderr.decode().strip()
 
 
 @pytest.fixture(scope="module")
 def piped():
     """The bytes of the two segments, from a pipe."""
-    return run(subprocess.PIPE)[0]
+    return run(subprocess.PIPE, after=WAITED)[0]
+
+
+def test_a_pipe_of_another_user(piped):
+    """It cannot be opened once more, and its flags are not ours to change."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to be somebody else")
+    before = "os.setgroups([]), os.setgid(65534), os.setuid(65534)"
+    assert run(subprocess.PIPE, before, WAITED)[0] == piped
+
+
+def test_a_socket(piped):
+    """As a command has it that sshd started."""
+    ours, theirs = socket.socketpair()
+    found = []
+
+    def take():
+        while part := ours.recv(1 << 20):
+            found.append(part)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    run(theirs, after=WAITED)
+    theirs.close()
+    thread.join()
+    ours.close()
+    assert b"".join(found) == piped
+
+
+def test_the_pipe_stays_as_it_is_for_others():
+    """A flag of the pipe would be there for the shell that gave it to us, and for what it runs next."""
+    read_end, write_end = os.pipe()
+    before = fcntl.fcntl(write_end, fcntl.F_GETFL)
+    with subprocess.Popen(["cat"], stdin=read_end, stdout=subprocess.DEVNULL) as cat:
+        os.close(read_end)
+        run(write_end, after=WAITED)
+        assert fcntl.fcntl(write_end, fcntl.F_GETFL) == before
+        os.close(write_end)
+    assert cat.returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_what_was_not_read_yet_is_known_to_its_writer(tmp_path, kind):
+    read_end, write_end = os.pipe() if kind == "pipe" else (end.detach() for end in socket.socketpair())
+    assert output.unread(write_end) == 0
+    os.write(write_end, b"abc")
+    assert output.unread(write_end) >= 3  # a socket counts what holds the bytes, too
+    os.read(read_end, 3)
+    assert output.unread(write_end) == 0
+    os.close(read_end)
+    os.close(write_end)
+    with open(tmp_path / "file", "wb") as file:
+        file.write(b"abc")
+        file.flush()
+        assert output.unread(file.fileno()) == 0
+    with open(os.devnull, "wb") as file:
+        assert output.unread(file.fileno()) == 0
 
 
 @pytest.mark.parametrize("begin", [0, ALIGNMENT])
@@ -51,7 +125,7 @@ def test_file(tmp_path, piped, begin):
     with path.open("wb") as file:
         file.write(b"x" * begin)
         file.flush()
-        assert run(file)[1] == "Stdout"
+        assert run(file, after=WAITED)[1] == "Stdout"
         subprocess.run(["echo", "end"], stdout=file, check=True)
     assert path.read_bytes() == b"x" * begin + piped + b"end\n"
     assert len(piped) > 6 * BLOCK
@@ -64,7 +138,7 @@ def test_file_that_is_written_as_pipes_are(tmp_path, piped, mode, begin):
     with path.open(mode) as file:
         file.write(b"x" * begin)
         file.flush()
-        assert run(file)[1] == "Writer"
+        assert run(file, after=WAITED)[1] == "Writer"
     assert path.read_bytes() == b"x" * begin + piped
 
 

@@ -93,9 +93,12 @@ class DirectWriter(stream.Writer):
             self._made += 1
             self._block = _block()
         else:
-            self._block = self._free.get()
+            self._block = self._free_block()
             if self._block is None:
                 raise os_error(self.name, self._error)
+
+    def _free_block(self):
+        return self._free.get()
 
     def _work(self):
         while (job := self._full.get()) is not None:
@@ -121,10 +124,12 @@ class Stdout(DirectWriter):
     Standard output, where it is a file: who writes to it next does so behind what was written.
 
     fd (int): of the same file, but opened for this. start (int): where standard output stands in it.
+    blocking (callable): calls a function that may block, as one that waits for a file system on the network.
     """
 
-    def __init__(self, fd, start):
+    def __init__(self, fd, start, blocking):
         super().__init__(fd, "stdout", start)
+        self._blocking = blocking
 
     def flush(self):
         """
@@ -136,8 +141,11 @@ class Stdout(DirectWriter):
 
     def finish(self):
         """See DirectWriter."""
-        super().finish()
+        self._blocking(super().finish)
         os.lseek(1, self._at + self._fill, os.SEEK_SET)
+
+    def _free_block(self):
+        return super()._free_block() if self._free.qsize() else self._blocking(super()._free_block)
 
 
 def set_direct(fd, wanted):

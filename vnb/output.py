@@ -1,25 +1,102 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Standard output, as a Writer that suits what it is."""
 
+import errno
 import fcntl
+import functools
 import os
+import select
+import socket
 import stat
+import sys
+import termios
+import threading
 
 from vnb import proof, stream
 from vnb.errors import Error
 
+_MEMORY_DEVICES = 1  # the major number of /dev/null and its like, which never block
 
-def stdout():
-    """A Writer to standard output, which must not be a terminal. It reports the segments that it writes."""
+
+def stdout(wait=None):
+    """
+    A Writer to standard output, which must not be a terminal. It reports the segments that it writes.
+
+    wait (callable or None): is given a descriptor and an event of poll(2) that has to be waited for, where nobody takes
+    what is written; a stage that has other things to do meanwhile does them there. None: it just waits.
+    """
     if os.isatty(1):
         raise Error("stdout", "is a terminal: will not write a binary stream to it (vnb-dump prints one)")
     if stat.S_ISREG(os.fstat(1).st_mode):
-        writer = _to_file()
+        writer = _to_file(wait)
     else:
         stream.set_pipe_size(1)
-        writer = stream.Writer(1)
+        writer = stream.Writer(1, wait=wait, put=None if wait is None else _put(wait))
     writer.report = proof.ReportOfStdout
     return writer
+
+
+def unread(fd):
+    """Bytes in a pipe or socket, by the end (descriptor) that writes to it, that nobody has read yet; 0: not known."""
+    request = termios.TIOCOUTQ if stat.S_ISSOCK(os.fstat(fd).st_mode) else termios.FIONREAD
+    try:
+        return int.from_bytes(fcntl.ioctl(fd, request, bytes(4)), sys.byteorder)
+    except OSError as error:
+        if error.errno in (errno.ENOTTY, errno.EINVAL):
+            return 0
+        raise
+
+
+def _put(wait):
+    """
+    A function that writes some of a list of bytes-like to standard output, and gives their count; it does not block.
+
+    The flag for that belongs to all who have the same pipe, and others are not prepared for it: so a pipe is opened
+    once more, and a socket is told it each time.
+    """
+    found = os.fstat(1)
+    if stat.S_ISSOCK(found.st_mode):
+        connection = socket.socket(fileno=os.dup(1))
+        return lambda parts: connection.sendmsg(parts, (), socket.MSG_DONTWAIT)
+    if stat.S_ISFIFO(found.st_mode):
+        try:
+            return functools.partial(os.writev, os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        except OSError:
+            return functools.partial(_put_a_little, wait)  # another user's pipe, no /proc, or nobody reads it any more
+    if stat.S_ISCHR(found.st_mode) and os.major(found.st_rdev) == _MEMORY_DEVICES:
+        return functools.partial(os.writev, 1)
+    return lambda parts: beside(lambda: os.writev(1, parts), wait)
+
+
+def _put_a_little(wait, parts):
+    """So much is sure to be taken when a pipe is ready."""
+    wait(1, select.POLLOUT)
+    return os.writev(1, [parts[0][: select.PIPE_BUF]])
+
+
+def beside(function, wait):
+    """Call a function that may block, in a thread; wait() until it has returned. Gives what it gave, or raises that."""
+    result, raised = [], []
+
+    def work():
+        try:
+            result.append(function())
+        except Exception as error:
+            raised.append(error)
+        finally:
+            os.close(write_end)
+
+    read_end, write_end = os.pipe()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        wait(read_end, select.POLLIN)
+    finally:
+        os.close(read_end)
+    thread.join()
+    if raised:
+        raise raised[0]
+    return result[0]
 
 
 def is_last():
@@ -28,15 +105,15 @@ def is_last():
     return not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode))
 
 
-def _to_file():
+def _to_file(wait):
     from vnb import direct  # most write to pipes, and need no thread
 
+    blocking = (lambda function: function()) if wait is None else (lambda function: beside(function, wait))
     start = os.lseek(1, 0, os.SEEK_CUR)
-    if fcntl.fcntl(1, fcntl.F_GETFL) & os.O_APPEND or start % direct.ALIGNMENT:
-        return stream.Writer(1)
-    try:
-        # Opened once more: whoever has the same descriptor after us does not expect that it is for whole blocks.
-        fd = os.open("/proc/self/fd/1", os.O_WRONLY | os.O_CLOEXEC)
-    except OSError:
-        return stream.Writer(1)  # we were given what we may not open
-    return direct.Stdout(fd, start)
+    if not (fcntl.fcntl(1, fcntl.F_GETFL) & os.O_APPEND or start % direct.ALIGNMENT):
+        try:
+            # Opened once more: whoever has the same descriptor after us does not expect that it is for whole blocks.
+            return direct.Stdout(os.open("/proc/self/fd/1", os.O_WRONLY | os.O_CLOEXEC), start, blocking)
+        except OSError:
+            pass  # we were given what we may not open
+    return stream.Writer(1, put=lambda parts: blocking(lambda: os.writev(1, parts)))

@@ -14,6 +14,7 @@ check is the hash of a data frame: that is for whoever uses the bytes (vnb.codec
 """
 
 import fcntl
+import functools
 import os
 import re
 import select
@@ -140,11 +141,13 @@ class Input:
     Bytes of a file descriptor, with a small window to look ahead in. No payload is copied twice.
 
     name (str): for messages. offset (int): of the next byte, in the stream.
+    wait (callable or None): is given fd and an event of poll(2) before each read, and returns when that has come.
     """
 
-    def __init__(self, fd, name):
+    def __init__(self, fd, name, wait=None):
         self.fd = fd
         self.name = name
+        self._wait = wait
         self.offset = 0
         self._buffer = bytearray(2 * AHEAD)
         self._start = self._end = 0
@@ -187,6 +190,8 @@ class Input:
 
     def _readv(self, views):
         while True:
+            if self._wait is not None:
+                self._wait(self.fd, select.POLLIN)
             try:
                 return os.readv(self.fd, views)
             except BlockingIOError:
@@ -206,11 +211,12 @@ class Reader:
     begun (callable or None): is given each head (dict), before anything that follows it is read.
     passed (callable or None): is given each frame (Raw), head, disks, index, end and tail too, once it was checked
     and before it is yielded: for whoever passes on the very bytes.
+    wait (callable or None): see Input.
     Raises StreamError for all that is wrong with the input, Error for the operating system's failures.
     """
 
-    def __init__(self, fd, name, stage=None, consumer=False, pool=None, passed=None, begun=None):
-        self.input = Input(fd, name)
+    def __init__(self, fd, name, stage=None, consumer=False, pool=None, passed=None, begun=None, wait=None):
+        self.input = Input(fd, name, wait)
         self.stage = stage
         self.consumer = consumer
         self.pool = pool
@@ -517,14 +523,18 @@ class Writer:
 
     name (str): for messages. stdout (bool): its reader may close it, which raises OutputClosed.
     report (callable or None): is given each head (dict), returns an object with taken(): see vnb.proof.Report.
+    wait (callable or None): see vnb.output.stdout().
+    put (callable or None): writes some of a list of bytes-like, as os.writev() does to fd, and gives their count.
     """
 
     report = None
 
-    def __init__(self, fd, name="stdout"):
+    def __init__(self, fd, name="stdout", wait=None, put=None):
         self.fd = fd
         self.name = name
         self.stdout = fd == 1
+        self._wait = wait or _wait
+        self._put = put or functools.partial(os.writev, fd)
         self.offset = 0
         self._small = bytearray()
 
@@ -560,13 +570,13 @@ class Writer:
 
     def wait(self):
         """Wait until more can be written, where the descriptor does not do that itself."""
-        _wait(self.fd, select.POLLOUT)
+        self._wait(self.fd, select.POLLOUT)
 
     def _writev(self, parts):
         try:
             while parts:
                 try:
-                    count = os.writev(self.fd, parts)
+                    count = self._put(parts)
                 except BlockingIOError:
                     self.wait()
                     continue
@@ -660,12 +670,12 @@ class SegmentWriter:
         self.counts.add(sum_)
 
 
-def stdin(stage=None, consumer=False, pool=None):
+def stdin(stage=None, consumer=False, pool=None, wait=None):
     """A Reader of standard input; see Reader. A terminal is refused: nobody types a stream. Its run is ours."""
     if os.isatty(0):
         raise Error("stdin", "is a terminal, expected a stream")
     set_pipe_size(0)
-    return Reader(0, "stdin", stage, consumer, pool, begun=log.take_run)
+    return Reader(0, "stdin", stage, consumer, pool, begun=log.take_run, wait=wait)
 
 
 def set_pipe_size(fd):
