@@ -12,7 +12,8 @@ import pytest
 from applied import nbdkit, refused, restored, segments_of
 from xxhash import xxh3_64_intdigest
 
-from vnb import stream
+from vnb import place, stream, target
+from vnb.errors import Error
 
 PLAN = [{"vda": "64k:A 64k:- 64k:0 64k:? 512k:B 1M:-"}, {"vda": "32k:0 64k:C 32k:- 64k:0 4k:. 4k:D 200k:."}]
 EXPECTED = makers.images(PLAN)[-1]["vda"]
@@ -180,6 +181,21 @@ def test_interrupted_while_connecting(tmp_path, content):
         _, stderr = process.communicate(timeout=10)
         connection.close()
     assert (process.returncode, stderr) == (-15, b"vnb-apply: ended by SIGTERM\n")
+
+
+def test_a_server_that_never_greets(tmp_path, monkeypatch):
+    """It may have as many clients as it takes: nobody knows for how long."""
+    monkeypatch.setattr(target, "PATIENCE", 0.3)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen(1)
+        uri = f"nbd+unix:///?socket={tmp_path}/socket"
+        with pytest.raises(Error) as raised:
+            place.Export("vda", uri).open(4096)
+    assert str(raised.value) == (
+        f"{uri}: cannot connect: no answer within 0.3 seconds: "
+        "a firewall may be in between, or the server has as many clients as it takes"
+    )
 
 
 def test_tls(tmp_path, content, image):

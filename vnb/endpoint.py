@@ -8,6 +8,7 @@ import urllib.parse
 from vnb.errors import UsageError
 
 NBD_PORT = 10809  # registered for it
+PATIENCE = 30  # seconds that a server has to take a client; QEMU does nothing else while it is at some commands
 PORTS = range(49152, 65536)  # dynamic ports of RFC 6335, section 6
 _LISTEN = re.compile(
     r"\[(?P<ipv6>[0-9A-Fa-f:.]+)\](:(?P<port6>[0-9]{1,5}))?|(?P<name>[^:\[\]/\s]*)(:(?P<port>[0-9]{1,5}))?"

@@ -12,8 +12,10 @@ import errno
 import os
 import select
 import socket
+import time
 
 from vnb import libc
+from vnb.endpoint import PATIENCE
 from vnb.errors import Error, os_error
 from vnb.frame import GiB, MiB
 
@@ -139,6 +141,9 @@ class Nbd:
             self._can_zero = self._handle.can_zero()
             self.can_flush = self._handle.can_flush()
             self._max = self._handle.get_block_size(nbd.SIZE_MAXIMUM) or MAX_NBD
+        except TimeoutError:
+            hint = "a firewall may be in between, or the server has as many clients as it takes"
+            raise Error(what, f"cannot connect: no answer within {PATIENCE} seconds: {hint}") from None
         except nbd.Error as error:
             raise Lost(what, f"cannot connect: {_reason(error)}") from None
 
@@ -248,9 +253,14 @@ class Nbd:
 
 
 def wait_connected(handle):
-    """Wait until an NBD handle is connected. Unlike libnbd's own waiting, a signal gets through. nbd.Error."""
+    """
+    Wait until an NBD handle is connected. Unlike libnbd's own waiting, a signal gets through, and it has an end.
+
+    Raises nbd.Error, or TimeoutError after PATIENCE.
+    """
     import nbd
 
+    deadline = time.monotonic() + PATIENCE
     while handle.aio_is_connecting():
         direction = handle.aio_get_direction()
         poll = select.poll()
@@ -259,7 +269,10 @@ def wait_connected(handle):
             (select.POLLIN if direction & nbd.AIO_DIRECTION_READ else 0)
             | (select.POLLOUT if direction & nbd.AIO_DIRECTION_WRITE else 0),
         )
-        for _fd, events in poll.poll():
+        ready = poll.poll(1000 * max(0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError
+        for _fd, events in ready:
             if events & ~select.POLLOUT and direction & nbd.AIO_DIRECTION_READ:
                 handle.aio_notify_read()
             else:

@@ -5,11 +5,12 @@ import os
 import socket
 import ssl
 import struct
+import time
 import urllib.parse
 
 from vnb.endpoint import NBD_PORT
 
-SECONDS = 10
+SECONDS = 10  # for the server to answer; it did so when the connection failed
 
 # Of the handshake, which is in the NBD protocol's document, section "Newstyle negotiation".
 _GREETING = struct.Struct(">8s8sH")
@@ -58,8 +59,10 @@ def _starttls(connection):
 
 
 def _read(connection, size):
+    deadline = time.monotonic() + SECONDS
     found = b""
     while len(found) < size:
+        connection.settimeout(max(0.1, deadline - time.monotonic()))
         part = connection.recv(size - len(found))
         if not part:
             raise ConnectionResetError
