@@ -11,6 +11,7 @@ import samples
 from servers import DEADLINE, command, nbdkit, needs_nbdkit, needs_qemu, planned, qemu_img, qemu_io, qemu_nbd, stalled
 
 from vnb import export, interrupts
+from vnb.connections import Connections
 from vnb.errors import Interrupted
 from vnb.frame import DATA, HOLE, MAX_EXTENTS, ZERO
 
@@ -322,11 +323,11 @@ def test_a_signal_in_the_middle_of_libnbds_callback(capfd, monkeypatch, handled)
 
     monkeypatch.setattr(export.Question, "_extent", interrupted)
     with planned(600, [[600, 0]]) as server:
-        connection = export.Connection(server.uri, "disk", export.BASE_ALLOCATION)
-        question = connection.ask(0, 600)
+        context = export.Context(Connections(1), server.uri, "disk", export.BASE_ALLOCATION)
+        question = context.ask(0, 600)
         with pytest.raises(Interrupted):
             question.answer()
-        connection.close()
+        context.close()
     assert capfd.readouterr().err == ""
 
 
@@ -336,10 +337,10 @@ def test_no_memory_in_libnbds_callback(capfd):
             raise MemoryError
 
     with planned(600, [[600, 0]]) as server:
-        connection = export.Connection(server.uri, "disk", export.BASE_ALLOCATION)
-        question = connection.ask(0, 600)
+        context = export.Context(Connections(1), server.uri, "disk", export.BASE_ALLOCATION)
+        question = context.ask(0, 600)
         question._entries = Full()
         with pytest.raises(MemoryError):
             question.answer()
-        connection.close()
+        context.close()
     assert capfd.readouterr().err == ""

@@ -1,22 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-NBD exports: connections, extents of a meta context, reads in flight.
-
-Only libnbd's asynchronous calls are used, with a poll(2) of our own around them: its others wait in C, where a
-Python signal handler cannot run, so that Ctrl-C would do nothing while a server does not answer.
+NBD exports: which parts of one are data, zero, hole or dirty, as its server says when it is asked for block status.
 """
 
-import re
-import select
-import time
-from errno import ECONNABORTED, ECONNRESET, ENOTCONN, EPIPE
 from itertools import accumulate
-
-import nbd
 
 from vnb.errors import Error
 from vnb.frame import DATA, HOLE, MAX_EXTENTS, ZERO, GiB, MiB
-from vnb.interrupts import held
 
 BASE_ALLOCATION = "base:allocation"
 FIRST_SPAN = 16 * MiB  # of the first block status request: an answer soon
@@ -26,237 +16,49 @@ MANY_EXTENTS = 16384  # in one reply: ask for less, its list takes memory
 
 # The state of an extent with these two flags of base:allocation: a hole that is not zero has to be read.
 _STATES = (DATA, DATA, ZERO, HOLE)
-_GONE = (ECONNABORTED, ECONNRESET, ENOTCONN, EPIPE)
 DIRTY = 1  # the flag of a bitmap's meta context
 READS_ZERO = 2  # the flag of base:allocation
 
-_EVENTS = {
-    nbd.AIO_DIRECTION_READ: select.POLLIN,
-    nbd.AIO_DIRECTION_WRITE: select.POLLOUT,
-    nbd.AIO_DIRECTION_BOTH: select.POLLIN | select.POLLOUT,
-}
 
-
-def explained(error, uri):
-    """The Error of a connection to a URI that failed, with what is wrong with TLS: libnbd says only that it fails."""
-    if uri.startswith("nbds:"):
-        from vnb import tls  # most have no need of it, and it is slow to import
-
-        reason = tls.why(uri)
-        if reason is not None:
-            return error.__class__(error.what, f"cannot connect: {reason}", error.where)
-    return error
-
-
-class Connection:
+class Context:
     """
-    One connection to an export.
+    An export and one of its meta contexts, over a connection that comes and goes.
 
-    uri (str): nbd, nbds, nbd+unix, nbds+unix. name (str): the disk, for messages.
-    context (str or None): a meta context to ask for. required (bool): its absence is an error.
-    size (int): of the export, in bytes. has_context (bool): the server offers it. multi_conn (bool).
-    minimum, maximum (int): bytes; requests are at least this long, multiples of it, and at most that long.
-    patience (int or None): seconds for a server to answer that has to be there; None: it may take its time.
-    Raises Error, also for everything that happens later.
+    connections (vnb.connections.Connections). uri (str). name (str): the disk, for messages. context (str or None).
+    size (int or None): bytes that the export has to have. required (bool): the absence of the context is an error.
     """
 
-    def __init__(self, uri, name, context=None, required=False, patience=None):
+    has_context = False
+    minimum = 1  # bytes: of a request, see vnb.connections.Connection
+
+    def __init__(self, connections, uri, name, context, size=None, required=False):
+        self.connections = connections
+        self.uri = uri
         self.name = name
         self.context = context
-        self.handle = handle = nbd.NBD()
-        self._pending = {}  # cookie: offset, oldest first
-        try:
-            self._begin(uri)
-            deadline = None if patience is None else time.monotonic() + patience
-            while handle.aio_is_connecting():
-                _turn([self], deadline)
-            self.size = handle.get_size()
-            self.has_context = context is not None and handle.can_meta_context(context)
-            self.multi_conn = handle.can_multi_conn()
-            self.minimum = max(1, handle.get_block_size(nbd.SIZE_MINIMUM))
-            self.maximum = handle.get_block_size(nbd.SIZE_MAXIMUM) or 32 * MiB
-        except nbd.Error as error:
-            raise explained(self.error(error), uri) from None
-        except Error as error:
-            raise explained(error, uri) from None
-        if required and not self.has_context:
-            raise Error(name, f'server does not support meta context "{context}"')
+        self.size = size
+        self._required = required
+        self._connection = None
 
-    def _begin(self, uri):
-        handle = self.handle
-        handle.set_uri_allow_local_file(True)  # a URI names the files with TLS keys; it is our user's
-        handle.set_pread_initialize(False)  # every completion is checked before a byte is used
-        # Whether a request must be aligned is for the server to say: the last one of an odd size cannot be.
-        handle.set_strict_mode(handle.get_strict_mode() & ~nbd.STRICT_ALIGN)
-        try:
-            if self.context is not None:
-                handle.add_meta_context(self.context)
-            handle.aio_connect_uri(uri)
-        except ValueError as error:  # no text for C: both may come from a stream
-            raise Error(self.name, f"cannot connect: {error}") from None
-
-    ready = True  # requests may be made of it
-
-    @property
-    def in_flight(self):
-        """Requests whose answers were not taken yet."""
-        return len(self._pending)
-
-    @property
-    def expects(self):
-        """Whether something is to come from the server: poll(2) for it."""
-        return self.handle.aio_in_flight() > 0
-
-    def failed(self, error):
-        """Something awaited brought an nbd.Error: raises its Error."""
-        raise self.error(error) from None
-
-    def read(self, offset, view):
-        """Begin to read into view (memoryview) from offset; returns the request."""
-        # The view itself, which libnbd takes and lets go: its Buffer around it would never be freed (libnbd 1.14).
-        return self._request(self.handle.aio_pread, offset, view, offset)
+    def open(self):
+        """The connection (Connection), made now where there is none. Raises Error where it is not as it has to be."""
+        if self._connection is None or not self._connection.is_open:
+            self._connection = found = self.connections.open(self.uri, self.name, self.context)
+            if self.size not in (None, found.size):
+                raise Error(self.name, f"the export has {found.size} bytes, the stream says {self.size}")
+            if self._required and not found.has_context:
+                raise Error(self.name, f'server does not support meta context "{self.context}"')
+            self.size, self.has_context, self.minimum = found.size, found.has_context, found.minimum
+        return self._connection
 
     def ask(self, offset, length):
-        """Begin to ask for the extents of the context in [offset, offset + length); returns a Question."""
-        return Question(self, offset, length)
-
-    def status(self, offset, length, extent):
-        """Begin to ask for the extents of the context, which libnbd gives to extent(); returns the request."""
-        return self._request(self.handle.aio_block_status, offset, length, offset, extent)
-
-    def _request(self, function, offset, *args):
-        try:
-            cookie = function(*args)
-        except nbd.Error as error:
-            raise self.error(error, offset) from None
-        self._pending[cookie] = offset
-        return self, cookie
-
-    def is_done(self, cookie):
-        """Whether the request with a cookie is done; raises Error if it failed."""
-        try:
-            done = self.handle.aio_command_completed(cookie)
-        except nbd.Error as error:
-            raise self.error(error, self._pending[cookie]) from None
-        if done:
-            del self._pending[cookie]
-        return done
-
-    def error(self, error, offset=None):
-        """The Error for an nbd.Error of a request at an offset, or of whatever is in flight."""
-        text = error.string or "unknown error"
-        if error.errnum in _GONE or "disconnected unexpectedly" in text or "invalid state" in text:
-            # It was noticed somewhere, and is a failure of the oldest request: that one is waited for.
-            text, offset = "server closed the connection", next(iter(self._pending.values()), offset)
-        elif offset is None:
-            offset = next(iter(self._pending.values()), None)
-        # What is left is the server's words, or the system's for its errno, without the names of libnbd's functions.
-        text = re.sub(r"^nbd_\w+: ", "", text)
-        text = re.sub(r"^(?:connect: |recv: |send: |handshake: |[a-z-]+: command failed: )", "", text)
-        if offset is None:
-            return Error(self.name, f"cannot connect: {text}")
-        return Error(self.name, text, f"offset {offset}")
+        """Begin to ask for the extents in [offset, offset + length); returns a Question."""
+        return Question(self.open(), offset, length)
 
     def close(self):
-        """
-        End the connection. What the server says to that does not matter any more, but it is awaited, so that a
-        server that serves one client is ready for the next one.
-        """
-        try:
-            self.handle.aio_disconnect()
-            while not (self.handle.aio_is_closed() or self.handle.aio_is_dead()):
-                _turn([self])
-        except (nbd.Error, Error):
-            return
-
-
-class Further(Connection):
-    """
-    One more connection to the export of another: of use once it is ready, and missed by nobody if it never is.
-
-    Some servers take no second client before the first has gone, and say nothing until then.
-    """
-
-    def __init__(self, uri, first):
-        self.name = first.name
-        self.context = None
-        self.size = first.size
-        self.handle = nbd.NBD()
-        self._pending = {}
-        self._state = "connecting"
-        try:
-            self._begin(uri)
-        except nbd.Error as error:
-            self.failed(error)
-
-    @property
-    def ready(self):
-        """Whether requests may be made of it."""
-        if self._state == "connecting" and self.handle.aio_is_ready():
-            if self.handle.get_size() == self.size:
-                self._state = "ready"
-            else:
-                self._drop()
-        return self._state == "ready"
-
-    @property
-    def expects(self):
-        """See Connection."""
-        return self.handle.aio_is_connecting() if self._state == "connecting" else self.ready and super().expects
-
-    def failed(self, error):
-        """See Connection; before it was ready nothing is lost with it."""
-        if self.ready:
-            super().failed(error)
-        self._drop()
-
-    def _drop(self):
-        self._state = "failed"
-        self.handle = None  # the last one that has it: that closes the socket
-
-    def close(self):
-        """See Connection. One that is not ready is dropped, since nobody knows when it will be."""
-        if self.ready:
-            super().close()
-        else:
-            self._drop()
-
-
-def wait(request, connections):
-    """Return when a request is done; those of the other connections go on meanwhile. Raises Error."""
-    connection, cookie = request
-    while not connection.is_done(cookie):
-        _turn([connection, *(c for c in connections if c is not connection and c.expects)])
-
-
-def _turn(connections, deadline=None):
-    """Wait until one of the connections can go on, and let those that can. Raises Error, also at a deadline."""
-    poller = select.poll()
-    by_fd = {}
-    for connection in connections:
-        handle = connection.handle
-        try:
-            direction = handle.aio_get_direction()
-            fd = handle.aio_get_fd()
-        except nbd.Error as error:
-            connection.failed(error)
-            continue
-        by_fd[fd] = connection, direction
-        poller.register(fd, _EVENTS[direction])
-    ready = poller.poll(None if deadline is None else max(0, 1000 * (deadline - time.monotonic())))
-    if not ready:
-        raise Error(connections[0].name, "the NBD server does not answer")
-    for fd, events in ready:
-        connection, direction = by_fd[fd]
-        try:
-            # Hang-ups and errors are for libnbd to find, in a direction that it is waiting for.
-            with held:  # it calls back
-                if direction & nbd.AIO_DIRECTION_READ and events & ~select.POLLOUT:
-                    connection.handle.aio_notify_read()
-                elif direction & nbd.AIO_DIRECTION_WRITE:
-                    connection.handle.aio_notify_write()
-        except nbd.Error as error:
-            connection.failed(error)
+        """Close the connection; the next question makes another one."""
+        if self._connection is not None:
+            self.connections.release(self._connection)
 
 
 class Question:
@@ -275,7 +77,7 @@ class Question:
         self._request = connection.status(offset, length, self._extent)
 
     def answer(self):
-        wait(self._request, [self.connection])
+        self.connection.connections.wait(self._request)
         if self._raised is not None:
             raise self._raised
         entries, self._entries = self._entries, None
@@ -301,8 +103,8 @@ class Walk:
     unknown (int): the flags of what the server cannot be asked about: all of it without the context.
     """
 
-    def __init__(self, connection, unknown):
-        self.connection = connection
+    def __init__(self, context, unknown):
+        self.context = context
         self._unknown = unknown
         self._span = FIRST_SPAN
         self._question = None
@@ -344,12 +146,12 @@ class Walk:
             yield offset, entries
 
     def _ask(self, offset, end):
-        connection = self.connection
-        length = min(max(self._span, connection.minimum), end - offset)
+        context = self.context
+        length = min(max(self._span, context.minimum), end - offset)
         # What is left of the last block of an odd size cannot be asked for.
-        length = length - length % connection.minimum if connection.has_context else 0
+        length = length - length % context.minimum if context.has_context else 0
         self._start = offset
-        self._question = connection.ask(offset, length) if length else _Unasked(end - offset, self._unknown)
+        self._question = context.ask(offset, length) if length else _Unasked(end - offset, self._unknown)
 
     def _take(self):
         self._entries = self._question.answer()
@@ -373,9 +175,9 @@ class _Unasked:
         return self._entries
 
 
-def allocation(connection, size):
+def allocation(base, size):
     """Yield runs that tile [0, size): a full backup's extents. runs: flat list of offset, length, state, ..."""
-    for start, lengths, flags in _parts(Walk(connection, unknown=0), size):
+    for start, lengths, flags in _parts(Walk(base, unknown=0), size):
         offsets = list(accumulate(lengths, initial=start))
         runs = [0] * (3 * len(lengths))
         end = offsets.pop()
@@ -389,7 +191,7 @@ def changes(dirty, base, size):
     """
     Yield runs of what is dirty: an increment's extents. runs: flat list of offset, length, state, ...
 
-    dirty, base (Connection): of the bitmap's meta context and of base:allocation. Each has a cursor of its own,
+    dirty, base (Context): of the bitmap's meta context and of base:allocation. Each has a cursor of its own,
     since two contexts never come back in the same pieces; clean ranges are not asked for their allocation.
     """
     walk = Walk(base, unknown=0)

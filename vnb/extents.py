@@ -15,26 +15,34 @@ Options:
   --parent POINT  the point that the bitmap counts from
 """
 
+import collections
+import functools
 from operator import eq
 
 from vnb import export, heads, log, output, stream
+from vnb.connections import MOST_OF_EXTENTS, Connections
 from vnb.errors import Error, UsageError
 from vnb.frame import DATA, MAX_EXTENTS
 
 
 def main(args):
+    # What the next stage has not taken yet is work for it, which needs a connection, perhaps the one that we wait for.
+    connections = Connections(MOST_OF_EXTENTS, is_used=lambda: output.unread(1) > 0)
+    wait = functools.partial(connections.wait_for, give_back=True)
     if args["URI"]:
         log.name_run()
-        disk, head = _from_uri(args)
-        _write(output.stdout(), head, [disk], ())
+        walk, head = _from_uri(args, connections)
+        _write(output.stdout(wait), head, [walk], (), connections)
         return
-    out = output.stdout()
-    for segment in stream.stdin(stage="disks"):
-        _write(out, segment.head, segment.disks, segment)
+    out = output.stdout(wait)
+    for segment in stream.stdin(stage="disks", wait=wait):
+        # All are looked at before anything is written: one that is not as it has to be is not found hours later.
+        walks = [_Walk(disk, connections) for disk in segment.disks]
+        _write(out, segment.head, walks, segment, connections)
 
 
-def _from_uri(args):
-    """(disk, head) for an export that no stream speaks of."""
+def _from_uri(args, connections):
+    """(its walk, head) for an export that no stream speaks of."""
     name = args["--name"]
     if not stream.is_safe_name(name):
         raise UsageError("--name", f"a disk must not be named {name!r}")
@@ -43,53 +51,83 @@ def _from_uri(args):
     source = {"uri": args["URI"]}
     if args["--dirty"]:
         source["dirty"] = f'qemu:dirty-bitmap:{args["--dirty"]}'
-    connection = export.Connection(source["uri"], name)
-    connection.close()
-    disk = {"name": name, "size": connection.size, "level": "inc" if args["--dirty"] else "full", "image": {},
-            "source": source}
+    disk = {"name": name, "size": None, "level": "inc" if args["--dirty"] else "full", "image": {}, "source": source}
+    walk = _Walk(disk, connections)
     head = heads.new(domain=name, uuid=heads.uuid_of(name), level="inc" if args["--dirty"] else "copy",
                      parent=args["--parent"], stage="extents",
                      after=heads.created_of(args["--parent"]) if args["--parent"] else None)
-    return disk, head
+    return walk, head
 
 
-def _write(out, head, disks, frames):
+def _write(out, head, walks, frames, connections):
     """Write a segment: its frames (iterable), then the extents of all disks."""
-    walks = [_walk(disk) for disk in disks]
-    written = out.segment({**head, "stage": "extents"}, disks)
+    written = out.segment({**head, "stage": "extents"}, [walk.disk for walk in walks])
     for frame in frames:
         written.frame(frame)
-    batches = [_Batch(written, number) for number in range(len(disks))]
-    living = list(zip(walks, batches))
-    while living:
-        # In turn, a list each, so that whoever reads the data has work on all disks.
-        for walk, batch in tuple(living):
-            runs = next(walk, None)
+    waiting = collections.deque(
+        (walk, walk.runs(), _Batch(written, number)) for number, walk in enumerate(walks)
+    )
+    living = []
+    while waiting or living:
+        # Some disks at a time: as many as there are connections for, but one at least.
+        while waiting and (
+            not living or waiting[0][0].needs + sum(walk.needs for walk, _, _ in living) <= connections.most
+        ):
+            living.append(waiting.popleft())
+        # In turn, a list each, so that whoever reads the data has work on all of them.
+        for one in tuple(living):
+            walk, lists, batch = one
+            runs = next(lists, None)
             if runs is None:
                 batch.flush()
-                living.remove((walk, batch))
+                walk.close()
+                living.remove(one)
             else:
                 batch.add(runs)
         out.flush()
     written.end()
 
 
-def _walk(disk):
-    """A generator of lists of (offset, length, state); the server is asked for its contexts at once."""
-    name, source = disk["name"], disk.get("source", {})
-    if not isinstance(source.get("uri"), str):
-        raise Error(name, "the stream does not say where this disk is exported")
-    # Who does not want to wait for a slow base:allocation has all that is dirty read: without it everything is data.
-    sparse = disk["level"] == "full" or source.get("sparse") is not False
-    base = export.Connection(source["uri"], name, export.BASE_ALLOCATION if sparse else None)
-    if base.size != disk["size"]:
-        raise Error(name, f'the export has {base.size} bytes, the stream says {disk["size"]}')
-    if disk["level"] == "full":
-        return export.allocation(base, disk["size"])
-    if not isinstance(source.get("dirty"), str):
-        raise Error(name, "the stream does not say which bitmap this disk has")
-    dirty = export.Connection(source["uri"], name, source["dirty"], required=True)
-    return export.changes(dirty, base, disk["size"])
+class _Walk:
+    """
+    The walk of one disk. The server is asked at once whether it has what is needed.
+
+    disk (dict): as it goes into the stream; a size that is None becomes that of the export. needs (int): connections.
+    """
+
+    def __init__(self, disk, connections):
+        name, source = disk["name"], disk.get("source", {})
+        if not isinstance(source.get("uri"), str):
+            raise Error(name, "the stream does not say where this disk is exported")
+
+        def context(what, required=False):
+            return export.Context(connections, source["uri"], name, what, disk["size"], required)
+
+        # Who does not want to wait for a slow base:allocation reads all that is dirty: without it everything is data.
+        sparse = disk["level"] == "full" or source.get("sparse") is not False
+        self._base = context(export.BASE_ALLOCATION if sparse else None)
+        self._contexts = [self._base]
+        self._dirty = None
+        if disk["level"] != "full":
+            if not isinstance(source.get("dirty"), str):
+                raise Error(name, "the stream does not say which bitmap this disk has")
+            self._dirty = context(source["dirty"], required=True)
+            self._contexts = [self._dirty, self._base] if sparse else [self._dirty]
+        for found in self._contexts:
+            found.open()
+        self.disk = {**disk, "size": self._contexts[0].size}
+        self.needs = len(self._contexts)
+
+    def runs(self):
+        """A generator of lists of (offset, length, state)."""
+        if self._dirty is None:
+            return export.allocation(self._base, self.disk["size"])
+        return export.changes(self._dirty, self._base, self.disk["size"])
+
+    def close(self):
+        """Let go of the connections."""
+        for context in self._contexts:
+            context.close()
 
 
 class _Batch:

@@ -23,8 +23,8 @@ import stat
 import struct
 
 from vnb import log, qemu, target
+from vnb.connections import explained
 from vnb.errors import Error, UsageError, os_error
-from vnb.export import explained
 
 _QCOW2_MAGIC = b"QFI\xfb"
 _URI = re.compile(r"nbds?(\+unix|\+vsock)?:", re.ASCII)

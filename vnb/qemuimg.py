@@ -8,8 +8,8 @@ import signal
 import socket
 import subprocess
 
-from vnb import export
 from vnb.child import START_SECONDS, Child
+from vnb.connections import Connections
 from vnb.endpoint import Unix
 from vnb.errors import Error, one_line, os_error
 
@@ -137,7 +137,7 @@ def serve(name, export_name, path, format_, socket_path, bitmap=None):
         # Not SIGTERM, which is lost while it starts: the image would stay locked. It has nothing to write.
         child = Child(command, "qemu-utils", listener=listener, ending=signal.SIGKILL)
     try:
-        export.Connection(Unix(socket_path).uri(export_name), name, patience=START_SECONDS).close()
+        Connections(1, START_SECONDS, alone=True).open(Unix(socket_path).uri(export_name), name).close()
     except Error as error:
         # Who closes the connection is about to end, and then has said why.
         reason = child.failure().reason if child.wait(1) else error.reason

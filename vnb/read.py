@@ -11,19 +11,21 @@ Options:
   --requests N         reads in flight over all disks [default: 64]
   --request-size SIZE  bytes of one read, and of a data frame [default: 512k]
   --connections N      to each export at most, where the server allows
-                       several [default: 4]
+                       several [default: 4]; to all of them 12, or N
   --progress MODE      auto, none or json: how far it is, see vnb(7)
 """
 
 import collections
 import functools
+import time
 from operator import attrgetter
 
 from xxhash import xxh3_64_intdigest
 
 from vnb import arguments, output, stream
+from vnb.connections import MOST_OF_READ, Connections
+from vnb.endpoint import PATIENCE
 from vnb.errors import Error, UsageError
-from vnb.export import Connection, Further, wait
 from vnb.frame import DATA, MAX_DATA, ZERO, GiB, MiB
 from vnb.pool import Pool
 from vnb.progress import Progress
@@ -40,21 +42,24 @@ def main(args):
     request_size = arguments.size(args, "--request-size", 4096, MAX_DATA)
     if request_size & (request_size - 1):
         raise UsageError("--request-size", f'"{args["--request-size"]}" is not a power of 2')
-    connections = arguments.integer(args, "--connections", 1, 64)
-    out = output.stdout()
+    most = arguments.integer(args, "--connections", 1, 64)
+    connections = Connections(max(most, MOST_OF_READ))
+    # While the output is blocked the connections stay: there is work for them.
+    out = output.stdout(functools.partial(connections.wait_for, give_back=False))
+    pipeline = Pipeline(connections, requests)
     with Progress(args["--progress"]) as progress:
-        for segment in stream.stdin(stage="extents"):
+        for segment in stream.stdin(stage="extents", wait=pipeline.wait_for):
             progress.begin(segment.head)
-            read(segment, out, connections, request_size, requests, progress)
+            exports = [Export(connections, disk, most, request_size) for disk in segment.disks]
+            read(segment, exports, out, pipeline, progress)
 
 
-def read(segment, out, connections, request_size, requests, progress):
+def read(segment, exports, out, pipeline, progress):
     """Write a segment (vnb.stream.Segment) with extents to out (vnb.stream.Writer), with their data."""
-    exports = [Export(disk, connections, request_size) for disk in segment.disks]
     # Where the data came from is nobody's business after this stage.
     disks = [{key: value for key, value in disk.items() if key != "source"} for disk in segment.disks]
     with progress.segment(out.segment({**segment.head, "stage": "data"}, disks)) as written:
-        pipeline = Pipeline(written, exports, requests)
+        pipeline.begin(written, exports)
         for frame in segment:
             if frame.__class__ is stream.Extents:
                 pipeline.add(frame)
@@ -63,57 +68,94 @@ def read(segment, out, connections, request_size, requests, progress):
                 written.frame(frame)
         pipeline.drain()
         written.end()
-    for export in exports:
-        export.close()
+    pipeline.connections.give_back()
 
 
 class Export:
     """
     The connections to one disk's export, made as they are needed, and how much to ask of it at a time.
 
-    connections (list): at most count. request_size (int): bytes.
+    count (int): of connections, at most. request_size (int or None): bytes; None: there was no connection yet.
     """
 
-    def __init__(self, disk, count, request_size):
+    def __init__(self, connections, disk, count, request_size):
         name, source = disk["name"], disk.get("source", {})
         if not isinstance(source.get("uri"), str):
             raise Error(name, "the stream does not say where this disk is exported")
-        first = Connection(source["uri"], name)
-        if first.size != disk["size"]:
-            raise Error(name, f'the export has {first.size} bytes, the stream says {disk["size"]}')
-        self.connections = [first]
-        self.request_size = min(max(request_size, first.minimum), first.maximum, MAX_DATA)
-        self._uri = source["uri"]
-        self._most = count if first.multi_conn else 1
+        self.request_size = None
+        self._connections = connections
+        self._disk = disk
+        self._wanted_size = request_size
+        self._most = count
+        self._ours = []  # those that are open or were so when we last looked
 
-    def close(self):
-        """End the connections."""
-        # A server may let go of none as long as it is speaking with one: those in its handshake first.
-        for connection in sorted(self.connections, key=attrgetter("ready")):
-            connection.close()
+    def open(self):
+        """A new connection. Raises Error."""
+        name = self._disk["name"]
+        first = self._connections.open(self._disk["source"]["uri"], name)
+        if first.size != self._disk["size"]:
+            raise Error(name, f'the export has {first.size} bytes, the stream says {self._disk["size"]}')
+        self._ours.append(first)
+        if self.request_size is None:
+            self.request_size = min(max(self._wanted_size, first.minimum), first.maximum, MAX_DATA)
+            if not first.multi_conn:
+                self._most = 1
+        return first
 
     def next_connection(self):
-        """The one that has the least to do."""
-        ready = [connection for connection in self.connections if connection.ready]
+        """The one that has the least to do; where there is none, a new one."""
+        ready = []
+        for connection in tuple(self._ours):
+            if connection.ready and connection.size == self._disk["size"]:
+                ready.append(connection)
+            elif not connection.is_open and connection.failure is None:
+                self._ours.remove(connection)  # it had to make way
+            elif not connection.is_open or connection.ready or time.monotonic() > connection.began + PATIENCE:
+                self._connections.release(connection)
+                self._ours.remove(connection)
+                self._most = max(1, len(self._ours))  # the server takes no more, so it is not asked to again
+        if not ready:
+            return self.open()
         best = min(ready, key=attrgetter("in_flight"))
-        if best.in_flight >= BUSY and len(self.connections) < self._most:
-            self.connections.append(Further(self._uri, best))
+        if best.in_flight >= BUSY and len(self._ours) < self._most:
+            another = self._connections.another(best)
+            if another is not None:
+                self._ours.append(another)
         return best
 
 
 class Pipeline:
     """Reads in flight, and extents that wait behind them: all leave in the order in which they came."""
 
-    def __init__(self, out, exports, requests):
-        self.out = out
-        self.exports = exports
+    def __init__(self, connections, requests):
+        self.connections = connections
         self.requests = requests
+        self.out = None
+        self.exports = []
         self.pool = Pool()
         self.queue = collections.deque()  # (request, disk, offset, view), or (None, disk, runs, None)
         self.in_flight = 0
         self.bytes_in_flight = 0
         self.waiting = 0  # numbers in lists that are in the queue
         self.zeroes = None  # (disk, offset, end) of zeroes that were read and not written: they may go on
+
+    def begin(self, out, exports):
+        """What comes next is of a segment (vnb.stream.SegmentWriter) with these exports (list of Export)."""
+        self.out = out
+        self.exports = exports
+
+    def wait_for(self, fd, event):
+        """Return when there is input, on a descriptor; until then pass on what the servers send. See stream.Input."""
+        ready = self.connections.turn(0, fd, event)
+        while fd not in ready:
+            if not self.queue:
+                self.connections.wait_for(fd, event, give_back=True)
+                return
+            if self._is_first_done():
+                self._write_first()
+                ready = self.connections.turn(0, fd, event)
+            else:
+                ready = self.connections.turn(None, fd, event)
 
     def add(self, frame):
         """Take an Extents frame: start reads for its data, as many as may be in flight, and pass on the rest."""
@@ -138,6 +180,8 @@ class Pipeline:
 
     def _read(self, disk, offset, end):
         export = self.exports[disk]
+        if export.request_size is None:
+            export.open()
         while offset < end:
             # Whole requests begin at multiples of their size: servers like it, and frames of two backups match.
             length = min(export.request_size - offset % export.request_size, end - offset)
@@ -157,6 +201,10 @@ class Pipeline:
         self._write_zeroes()
         self.out.writer.flush()
 
+    def _is_first_done(self):
+        request = self.queue[0][0]
+        return request is None or request[0].is_answered(request[1])
+
     def _write_first(self):
         request, disk, what, view = self.queue.popleft()
         if request is None:
@@ -164,7 +212,7 @@ class Pipeline:
             self.out.extents(disk, what)
             self.waiting -= LIST + len(what)
             return
-        wait(request, [connection for export in self.exports for connection in export.connections])
+        self.connections.wait(request)
         self.in_flight -= 1
         self.bytes_in_flight -= len(view)
         length, hash_ = len(view), xxh3_64_intdigest(view)

@@ -14,6 +14,7 @@ import time
 
 from vnb import domxml, export, heads, qemuimg, ssh
 from vnb.clients import LISTS, clients_of
+from vnb.connections import Connections
 from vnb.endpoint import Tcp, Unix, parse_listen
 from vnb.errors import Error
 from vnb.pool import AT_ONCE, Ordered
@@ -487,16 +488,18 @@ class _Offline:
         """How many bytes are dirty in any of the layers' bitmaps, or are data where no bitmap is given."""
         with tempfile.TemporaryDirectory(dir=temporary_directory()) as directory, contextlib.ExitStack() as stack:
             ranges = []
+            connections = Connections(len(layers))
             for number, layer in enumerate(layers):
                 socket = os.path.join(directory, str(number))
                 server = qemuimg.serve(disk.name, "", layer.path, layer.format, socket, bitmap)
                 stack.callback(server.end)
-                connection = export.Connection(
-                    Unix(socket).uri(""), disk.name,
+                context = export.Context(
+                    connections, Unix(socket).uri(""), disk.name,
                     f"qemu:dirty-bitmap:{bitmap}" if bitmap else export.BASE_ALLOCATION, required=True,
                 )
-                stack.callback(connection.close)
-                ranges.append(_ranges(connection, bitmap is not None))
+                context.open()
+                stack.callback(context.close)
+                ranges.append(_ranges(context, bitmap is not None))
             return _total(heapq.merge(*ranges))
 
 
@@ -697,9 +700,9 @@ def _format_of(name, path):
         raise Error(name, error.strerror, path) from None
 
 
-def _ranges(connection, is_bitmap):
+def _ranges(context, is_bitmap):
     """Yield (offset, end) of what is dirty, or of what is data, in an export."""
-    for offset, length, flags in export.Walk(connection, unknown=0).within(0, connection.size, connection.size):
+    for offset, length, flags in export.Walk(context, unknown=0).within(0, context.size, context.size):
         if flags & export.DIRTY if is_bitmap else not flags & export.READS_ZERO:
             yield offset, offset + length
 
