@@ -11,7 +11,8 @@ PLAN = [{"vda": "64k:A 64k:B"}, {"vda": "64k:C"}, {"vda": "64k:. 64k:D"}]
 
 def test_gap(tmp_path):
     first, _, third = segments_of(PLAN)
-    does = f"{makers.point(2)} follows {makers.point(1)}, it does not come after {makers.point(0)}"
+    does = f"{makers.point(2)} follows {makers.point(1)}, it does not come after {makers.point(0)} "
+    does += "(vnb-cat FILE... finds the order)"
     assert refused(first + third, tmp_path / "out") == f"stdin: {does}"
     done = applied.apply(first + third, "--force-sequence", tmp_path / "out")
     assert done.returncode == 0

@@ -35,7 +35,9 @@ def segments():
 
 
 def test_empty(out):
-    assert refused(b"", out) == "stdin: empty input, expected a stream"
+    assert refused(b"", out) == (
+        "stdin: empty input, expected a stream: the command before this one has written nothing"
+    )
 
 
 def test_text(out):
@@ -104,14 +106,16 @@ def test_increment_without_its_full(out, segments):
 def test_wrong_order(out, segments):
     third = segments_of([*PLAN, {"vda": "64k:D", "vdb": "4k:."}])[2]
     assert refused(segments[0] + third + segments[1], out) == (
-        f"stdin: {makers.point(2)} follows {makers.point(1)}, it does not come after {makers.point(0)}"
+        f"stdin: {makers.point(2)} follows {makers.point(1)}, it does not come after {makers.point(0)} "
+        "(vnb-cat FILE... finds the order)"
     )
 
 
 def test_two_fulls(out, segments):
     other = samples.segment(makers.head(5, parent=None, level="full"), [])
     assert refused(segments[0] + other, out) == (
-        f"stdin: {makers.point(5)} is a full backup of its own, it does not come after {makers.point(0)}"
+        f"stdin: {makers.point(5)} is a full backup of its own, it does not come after {makers.point(0)} "
+        "(vnb-cat FILE... finds the order)"
     )
 
 

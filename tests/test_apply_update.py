@@ -92,7 +92,9 @@ def test_segments_that_do_not_follow(tmp_path, segments):
     assert refused(old, "--update", copy) == f"stdin: ends at {makers.point(8)}, {holds}"
     other = samples.segment(makers.head(1, uuid="other", domain="vm2"), [])
     assert refused(other, "--update", copy).startswith(f"stdin: {makers.point(1)} is of another domain (vm2, other)")
-    assert refused(b"", "--update", copy) == "stdin: empty input, expected a stream"
+    assert refused(b"", "--update", copy) == (
+        "stdin: empty input, expected a stream: the command before this one has written nothing"
+    )
     assert stamps(copy) == before
 
 

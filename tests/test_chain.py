@@ -211,10 +211,10 @@ def test_follow():
     accepted(full, second, force=True)
     for segments, reason in [
         ((first,), "p1 is an increment to p0, which is not here"),
-        ((full, second), "p2 follows p1, it does not come after p0"),
-        ((full, second, first), "p2 follows p1, it does not come after p0"),
-        ((full, first, first), "p1 follows p0, it does not come after p1"),
-        ((full, full), "p0 is a full backup of its own, it does not come after p0"),
+        ((full, second), "p2 follows p1, it does not come after p0 (vnb-cat FILE... finds the order)"),
+        ((full, second, first), "p2 follows p1, it does not come after p0 (vnb-cat FILE... finds the order)"),
+        ((full, first, first), "p1 follows p0, it does not come after p1 (vnb-cat FILE... finds the order)"),
+        ((full, full), "p0 is a full backup of its own, it does not come after p0 (vnb-cat FILE... finds the order)"),
         ((full, Segment("p1", "p0", uuid="u2", domain="o")), "p1 is of another domain (o, u2) than p0 (vm, u-1)"),
     ]:
         with pytest.raises(Error) as caught:

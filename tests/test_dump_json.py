@@ -157,7 +157,8 @@ def test_any_character_changed(number, choose):
 
 
 @pytest.mark.parametrize("line, reason", [
-    ("", "not JSON"), ("x", "not JSON: Expecting value (column 1)"), ("{", "not JSON"), ("[]", "not an object"),
+    ("", "not JSON"), ("x", "not JSON: Expecting value (column 1)"), ("{", "as jq -c writes it"),
+    ("[]", "not an object"),
     ("5", "not an object"), ("null", "not an object"), ('"x"', "not an object"), ("{}", '"frame" must name its type'),
     ('{"frame":5}', "must name its type"), ('{"frame":""}', "must name"), ('{"frame":"a\\nb"}', "must name"),
     ('{"frame":null,"elements":[5]}', "must name"), ('{"frame":"x"}', '"elements" must be a list'),

@@ -274,7 +274,8 @@ def test_the_disk_whose_server_died_is_named():
 
 def test_no_server(tmp_path):
     done = command("vnb-read", stdin=with_extents((f"nbd+unix:///?socket={tmp_path}/x", 5, [0, 5, DATA])))
-    assert unfinished(done.failed("vnb-read: vda: cannot connect: No such file or directory"))
+    said = f"cannot connect to {tmp_path}/x: No such file or directory (has its backup job ended)"
+    assert unfinished(done.failed(f"vnb-read: vda: {said}"))
 
 
 def test_the_size_of_the_stream_and_of_the_export_differ():

@@ -22,6 +22,8 @@ from vnb.progress import Progress
 STREAM = samples.every_kind()
 VERIFY = [sys.executable, os.path.join(samples.ROOT, "bin", "vnb-verify")]
 ENV = {**os.environ, "PYTHONPATH": samples.ROOT}
+FINDS = " (vnb-cat FILE... finds the order)"
+NOTHING = "empty input, expected a stream: the command before this one has written nothing"
 PLAN = [{"vda": "64k:A 64k:- 32k:0", "vdb": "128k:? 64k:0"}, {"vda": "96k:. 64k:B"}, {"vda": "8k:C"}]
 
 
@@ -134,7 +136,7 @@ def test_damaged_stream_on_the_command_line():
             "40 bytes differ from what was read from the source\n")
     assert run(stdin=bytes(damaged)) == (1, STREAM[:frame], line)
     assert run("--threads", 0, stdin=bytes(damaged)) == (1, STREAM[:frame], line)
-    assert run() == (1, b"", "vnb-verify: stdin: empty input, expected a stream\n")
+    assert run() == (1, b"", f"vnb-verify: stdin: {NOTHING}\n")
     assert run(stdin=b"text\n") == (
         1, b"", "vnb-verify: stdin: stream offset 0: not a stream of vnb (it starts with 74 65 78 74 0a)\n"
     )
@@ -180,10 +182,12 @@ def test_files_are_verified_as_they_would_be_restored(tmp_path):
     assert run(*parts.values()) == run(parts[2], parts[0], parts[1]) == (0, b"", "")
     for numbers, operands, lines in (
         ((0, 1, 2), (), []),
-        ((0, 2), (), ["p2 follows p1, it does not come after p0", "gap: p2 needs p1, which is not here"]),
-        ((0, 2), (parts[1],), ["p2 follows p1, it does not come after p0"]),
-        ((1, 0), (), ["p0 is a full backup of its own, it does not come after p1"]),
-        ((0, 1, 1), (), ["p1 follows p0, it does not come after p1", f"{path} and {path} claim the same id id-p1"]),
+        ((0, 2), (), ["p2 follows p1, it does not come after p0" + FINDS, "gap: p2 needs p1, which is not here"]),
+        ((0, 2), (parts[1],), ["p2 follows p1, it does not come after p0" + FINDS]),
+        ((1, 0), (), ["p0 is a full backup of its own, it does not come after p1" + FINDS]),
+        ((0, 1, 1), (), [
+            "p1 follows p0, it does not come after p1" + FINDS, f"{path} and {path} claim the same id id-p1",
+        ]),
         ((1, 2), (), ["gap: p1 needs p0, which is not here"]),
         ((0, 1, 2), (parts[1],), [f"{path} and {parts[1]} claim the same id id-p1"]),
     ):

@@ -34,6 +34,7 @@ from vnb.standby import Standby
 from vnb.writer import Buffers
 
 FORMATS = ("qcow2", "raw")
+EXAMPLE = "vnb-cat SET | vnb-apply DIR"
 # Those of qemu-img's options that say how an image is made, and nothing of what is in it or below it.
 OPTIONS = (
     "cluster_size", "compat", "compression_type", "data_file", "data_file_raw", "extended_l2", "lazy_refcounts",
@@ -57,7 +58,7 @@ def main(args):
         return
     with Progress(args["--progress"]) as progress:
         with Restore(args["DIR"], recipe, chosen, buffers, args["--force-sequence"]) as restore:
-            for segment in stream.stdin(stage="data", consumer=True, pool=buffers):
+            for segment in stream.stdin(stage="data", consumer=True, pool=buffers, example=EXAMPLE):
                 progress.begin(segment.head)
                 report = proof.Report(segment.head)
                 with progress.segment(segment):
@@ -74,7 +75,7 @@ def update(args, recipe, chosen, buffers):
     words = [f"--format {recipe.format}", *(f"--disk {value}" for value in sorted(args["--disk"]))]
     words += [f"--image-options {args['--image-options']}"] if args["--image-options"] else []
     words += ["--preallocate"] if recipe.preallocate else []
-    reader = None if args["--resume"] else stream.stdin(stage="data", consumer=True, pool=buffers)
+    reader = None if args["--resume"] else stream.stdin(stage="data", consumer=True, pool=buffers, example=EXAMPLE)
     with Progress(args["--progress"]) as progress, Standby(args["DIR"], recipe, chosen, words, buffers) as standby:
         standby.resume()
         if reader is not None:

@@ -61,7 +61,8 @@ class Follow:
                 )
             if head["parent"] != before["point"] and not self.force:
                 does = f'follows {head["parent"]}' if head["parent"] else "is a full backup of its own"
-                raise Error(self.name, f'{head["point"]} {does}, it does not come after {before["point"]}')
+                reason = f'{head["point"]} {does}, it does not come after {before["point"]}'
+                raise Error(self.name, f"{reason} (vnb-cat FILE... finds the order)")
         for disk in disks:
             known = self.disks.get(disk["name"])
             if disk["level"] == "inc" and known is None and not (self.force and before is not None):

@@ -22,7 +22,8 @@ import re
 import select
 import socket
 import time
-from errno import EAGAIN, ECONNABORTED, ECONNRESET, ENOENT, ENOTCONN, EPIPE
+from errno import EAGAIN, ECONNABORTED, ECONNREFUSED, ECONNRESET, ENOENT, ENOTCONN, EPIPE
+from urllib.parse import unquote
 
 import nbd
 
@@ -159,6 +160,11 @@ class Connection:
         self.is_refused = error.errnum == EAGAIN or (_is_gone(error) and is_early)
         self.is_unknown = error.errnum == ENOENT and self._state.startswith("NEWSTYLE")
         self.failure = self.error(error)
+        path = re.search(r"[?&]socket=([^&]*)", self.uri)
+        if path and self._state == "START" and error.errnum in (ENOENT, ECONNREFUSED):
+            # A job takes its socket along when it ends.
+            reason = f"{os.strerror(error.errnum)} (has its backup job ended)"
+            self.failure = Error(self.name, f"cannot connect to {unquote(path[1])}: {reason}")
         self.handle = None  # the last one that has it: that closes the socket
 
     def proceed(self, direction, events):

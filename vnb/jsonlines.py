@@ -189,7 +189,9 @@ def _parse(line):
             line.decode(), parse_int=_integer, parse_float=_number, parse_constant=_number, object_pairs_hook=_map
         )
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
+        part = line.strip() in (b"{", b"[")  # as jq prints it for people
+        more = ": a frame takes one line, as jq -c writes it" if part else ""
+        raise ValueError(f"not JSON: {error.msg} (column {error.colno}){more}") from None
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
     except RecursionError:

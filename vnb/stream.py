@@ -18,6 +18,7 @@ import functools
 import os
 import re
 import select
+import stat
 
 from xxhash import xxh3_64
 
@@ -237,7 +238,8 @@ class Reader:
         window = self.input.fill(len(f.HEAD_MAGIC))
         if not window:
             if first == 0:
-                raise StreamError(self.input.name, "empty input, expected a stream")
+                before = ": the command before this one has written nothing" if _is_pipe(self.input.fd) else ""
+                raise StreamError(self.input.name, f"empty input, expected a stream{before}")
             head = self.segment.head if self.segment is not None else {}
             if "next" in head:  # who wrote it may have ended between two segments
                 raise self.error(f'the input ends at {head["point"]}, but {head["next"]} was to follow')
@@ -670,10 +672,14 @@ class SegmentWriter:
         self.counts.add(sum_)
 
 
-def stdin(stage=None, consumer=False, pool=None, wait=None):
-    """A Reader of standard input; see Reader. A terminal is refused: nobody types a stream. Its run is ours."""
+def stdin(stage=None, consumer=False, pool=None, wait=None, example=None):
+    """
+    A Reader of standard input; see Reader. A terminal is refused: nobody types a stream. Its run is ours.
+
+    example (str or None): a command line with a stream, for whoever has none.
+    """
     if os.isatty(0):
-        raise Error("stdin", "is a terminal, expected a stream")
+        raise Error("stdin", f"is a terminal, expected a stream{f', as in {example}' if example else ''}")
     set_pipe_size(0)
     return Reader(0, "stdin", stage, consumer, pool, begun=log.take_run, wait=wait)
 
@@ -700,27 +706,28 @@ def checked_head(fields, payload, error):
     head = fields[2]
     for key in ("id", "point", "uuid"):
         if not f.is_name(head.get(key)):
-            raise error(f'malformed head: "{key}"')
+            raise error(f'malformed head: "{key}" is no name of 1 to 255 printable characters')
     if not is_domain_name(head.get("domain")):
-        raise error('malformed head: "domain"')
+        raise error('malformed head: "domain" is no name of 1 to 255 characters without NUL and line feed')
     for key in ("parent", "checkpoint"):
         if key not in head or not (head[key] is None or f.is_name(head[key])):
-            raise error(f'malformed head: "{key}"')
+            raise error(f'malformed head: "{key}" is neither a name nor nil')
     for key in ("chain", "run", "next"):
         if key in head and not f.is_name(head[key]):
-            raise error(f'malformed head: "{key}"')
+            raise error(f'malformed head: "{key}" is no name of 1 to 255 printable characters')
     for key in ("domain_xml", "checkpoint_xml"):
         if not isinstance(head.get(key), (str, type(None))):
-            raise error(f'malformed head: "{key}"')
+            raise error(f'malformed head: "{key}" is neither text nor nil')
     grows = head.get("grows", {})
     if not isinstance(grows, dict) or not all(
         is_safe_name(name) and type(size) is int and 0 <= size <= f.MAX_OFFSET for name, size in grows.items()
     ):
         raise error('malformed head: "grows"')
     if not isinstance(head.get("created"), str) or not _CREATED.fullmatch(head["created"]):
-        raise error('malformed head: "created"')
+        raise error('malformed head: "created" is no time such as 2026-01-31T12:00:00.000000Z')
     if head.get("stage") not in STAGES or head.get("level") not in LEVELS:
-        raise error("malformed head: stage or level")
+        stages, levels = ", ".join(STAGES), ", ".join(LEVELS)
+        raise error(f"malformed head: a stage is one of {stages}, a level one of {levels}")
     if (head["level"] in ("inc", "diff")) != (head["parent"] is not None):
         raise error(f'malformed head: level {head["level"]} and parent {head["parent"]}')
     if head["parent"] == head["point"]:
@@ -733,7 +740,7 @@ def checked_disk(fields, payload, before, error):
     if len(fields) != 3 or payload is not None or not isinstance(fields[2], dict):
         raise error('malformed frame "disk"')
     if type(fields[1]) is not int or fields[1] != len(before):
-        raise error('malformed frame "disk": its number')
+        raise error(f'malformed frame "disk": its number is not {len(before)}, which is next')
     if len(before) >= f.MAX_DISKS:
         raise error(f"more than {f.MAX_DISKS} disks")
     disk = fields[2]
@@ -744,7 +751,7 @@ def checked_disk(fields, payload, before, error):
         raise error(f"two disks are named {name}")
     size = disk.get("size")
     if type(size) is not int or not 0 <= size <= f.MAX_OFFSET or disk.get("level") not in DISK_LEVELS:
-        raise error(f"{name}: malformed size or level")
+        raise error(f"{name}: malformed size, or a level that is not one of {', '.join(DISK_LEVELS)}")
     if not all(isinstance(disk.get(key, {}), dict) for key in ("image", "source")):
         raise error(f"{name}: malformed image or source")
     return disk
@@ -772,6 +779,13 @@ def is_domain_name(name):
 def is_safe_name(name):
     """Whether a name from a stream may become a part of a file name: nothing that leaves a directory or hides."""
     return f.is_name(name) and "/" not in name and not name.startswith(".")
+
+
+def _is_pipe(fd):
+    try:
+        return stat.S_ISFIFO(os.fstat(fd).st_mode)
+    except (OSError, TypeError):
+        return False
 
 
 def _wait(fd, event):
