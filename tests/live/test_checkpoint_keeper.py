@@ -112,7 +112,7 @@ def test_abort_and_commit_after_the_keeper_was_killed(lab, vm, directory):
 
 
 @pytest.mark.parametrize(
-    "command", ["cleanup --set {set} {vm}", "abort {vm}", "run --level full --no-proof {vm} -- cat"]
+    "command", ["cleanup --set {set} {vm}", "abort {vm}", "run --level copy --no-proof {vm} -- cat"]
 )
 @pytest.mark.parametrize("since", ["nothing", "resumed", "started anew", "stopped"])
 def test_a_guest_that_is_suspended_for_a_dead_keeper_is_resumed_if_it_still_is(lab, vm, directory, command, since):
@@ -237,7 +237,7 @@ def test_a_job_that_is_not_ours_is_left_alone(lab, vm, directory):
     assert done.stderr == f"vnb-checkpoint: {vm.name}: a backup job is active already\n"
     lab.sh(f"vnb-checkpoint abort {vm.name}")
     done = lab.sh(f"vnb-checkpoint cleanup {vm.name}")
-    assert "a backup job that is not of vnb is active: left alone" in done.stderr
+    assert "a backup job of another program is active: left alone" in done.stderr
     assert vm.has_job()
     vm.handle.abortJob()
     wait_for(lambda: not vm.has_job(), "the end of the job")
