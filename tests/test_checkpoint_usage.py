@@ -66,4 +66,7 @@ def test_password_file_is_needed_only_where_libvirt_asks(tmp_path):
     """A password is never an argument; that of a file that is not there is missed when it is asked for."""
     done = checkpoint("list", "vm1", "-c", "test:///default", "--user", "me", "--password-file", "/nonexistent")
     assert done.returncode == 1
-    assert done.stderr == "vnb-checkpoint: vm1: no such domain at test:///default\n"
+    assert done.stderr == (
+        "vnb-checkpoint: vm1: no such domain at test:///default (virsh -c test:///default list --all shows those that "
+        "are)\n"
+    )

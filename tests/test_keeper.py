@@ -8,6 +8,7 @@ import types
 
 import pytest
 
+from vnb import waiting
 from vnb.errors import Error
 from vnb.keeper import Keeper, Line, _begin, _keep_for
 from vnb.state import JobDirectory
@@ -104,3 +105,32 @@ def test_a_keeper_that_lacks_memory_says_so_in_a_line(pair, monkeypatch, raised)
         _keep_for(ours, {})
     with pytest.raises(Error, match="^keeper: (out of memory.*|no room)$"):
         Line(theirs).answer(None)
+
+
+def test_who_waits_says_what_for(pair, monkeypatch):
+    """The first time after some seconds, then more and more rarely; what ends sooner is not said."""
+    ours, theirs = pair
+    monkeypatch.setattr("vnb.keeper.PATIENCE_SECONDS", 0.05)
+    keeper, starter = Line(ours), Line(theirs)
+    said = []
+
+    def hear(message):
+        said.append(message["note"])
+        if len(said) == 2:
+            keeper.send(done=True)
+
+    with keeper.waits():
+        with waiting.on("the first"):
+            pass
+        with waiting.on("the guest agent"), waiting.on("what that waits for"):
+            assert starter.answer(hear) == {"done": True}
+    assert [line.partition(",")[0] for line in said] == ["waiting for the guest agent"] * 2
+    keeper.send(done=True)
+    assert starter.answer(hear) == {"done": True}  # what came late, about the end of the waits, is no answer
+
+
+def test_a_keeper_that_is_silent_is_waited_for_as_long_as_said(pair):
+    ours, theirs = pair
+    theirs.settimeout(0.1)
+    with pytest.raises(Error, match="^keeper: does not answer$"):
+        Line(theirs).answer(lambda message: None)

@@ -21,19 +21,21 @@ import time
 import traceback
 
 from vnb import job as jobs
+from vnb import waiting
 from vnb.clients import read_lists
 from vnb.errors import Error, Interrupted, Saved, UsageError, lack, os_error
 from vnb.source import open_source, source_of
 from vnb.state import JobDirectory, is_dead, owner
 
 TICK_SECONDS = 1.0  # free room, clients and deadline have no event that one could wait for
+PATIENCE_SECONDS = 5  # for whoever waits for a keeper to wait without a word, the first time
 WAITED_FOR_SECONDS = 30  # for whoever has begun a job to wait for its end, where that fails
 RAREST_SECONDS = 300  # between two attempts to end a job that does not end; the first pause is a tick
 MAX_MESSAGE = 32 << 20  # a head has XML in it, disks are a few hundred bytes each
 REQUEST_SECONDS = 10  # for whoever speaks to the keeper to say what it wants, and to take the answer
 ANSWER_SECONDS = 180  # a guest that shuts down keeps its job for half a minute
 MAKE_WAY_SECONDS = 20  # for a keeper that may be asking a guest agent that hangs
-UNASKED = {"note", "ending", "ended"}  # keys of messages that are no answers
+UNASKED = {"note", "ending", "ended", "doing"}  # keys of messages that are no answers
 
 
 class Line:
@@ -42,6 +44,7 @@ class Line:
     def __init__(self, connection):
         self.socket = connection
         self._rest = b""
+        self._doing = None  # what the other side waits for, as it has said
 
     def fileno(self):
         return self.socket.fileno()
@@ -77,10 +80,31 @@ class Line:
             raise Error("keeper", "malformed message")
         return message
 
+    def patiently(self, hear):
+        """As receive(); says, as a note to hear(message), what the other side waits for when that takes long."""
+        begun = now = time.monotonic()
+        pause = PATIENCE_SECONDS
+        next_ = begun + pause
+        while True:
+            while b"\n" not in self._rest and not select.select([self.socket], [], [], max(0, next_ - now))[0]:
+                now = time.monotonic()
+                limit = self.socket.gettimeout()
+                if limit is not None and now - begun > limit:
+                    raise Error("keeper", "does not answer")
+                what = self._doing or "the keeper of the job"
+                hear({"note": f"waiting for {what}, {now - begun:.0f} seconds by now"})
+                pause *= 2
+                next_ = now + pause
+            message = self.receive()
+            if message is None or "doing" not in message:
+                return message
+            self._doing = message["doing"]
+            now = time.monotonic()
+
     def answer(self, hear):
         """Read what nobody asked for, which goes to hear(message), up to an answer; returns it, raises an error."""
         while True:
-            message = self.receive()
+            message = self.patiently(hear)
             if message is None:
                 raise KeeperDied("keeper", "ended without an answer")
             if "error" in message:
@@ -100,8 +124,12 @@ class Line:
     def offer(self, **message):
         """Send a short message unless so many have not been read that it would have to wait."""
         # A socket counts as writable while most of its buffer is free, so a line fits.
-        if select.select([], [self.socket], [], 0)[1]:
+        if self.socket.fileno() >= 0 and select.select([], [self.socket], [], 0)[1]:
             self.send(**message)
+
+    def waits(self):
+        """A context in which the other side is told what this process waits for."""
+        return waiting.told_to(lambda what: self.offer(doing=what))
 
     def close(self):
         self.socket.close()
@@ -191,7 +219,7 @@ class Starter:
             self.line.socket.shutdown(socket.SHUT_WR)
         stays = False
         with contextlib.suppress(Error):
-            while (message := self.line.receive()) is not None:
+            while (message := self.line.patiently(self._hear)) is not None:
                 self._hear(message)
                 stays = stays or "stays" in message
         self.line.close()
@@ -310,7 +338,8 @@ def _keep_for(connection, options):
     connection.settimeout(REQUEST_SECONDS)
     line = Line(connection)
     try:
-        _keep(line, options)
+        with line.waits():
+            _keep(line, options)
     except Error as error:
         line.send(error=[error.what, error.reason, error.where])
         raise
@@ -345,7 +374,8 @@ def _keep_locked(line, options, source, directory):
                 return
             try:
                 line.send(**message)
-                keeper.loop()
+                with waiting.told_to(None):  # what it looks at each second keeps nobody waiting
+                    keeper.loop()
             finally:
                 keeper.end_if_running("the keeper was ended")
                 if keeper.job.held is not None:
@@ -507,8 +537,10 @@ class Keeper:
             self._write(f"ending the job: {reason}")
             if self.starter is not None:
                 self.starter.offer(ending=reason)  # its command, which may be all that keeps QEMU, has to go
+        starter = self.starter or self.left
         try:
-            saved = self.job.abort(self.ending)
+            with contextlib.nullcontext() if starter is None else starter.waits():
+                saved = self.job.abort(self.ending)
         except Error as error:
             self.next_try = time.monotonic() + self.pause
             self.pause = min(2 * self.pause, RAREST_SECONDS)
@@ -594,7 +626,8 @@ class Keeper:
             if self.done:
                 self._do_late(line, message.get("do"))
             else:
-                _end(self.job, message)
+                with line.waits():
+                    _end(self.job, message)
                 self.done = True
             line.send(done=True, strict=self.job.strict)
         except Error as error:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 
+from vnb import waiting
 from vnb.child import START_SECONDS, Child
 from vnb.connections import Connections
 from vnb.endpoint import Unix
@@ -42,7 +43,8 @@ class Layer:
 def run(what, *argv):
     """Run a program, give its standard output; Error with its words where it fails."""
     try:
-        done = subprocess.run(argv, capture_output=True, check=False)
+        with waiting.on(f"{argv[0]}, about {what}"):
+            done = subprocess.run(argv, capture_output=True, check=False)
     except OSError as error:
         raise Error(argv[0], error.strerror) from None
     if done.returncode:

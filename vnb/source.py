@@ -12,7 +12,7 @@ import shlex
 import tempfile
 import time
 
-from vnb import domxml, export, heads, qemuimg, ssh
+from vnb import domxml, export, heads, qemuimg, ssh, waiting
 from vnb.clients import LISTS, clients_of
 from vnb.connections import Connections
 from vnb.endpoint import Tcp, Unix, parse_listen
@@ -24,6 +24,7 @@ from vnb.virt import AddressInUse, Denied, Domain, NoDomain, Unanswered
 
 FAR_LOOK_SECONDS = 1  # between two logins
 _PROTOCOL = re.compile(r"[^/]*:")  # before the name of an image that is no path, as nbd:, json:
+QEMU_LISTENS = "nbd-server-start"  # a command of QEMU, which libvirt names in its error
 PORT_TRIES = 16  # of ports that are chosen: that many are not taken by chance
 
 
@@ -174,6 +175,11 @@ class Running:
             self._begin(plan, job)
         except Denied as error:
             raise _with_permission_hint(error, xml, plan) from None
+        except Error as error:
+            if not plan.endpoint.is_tcp or QEMU_LISTENS not in error.reason:
+                raise
+            why = "QEMU cannot listen there (is it an address of the domain's host, and a port that is free)"
+            raise Error("--nbd-listen", f"{why}: {error.reason}", options["listen"]) from None
         finally:
             if paused:
                 self._resume(job)
@@ -288,6 +294,10 @@ class Running:
 
     def _wait_for_clients(self, job):
         """What vnb.clients says; on another host, by its lists."""
+        with waiting.on("the clients of the export to go, or to end their handshake"):
+            self._wait_for_clients_there(job)
+
+    def _wait_for_clients_there(self, job):
         careful = not job.is_committing  # else its command, and what that had connected, has ended
         if self.host is None:
             job.clients.shut_out(careful)

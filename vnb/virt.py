@@ -11,7 +11,7 @@ import time
 
 import libvirt
 
-from vnb import domxml, qemuimg
+from vnb import domxml, qemuimg, waiting
 from vnb.errors import Error, os_error
 
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(-?[0-9A-Fa-f]{4}){3}-?[0-9A-Fa-f]{12}")
@@ -48,6 +48,11 @@ MARK = "urn:vnb:started"  # the namespace of what we write into the live XML of 
 # gives its writers a minute; no job runs yet that somebody would have to watch over. Thawing and asking is quick.
 FREEZE_SECONDS, THAW_SECONDS, INFO_SECONDS = 60, 5, 5
 AGENT_COMMAND_TIMEOUT = 112  # VIR_ERR_AGENT_COMMAND_TIMEOUT, which the binding may be too old for
+WAITS = {  # what libvirt's functions wait for
+    "backupBegin": "libvirt and QEMU to begin the job", "abortJob": "libvirt and QEMU to end the job",
+    "fsFreeze": "the guest agent to freeze the file systems", "fsThaw": "the guest agent to thaw the file systems",
+    "guestInfo": "the guest agent to describe the guest",
+}
 
 # libvirt prints each error on stderr itself, unless told not to: we say it, once.
 libvirt.registerErrorHandler(lambda _context, _error: None, None)
@@ -250,11 +255,13 @@ class Domain:
         self.uri = uri or default_uri()
         self.what = name
         try:
-            self._connection = _open(self.uri, user, password_file)
+            with waiting.on(f"libvirt at {self.uri} to answer"):
+                self._connection = _open(self.uri, user, password_file)
         except libvirt.libvirtError as error:
             raise error_of(self.uri, error) from None
         try:
-            self._domain = self._look_up(name)
+            with waiting.on(f"libvirt at {self.uri} to answer"):
+                self._domain = waiting.Told(self._look_up(name), WAITS, "libvirt to answer")
             self.name = self._domain.name()
             self.uuid = self._domain.UUIDString()
         except libvirt.libvirtError as error:
@@ -271,7 +278,7 @@ class Domain:
             except libvirt.libvirtError as error:
                 if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                     raise
-        raise NoDomain(name, f"no such domain at {self.uri}")
+        raise NoDomain(name, f"no such domain at {self.uri} (virsh -c {self.uri} list --all shows those that are)")
 
     def close(self):
         """Let go of the connection, which the domain holds, too."""
@@ -504,7 +511,8 @@ class Domain:
                     failure = error
                 if patience.is_over or not self._connection.isAlive():
                     raise failure
-                wait(patience.next_pause())  # the abort is answered before the block jobs are gone
+                with waiting.on("libvirt and QEMU to end the job"):
+                    wait(patience.next_pause())  # the abort is answered before the block jobs are gone
 
     @contextlib.contextmanager
     def _changes(self):
@@ -536,7 +544,7 @@ class Domain:
         """Wait until a guest that is shutting down is off: libvirt says so a moment after QEMU's monitor is gone."""
         if not self._is_going():
             return
-        with self._changes() as wait:
+        with self._changes() as wait, waiting.on("the guest, which is shutting down"):
             patience = Patience(SETTLE_SECONDS)
             while self._is_going():
                 if patience.is_over:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import libvirt
 import pytest
-from backups import STORE, backup, in_handshake, listed, lose_job_data, record, restores, tip
+from backups import STORE, backup, in_handshake, levels, listed, lose_job_data, record, restores, tip
 from guest import linux
 from lab import Disk, MiB, run, wait_for
 
@@ -85,6 +85,22 @@ def test_the_keeper_killed_has_its_job_ended_by_run(lab, vm, directory):
     assert "the keeper was killed by SIGKILL: ending its job" in said
     assert not vm.has_job()
     assert vm.checkpoints() == before
+
+
+def test_run_says_what_it_waits_for(lab, vm, directory):
+    """A libvirtd that hangs, at the start and at the end: nobody has to guess."""
+    pid = lab.libvirtd_pid()
+    for stop in "", f"kill -STOP {pid}":
+        if not stop:
+            os.kill(pid, signal.SIGSTOP)
+        store = f"{STORE.format(set=directory)}; {stop or 'true'}"
+        process = start(lab, f"exec vnb-checkpoint run {vm.name} --level full --set {directory} -- '{store}'")
+        said = next(line for line in process.stderr if "waiting for" in line)
+        os.kill(pid, signal.SIGCONT)
+        assert re.fullmatch(r"vnb-checkpoint: waiting for libvirt .*, 5 seconds by now\n", said)
+        _, rest = process.communicate(timeout=60)
+        assert process.returncode == 0, rest
+    assert len(levels(directory)) == 2
 
 
 def test_both_killed_is_put_right_by_the_next_backup(lab, vm, directory):

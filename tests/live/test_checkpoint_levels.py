@@ -209,6 +209,12 @@ def test_a_scratch_without_room_is_refused_before_the_job(lab, vm, directory, op
     assert vm.checkpoints() == []
 
 
+def test_an_address_of_another_host_is_said_to_be_that(lab, vm, directory):
+    done = backup(lab, vm, "full", directory, "--nbd-listen 192.0.2.1", check=False)
+    assert done.returncode == 1
+    assert "vnb-checkpoint: --nbd-listen: 192.0.2.1: QEMU cannot listen there (is it an address of " in done.stderr
+
+
 def test_much_metadata_is_saved_or_refused_before_the_job(lab, vm, directory):
     """The head has the domain's XML four times. What does not fit there must not be found after the freeze."""
     both = libvirt.VIR_DOMAIN_AFFECT_LIVE | libvirt.VIR_DOMAIN_AFFECT_CONFIG

@@ -406,4 +406,5 @@ def test_an_image_in_use_is_refused(lab, vm, directory):
 
 def test_a_domain_that_is_not_there(lab):
     done = lab.sh("vnb-checkpoint begin nobody --level full --destination x | cat", check=False)
-    assert (done.returncode, done.stderr) == (1, "vnb-checkpoint: nobody: no such domain at qemu:///system\n")
+    assert done.returncode == 1
+    assert done.stderr.startswith("vnb-checkpoint: nobody: no such domain at qemu:///system (virsh ")
