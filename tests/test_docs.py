@@ -298,3 +298,17 @@ def test_trouble_is_told_in_the_words_that_are_printed():
     cut = [re.split(r": |, user|\(", PLACEHOLDERS.sub(": ", message)) for message in said]
     parts = {part.strip(" ,():") for pieces in cut for part in pieces}
     assert [part for part in sorted(parts - NOT_OURS) if part not in code] == []
+
+
+@pytest.mark.parametrize("name", ["vnb-backup", "vnb-backup-all", "vnb-restore"])
+def test_scripts_take_the_options_of_their_usage(name):
+    """A script lists its options once for bash, and once for people."""
+    script = Path(ROOT, "bin", name).read_text().partition("\narguments ")[0]
+    code = f'{script}\nprintf "%s\\n" "${{flags[@]}}"; echo; printf "%s\\n" "${{values[@]}}"'
+    done = run("env", f"PATH={ROOT}/bin:{os.environ['PATH']}", "bash", "-c", code)
+    flags, values = (set(part.split()) for part in done.stdout.split("\n\n"))
+    texts = usage(name) + (usage("vnb-backup") if name == "vnb-backup-all" else "")
+    options = [option for text in texts.split("\nUsage:\n")[1:] for option in Usage(f"x - x\n\nUsage:\n{text}").options]
+    names = {bool(value): {word for option in options if bool(option.value) == value
+                           for word in (option.short, option.long) if word} for value in (False, True)}
+    assert (flags, values) == (names[False], names[True])
