@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What is on disk of a job, and heads that follow others."""
 
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from vnb import heads
@@ -19,6 +23,43 @@ def test_a_record_comes_back(job):
     assert job.load() == {"head": {"point": "p"}, "owner": {"pid": 5}}
     job.remove()
     assert job.load() is None
+
+
+def is_waited_for(path):
+    """Whether somebody waits for a lock of this file."""
+    inode = f":{os.stat(path).st_ino} "
+    with open("/proc/locks", encoding="ascii") as file:
+        return any("->" in line and inode in line for line in file)
+
+
+def test_nothing_is_left_of_a_job_that_is_over(job, tmp_path):
+    """Whoever waited for the lock has that of a file that was removed, and takes that of the new one."""
+    held, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with JobDirectory(str(tmp_path), "u-1").locked(wait=True) as got:
+            held.set()
+            assert leave.wait(30)
+            return got
+
+    with ThreadPoolExecutor(1) as pool:
+        with job.locked() as got:
+            assert got
+            waiting = pool.submit(hold)
+            while not is_waited_for(tmp_path / "jobs" / "u-1" / "lock"):
+                assert not waiting.done()
+        assert held.wait(30)
+        with job.locked() as got:
+            assert not got
+        leave.set()
+        assert waiting.result()
+    assert os.listdir(tmp_path / "jobs") == []
+
+
+def test_what_a_keeper_has_said_stays(job, tmp_path):
+    with job.locked():
+        (tmp_path / "jobs" / "u-1" / "keeper.log").write_text("said\n")
+    assert (tmp_path / "jobs" / "u-1" / "keeper.log").exists()
 
 
 @pytest.mark.parametrize("text", [

@@ -137,24 +137,18 @@ class JobDirectory:
         """A descriptor that has the lock, or None. Whoever had it may have removed the file meanwhile."""
         while True:
             make_private_directory(self.path)
-            with _explained(path):
+            with _explained(path), contextlib.suppress(FileNotFoundError):  # it was removed: there is another, or none
+                fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
                 try:
-                    fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-                except FileNotFoundError:
-                    continue  # with its directory, and just now
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                if os.path.samestat(os.fstat(fd), os.stat(path)):
-                    return fd
-            except BlockingIOError:
-                os.close(fd)
-                return None
-            except FileNotFoundError:
-                pass  # it was removed: there is another one, or none yet
-            except BaseException:
-                os.close(fd)
-                raise
-            os.close(fd)
+                    fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                    if os.path.samestat(os.fstat(fd), os.stat(path)):
+                        fd, locked = None, fd
+                        return locked
+                except BlockingIOError:
+                    return None
+                finally:
+                    if fd is not None:
+                        os.close(fd)
 
     def _tidy(self, path):
         """Leave no directory behind where nothing is known of a job. The caller has the lock, and is about to end."""

@@ -11,6 +11,7 @@ from lab import KiB
 from machine import Machine
 
 from vnb import stream
+from vnb.source import Images
 
 STAGES = (("vnb-checkpoint",), ("vnb-extents", "vnb-read", "vnb-pack", "qemu-nbd", "qemu-img"))
 HOLDS = "each saved point restores byte for byte, the next increment is right; no partial file, bitmap, server or job"
@@ -161,7 +162,8 @@ def state_of(place):
 
     The source is no one's to break: where qemu-img cannot write to a qcow2 image, that itself may be lost.
     """
-    job, = place.directory.glob("state/jobs/*")
+    images = Images({path.stem: str(path) for path in place.directory.glob("*.qcow2")})
+    job = place.directory / "state" / "jobs" / images.uuid  # while it runs
     return [job, *(job / name for name in ("job.json", "job.json.new", "lock", "control", "keeper.log"))]
 
 
