@@ -7,23 +7,25 @@ Usage:
             [--disk DISK]... [--force-sequence] [options] [DIR]
   vnb-apply --help | --version
 
-Reads one or more segments with data, a full and what follows it, and makes
-DIR/NAME.FORMAT of each disk as it was at the last of them.
+Reads a full backup and the increments that follow it, and makes an image
+DIR/NAME.FORMAT of each disk, as it was at the last restore point.
 
 Options:
-  --format FORMAT   of new images, qcow2 or raw [default: qcow2]
+  --format FORMAT   the format of new images, qcow2 or raw [default: qcow2]
   --image-options OPTIONS
-                    of new qcow2 images, as qemu-img create has them, before
-                    those of the original: cluster_size=1M,compat=1.1
-  --preallocate     take the room for whole disks before anything is written
+                    options of new qcow2 images, as qemu-img create takes them;
+                    they override those of the original image
+  --preallocate     allocate the room for whole disks before anything is written
   --compress        compress the clusters of new qcow2 images
-  --disk DISK       NAME: only this disk; NAME=TARGET: write it there, to an
-                    NBD URI, a block device, or [qcow2:|raw:]FILE, that exist
-  --update          DIR holds a copy that follows its source: apply what leads
-                    on from the point it is at, each segment wholly or not
-  --resume          finish what an --update left unfinished, and read nothing
+  --disk DISK       NAME restores only this disk; NAME=TARGET overwrites a
+                    target that exists: an NBD URI, a block device, or
+                    [qcow2:|raw:]FILE
+  --update          keep a standby in DIR: apply the segments that follow its
+                    restore point, each of them wholly or not at all
+  --resume          finish what a killed --update has left unfinished, and read
+                    no stream
   --force-sequence  apply segments although they do not follow each other
-  --progress MODE   auto, none or json: how far it is, see vnb(7)
+  --progress MODE   show the progress: auto, none or json; see vnb(7)
 """
 
 from vnb import place, proof, stream

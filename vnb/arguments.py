@@ -6,14 +6,14 @@ import re
 from vnb.errors import UsageError
 
 COMMON = """\
-  -v, --verbose        say more, and with it the name of the run
-  -q, --quiet          say only what is wrong
+  -v, --verbose        print more, and the name of the run in each line
+  -q, --quiet          print only warnings and errors
   --log-format FORMAT  text, json or journald
   --debug              show tracebacks
-  --help               print this
+  --help               print this text
   --version            print the version
 """
-OTHERS = ("COMMAND", "ARGUMENT")  # words of another command's line: what they mean, and may be, is that one's business
+OTHERS = ("COMMAND", "ARGUMENT")  # words of another command's line, which checks them itself
 _UNITS = {None: 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -27,8 +27,8 @@ def refuse_empty(args):
     """
     Raise UsageError for an option or operand that was given, but with nothing in it.
 
-    It is a variable of a script that was not set, say: taken for one that was not given, a server that is to have
-    TLS would go without, and a backup to standard output.
+    A variable of a script that is not set makes such a word. If vnb took it for an option that was not given, a server
+    would go without its TLS, and a backup would go to standard output.
     """
     for name, value in args.items():
         if name not in OTHERS and "" in (value if isinstance(value, list) else [value]):
