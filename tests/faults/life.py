@@ -10,6 +10,7 @@ A running machine that is backed up again and again, whatever is done to its bac
 """
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -126,7 +127,8 @@ class Life:
         assert left == [], (left, said)
         check_said(said, "a backup")
         self.check_guest()
-        found = {name.rsplit(".", 2)[0] for name in os.listdir(self.set) if not name.startswith(".")}
+        names = [name for name in os.listdir(self.set) if not name.startswith(".")]
+        found = {re.split(r"\.(?:full|copy|inc|diff)\.", name)[0] for name in names}
         new = found - {point for point, _ in self.points}
         assert len(new) == 1 if process.returncode == 0 else len(new) <= 1, said
         self.points += [(point, self.begun) for point in new]

@@ -13,6 +13,7 @@ No code of ours makes the truth. Since no guest holds the images, a backup takes
 import copy
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -94,7 +95,7 @@ class Machine:
         if not list(self.set.glob("*.vnb")):
             return []
         self.place.sh(f"vnb-verify {self.set}")
-        return sorted(name.name.rsplit(".", 2)[0] for name in self.set.glob("[!.]*.vnb"))
+        return sorted(re.split(r"\.(?:full|copy|inc|diff)\.", name.name)[0] for name in self.set.glob("[!.]*.vnb"))
 
     def bitmaps(self):
         """The names (set) of the bitmaps in the images."""

@@ -174,7 +174,8 @@ def begin_from(_args):
     """What vnb-checkpoint does with a set."""
     catalog = Catalog("set")
     segments = catalog.segments()
-    for segment in catalog.of_domain(segments[0].head["uuid"], "vm"):
+    uuid = segments[0].head["uuid"] if segments else "u"  # what is damaged is left out
+    for segment in catalog.of_domain(uuid, "vm"):
         heads.new("vm", "u", "inc", "disks", parent=segment.head["point"], after=segment.head["created"])
         if segment.head.get("checkpoint_xml"):
             domxml.bitmaps(domxml.checkpoint_of(segment.head["checkpoint_xml"], ["vda"], ["vda"]))

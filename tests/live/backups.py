@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,7 +30,8 @@ def tip(lab, directory):
 
 def levels(directory):
     """The levels of a set's segments, in the order of their names: by time, within one chain."""
-    return [name.split(".")[-2] for name in sorted(os.listdir(directory)) if name.endswith(".vnb")]
+    names = sorted(name for name in os.listdir(directory) if name.endswith(".vnb"))
+    return [re.search(r"\.(full|copy|inc|diff)\.", name)[1] for name in names]
 
 
 def restores(lab, directory, reference, point=None):
