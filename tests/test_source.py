@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Sources, as far as they need no machine."""
 
+import os
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -62,34 +64,61 @@ def test_what_is_not_tried_again(domain, endpoint):
     assert domain.begun == []
 
 
-@pytest.mark.parametrize(("uri", "is_tcp", "has_worked", "asks"), [
+FAR = pytest.mark.parametrize(("uri", "is_tcp", "has_worked", "asks"), [
     ("qemu+ssh://far/system", False, False, True),
     ("qemu+ssh://far/system", True, False, True),
     ("qemu+tls://far/system", False, False, True),  # its socket comes by ssh
     ("qemu+tls://far/system", True, False, False),
     ("qemu+tls://far/system", True, True, True),
 ])
-@pytest.mark.parametrize("is_committing", [True, False])
-def test_another_host_is_asked_who_is_connected(monkeypatch, uri, is_tcp, has_worked, asks, is_committing):
-    """Where ssh is needed anyway, or has worked. Its failure is said, and what is no commit waits blindly then."""
-    slept = []
+
+
+def shut_out_there(monkeypatch, uri, is_tcp, has_worked, is_committing, run):
+    """Have the clients of an export on another host shut out: (seconds that were slept, lines that were said)."""
+    slept, said = [], []
     monkeypatch.setattr(clients, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=slept.append))
     host = Host.of_uri(uri)
-    asked, said = [], []
-
-    def run(what, *argv):
-        asked.append(argv)
-        raise Error(what, "no way")
-
     monkeypatch.setattr(host, "run", run)
-    record = {"endpoint": "far:49152" if is_tcp else "/run/a socket", "tcp": is_tcp, "scratch_made": has_worked}
-    Running(Domain(0), host)._wait_for_clients(
+    record = {"endpoint": "127.0.0.2:49152" if is_tcp else "/run/a socket", "tcp": is_tcp, "scratch_made": has_worked}
+    Running(Domain(0), host)._shut_out_clients(
         SimpleNamespace(record=record, note=said.append, is_committing=is_committing)
     )
+    return slept, said
+
+
+@FAR
+@pytest.mark.parametrize("is_committing", [True, False])
+def test_another_host_that_cannot_be_asked_who_is_connected(monkeypatch, uri, is_tcp, has_worked, asks, is_committing):
+    """Its failure is said, and what is no commit waits blindly then."""
+    def run(what, *_):
+        raise Error(what, "no way")
+
+    slept, said = shut_out_there(monkeypatch, uri, is_tcp, has_worked, is_committing, run)
     assert slept == ([] if is_committing else [clients.HANDSHAKE_SECONDS])
     assert said == ["far: no way: not known who is connected to the export there"] * asks
-    assert len(asked) == asks
-    assert is_tcp or "rm -f -- '/run/a socket';" in asked[0][-1]
+
+
+@FAR
+def test_another_host_cuts_its_connections(monkeypatch, uri, is_tcp, has_worked, asks):
+    """Where ssh is needed anyway, or has worked: by a Python there that has nothing of ours."""
+    ran = []
+
+    def run(_what, python, *arguments):
+        environment = {"PATH": os.environ["PATH"]}
+        ran.append(subprocess.run(
+            [python, "-I", *arguments], env=environment, capture_output=True, check=True, text=True, cwd="/"
+        ).stdout)
+        return ran[-1]
+
+    slept, said = shut_out_there(monkeypatch, uri, is_tcp, has_worked, True, run)
+    assert (slept, said) == ([], [])
+    assert ran == ["0\n"] * asks
+
+
+def test_a_client_that_cannot_be_cut_off_keeps_the_job(monkeypatch):
+    """To end it would stop the guest, which is worth more."""
+    with pytest.raises(Error, match=r"do not read \(2\), and this user may not cut them off"):
+        shut_out_there(monkeypatch, "qemu+ssh://far/system", False, True, False, lambda *_: b"2\n")
 
 
 def test_a_socket_that_cannot_be_removed():

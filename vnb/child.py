@@ -96,6 +96,7 @@ class Child:
             return
         if self.process.poll() is None:
             self.process.send_signal(self._ending)
+            self.process.send_signal(signal.SIGCONT)  # one that was stopped does not hear it
             if not self.wait(PATIENCE):
                 self.process.kill()
         self.process.wait()

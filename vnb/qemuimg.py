@@ -156,6 +156,7 @@ def end(pid):
         return
     try:
         signal.pidfd_send_signal(fd, signal.SIGTERM)
+        signal.pidfd_send_signal(fd, signal.SIGCONT)  # one that was stopped does not hear it
         if not select.select([fd], [], [], END_SECONDS)[0]:
             signal.pidfd_send_signal(fd, signal.SIGKILL)
             select.select([fd], [], [], END_SECONDS)

@@ -6,23 +6,22 @@ files by qemu-nbd. All have the same few methods, so that levels, catalogs and t
 
 import contextlib
 import heapq
+import json
 import os
 import re
-import shlex
 import tempfile
 import time
+from pathlib import Path
 
-from vnb import domxml, export, heads, qemuimg, ssh, waiting
-from vnb.clients import LISTS, clients_of
+from vnb import clients, domxml, export, heads, qemuimg, ssh, waiting
 from vnb.connections import Connections
 from vnb.endpoint import Tcp, Unix, parse_listen
 from vnb.errors import Error
 from vnb.pool import AT_ONCE, Ordered
 from vnb.state import start_of
 from vnb.tempdir import temporary_directory
-from vnb.virt import AddressInUse, Denied, Domain, NoDomain, Unanswered
+from vnb.virt import AddressInUse, Denied, Domain, NoDomain, Unanswered, Unready
 
-FAR_LOOK_SECONDS = 1  # between two logins
 _PROTOCOL = re.compile(r"[^/]*:")  # before the name of an image that is no path, as nbd:, json:
 QEMU_LISTENS = "nbd-server-start"  # a command of QEMU, which libvirt names in its error
 PORT_TRIES = 16  # of ports that are chosen: that many are not taken by chance
@@ -278,13 +277,13 @@ class Running:
     def end(self, job):
         """End the job if it runs and is this one; then everything that it started."""
         domain, record = self.domain, job.record
+        _end_servers(record)  # an ssh that forwards clients
         with contextlib.suppress(NoDomain):  # a transient one may go with its job, or at any time
             domain.settle()
             if domain.is_active:
-                ran = domain.end_backup(record["endpoint"], lambda: self._wait_for_clients(job))
+                ran = domain.end_backup(record["endpoint"], lambda: self._shut_out_clients(job))
                 if ran and not record.get("stuck") and domain.is_active and domain.is_paused_by_error():
                     domain.resume()  # its scratch was full, now it is gone
-        _end_servers(record)
         _remove_files(job, self.host)
         with contextlib.suppress(NoDomain):
             if record["suspended"]:
@@ -292,34 +291,26 @@ class Running:
         if record["started"]:
             self._destroy(record["started"])
 
-    def _wait_for_clients(self, job):
-        """What vnb.clients says; on another host, by its lists."""
-        with waiting.on("the clients of the export to go, or to end their handshake"):
-            self._wait_for_clients_there(job)
-
-    def _wait_for_clients_there(self, job):
+    def _shut_out_clients(self, job):
+        """What vnb.clients says; on another host, there. Raises Unready where the guest would wait for them."""
         careful = not job.is_committing  # else its command, and what that had connected, has ended
-        if self.host is None:
-            job.clients.shut_out(careful)
-            return
-        endpoint, is_tcp = job.record["endpoint"], job.record["tcp"]
-        script = f"cat {shlex.join(LISTS[is_tcp])} 2> /dev/null; :"
-        if not is_tcp:
-            script = f"rm -f -- {shlex.quote(endpoint)}; {script}"
+        with waiting.on("the clients of the export, which it cuts off"):
+            if self.host is None:
+                shut_out(self.name, lambda: job.clients.shut_out(careful))
+            else:
+                shut_out(self.name, lambda: self._shut_out_there(job.record, careful, job.note))
 
+    def _shut_out_there(self, record, careful, say):
         # An ssh that has not worked for anything else may not even be refused, but hang.
-        may_ask = not is_tcp or self.host.carries_libvirt or job.record.get("scratch_made")
-
-        def read():
-            if not may_ask:
-                return None
+        if not record["tcp"] or self.host.carries_libvirt or record.get("scratch_made"):
+            arguments = json.dumps([record["endpoint"], record["tcp"], careful])
             try:
-                return self.host.run(self.host.destination, "sh", "-c", script).decode(errors="surrogateescape")
-            except Error as error:
-                job.note(f"{error}: not known who is connected to the export there")
-                return None
-
-        clients_of(endpoint, is_tcp).wait_for_handshakes(read, careful, FAR_LOOK_SECONDS)
+                program = Path(clients.__file__).read_text(encoding="utf-8")
+                return int(self.host.run(self.host.destination, "python3", "-c", program, arguments))
+            except (Error, OSError, ValueError) as error:
+                say(f"{error}: not known who is connected to the export there")
+        clients.wait_blindly(careful)
+        return 0
 
     def _destroy(self, started):
         """
@@ -687,6 +678,16 @@ def _refuse_relative_data(disk, layer):
         raise Error(
             disk.name, f"{layer.path} names its data file {name}, which QEMU looks for in the directory where it is "
             f"started: there, qemu-img amend -f qcow2 -o data_file=\"$PWD/{name}\" {layer.path} makes the name absolute"
+        )
+
+
+def shut_out(name, cut):
+    """cut(), which returns what vnb.clients.Clients.shut_out() does. Raises Unready where the guest would wait."""
+    stalled = cut()
+    if stalled:
+        raise Unready(
+            name, f"the job cannot be ended: clients of its export do not read ({stalled}), and this user may not cut "
+            "them off: the guest would wait for them. End them, or run vnb-checkpoint abort as root"
         )
 
 

@@ -16,7 +16,7 @@ from vnb.keeper import make_way, stay, who_runs
 from vnb.keeper import recover as recover_job
 from vnb.plan import Plan, checkpoint_xml
 from vnb.run import show
-from vnb.source import open_source
+from vnb.source import open_source, shut_out
 from vnb.source import redefine as redefine_checkpoint
 from vnb.state import JobDirectory, boot_id, is_dead, start_of
 from vnb.virt import Domain, NoDomain
@@ -237,7 +237,7 @@ def _end_job_of_ours(domain, say):
         return
     if domain.is_local and (not boot_id().startswith(match["boot"]) or start_of(match["pid"]) is None):
         say(f"{domain.name}: ending the backup job of process {match['pid']}, which is dead")
-        domain.end_backup(socket, clients_of(socket, False).shut_out)
+        domain.end_backup(socket, lambda: shut_out(domain.name, clients_of(socket, False).shut_out))
         return
     raise Error(
         domain.name, f"a backup job by process {match['pid']} is active: left alone (virsh domjobabort ends it)"

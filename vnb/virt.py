@@ -481,7 +481,8 @@ class Domain:
         """
         End the backup job that listens at endpoint, and come back when it is gone. Returns whether it was there.
 
-        get_ready: a function to be called before it is ended, which may take its time.
+        get_ready: a function to be called before it is ended, which may take its time. It raises Unready where the job
+        must not be ended now.
 
         A pull job has no other end than abort. Another one may begin the moment that ours is gone: it is not ours to
         end. A guest that is shutting down is waited for: libvirt answers nothing about its job until it is off.
@@ -507,6 +508,8 @@ class Domain:
                         self.call("abortJob")
                         asked = True
                     failure = Error(self.what, STILL_THERE if is_known else UNKNOWN)
+                except Unready:
+                    raise
                 except Error as error:
                     failure = error
                 if patience.is_over or not self._connection.isAlive():
@@ -794,6 +797,10 @@ class AddressInUse(SystemRefusal):
 
     numbers = (errno.EADDRINUSE,)
     words = "Address already in use"
+
+
+class Unready(Error):
+    """The job must not be ended now."""
 
 
 class Unanswered(Error):

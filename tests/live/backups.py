@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 
 import libvirt
@@ -72,16 +73,38 @@ def record(lab, vm):
         return None
 
 
-def in_handshake(job):
-    """A socket that is connected to the export of a job (its record), has heard the greeting, and does not answer."""
+def connected(job):
+    """A socket that is connected to the export of a job (its record)."""
     if job["tcp"]:
         host, _, port = job["endpoint"].rpartition(":")
-        client = socket.create_connection((host, int(port)))
-    else:
-        client = socket.socket(socket.AF_UNIX)
-        client.connect(job["endpoint"])
+        return socket.create_connection((host, int(port)))
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(job["endpoint"])
+    return client
+
+
+def in_handshake(job):
+    """A connected socket that has heard the greeting, and does not answer."""
+    client = connected(job)
     assert client.recv(8) == b"NBDMAGIC"
     client.recv(1000)
+    return client
+
+
+def deaf(job):
+    """
+    A connected socket that has asked for all of vda, and takes nothing of it.
+
+    It speaks NBD: newstyle without padding, NBD_OPT_EXPORT_NAME, then reads of a MiB, more than its buffer holds.
+    """
+    client = connected(job)
+    name = f"vda-{job['head']['id'][:8]}".encode()
+    client.recv(18, socket.MSG_WAITALL)
+    client.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, len(name)) + name)
+    client.recv(10, socket.MSG_WAITALL)
+    for number in range(16):
+        client.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 0, number, number << 20, 1 << 20))
+    client.recv(1, socket.MSG_PEEK)  # they come
     return client
 
 

@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import libvirt
 import pytest
-from backups import STORE, backup, in_handshake, levels, listed, lose_job_data, record, restores, tip
+from backups import STORE, backup, deaf, in_handshake, levels, listed, lose_job_data, record, restores, tip
 from guest import linux
 from lab import Disk, MiB, run, wait_for
 
 from vnb.virt import JOB_END_SECONDS, Domain
 
+NO_CUT = "setpriv --bounding-set=-sys_ptrace --"  # before a command: it may touch no connections of other processes
 LISTEN = ["", "--nbd-listen 127.0.0.1"]
 # A stage that has its input and does not end by itself: tail follows what never grows.
 ENDLESS = "cat > /dev/null; exec tail -f /dev/null"
@@ -55,8 +56,8 @@ def keeper_log(lab, vm):
         return file.read()
 
 
-def begin(lab, vm, directory, level="full", options=""):
-    lab.sh(f"vnb-checkpoint begin {vm.name} --level {level} --set {directory} {options} > {lab.path('begun')}")
+def begin(lab, vm, directory, level="full", options="", prefix=""):
+    lab.sh(f"{prefix} vnb-checkpoint begin {vm.name} --level {level} --set {directory} {options} > {lab.path('begun')}")
 
 
 def test_run_killed_ends_the_job_and_loses_nothing(lab, vm, directory):
@@ -446,11 +447,11 @@ def test_a_scratch_that_is_full_does_not_cost_the_guest_its_life(lab, small, dir
 
 
 def test_a_scratch_that_is_full_only_while_the_job_is_ended(lab, small, directory):
-    """Since a client has just connected, that takes some seconds: the guest must run again then, too."""
+    """A client that just connects, and may not be cut off, makes that last: the guest must run again then, too."""
     vm = linux(lab, Disk("vda", 128 * MiB, filesystem="ext4"))
     vm.run("dd if=/dev/zero bs=1M count=70 | tr '\\0' A > /mnt/vda/file; sync")
     overwrite = "dd if=/dev/zero bs=1M count={} | tr '\\0' B | dd of=/mnt/vda/file bs=1M seek={} conv=notrunc; sync"
-    begin(lab, vm, directory, options=f"--scratch-dir {small} --scratch-reserve 0 --no-freeze")
+    begin(lab, vm, directory, options=f"--scratch-dir {small} --scratch-reserve 0 --no-freeze", prefix=NO_CUT)
     vm.run(overwrite.format(30, 0))
     with in_handshake(record(lab, vm)):
         ending = start(lab, f"exec vnb-checkpoint abort {vm.name}")
@@ -554,6 +555,19 @@ def test_a_client_in_its_handshake(lab, vm, directory, ends, listen):
     vm.write("vda", 0, MiB)  # QEMU answers
     backup(lab, vm, "full", directory)
     restores(lab, directory, vm.reference())
+
+
+def test_a_client_that_cannot_be_cut_off(lab, vm, directory):
+    """Where it does not read, to end the job would stop the guest, which is worth more: that waits until it is gone."""
+    begin(lab, vm, directory, options="--no-freeze", prefix=NO_CUT)
+    with deaf(record(lab, vm)):
+        done = lab.sh(f"vnb-checkpoint abort {vm.name}", check=False)
+        assert done.returncode == 1
+        assert "clients of its export do not read (1)" in done.stderr
+        assert vm.has_job()
+        vm.write("vda", 0, MiB)  # QEMU answers
+    lab.sh(f"vnb-checkpoint abort {vm.name}")
+    assert not vm.has_job()
 
 
 def test_ctrl_c_in_the_middle(lab, vm, directory):
