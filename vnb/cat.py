@@ -9,22 +9,24 @@ Usage:
   vnb-cat --base [options] SET_OR_FILE...
   vnb-cat --help | --version
 
-Writes the segments that lead to a point, a full and its increments, in order.
+Writes a stream that leads to one restore point: a full backup and the
+increments that follow it, in this order.
 
 Options:
-  --until POINT  end at this point: a checkpoint's name, or a time as
-                 2026-01-31T12:00, local, or with Z or +01:00 behind it, or
-                 cut short as 2026-01-31; the default is the latest point
-  --disk NAME    only this disk; may be given several times
-  --merge        make one full segment of them, each block once
-  --from POINT   with --merge: one increment, of what comes after this point;
-                 status 4 if nothing does
-  --head         only head, disks and files of the last segment, without its
-                 extents: all that vnb-config needs
-  --point        print the name of the point, and nothing else
+  --until POINT  end at this restore point: its name, or a time such as
+                 2026-01-31T12:00; a time is local unless Z or +01:00 follows,
+                 and can be cut short as in 2026-01-31; the default is the
+                 latest restore point
+  --disk NAME    write only this disk; may be given several times
+  --merge        merge the segments into one full segment
+  --from POINT   with --merge: write one increment, with everything that comes
+                 after this restore point; exit with 4 if nothing does
+  --head         write only head, disks and files of the last segment, which
+                 is all that vnb-config needs
+  --point        print the name of the restore point, and nothing else
   --base         print the checkpoint that the next increment starts from
   --progress MODE
-                 auto, none or json: how far it is, see vnb(7)
+                 show the progress: auto, none or json; see vnb(7)
 """
 
 import os

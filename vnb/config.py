@@ -5,31 +5,32 @@ Usage:
   vnb-config [options] [--disk DISK]...
   vnb-config --help | --version
 
-Reads a stream at any stage and prints the XML of its last segment, for virsh
-define. Restores what else the domain needs: nvram, loader, kernel, initrd.
+Reads a stream at any stage, and prints the XML of its last segment, for virsh
+define. Restores the other files of the domain: nvram, loader, kernel, initrd.
 
 Options:
-  --name NAME         of the domain; default: restore_ and its old name
-  --disk-dir DIR      the disks are DIR/NAME.FORMAT, and files come there;
-                      without it disks and files stay where they were
-  --format FORMAT     of these disks, qcow2 or raw [default: qcow2]
-  --disk DISK         NAME=TARGET: this disk is there, a block device,
+  --name NAME         call the domain so; default: restore_ and its old name
+  --disk-dir DIR      name the disks DIR/NAME.FORMAT, and restore files there;
+                      without it the XML names disks and files where they were
+  --format FORMAT     the format of these disks, qcow2 or raw [default: qcow2]
+  --disk DISK         NAME=TARGET: this disk is at TARGET, a block device,
                       [qcow2:|raw:]FILE, or an NBD URI as vnb-map prints it;
                       may be given several times
   --keep-identity     keep name, UUID and MAC addresses
-  --keep-graphics     keep VNC and Spice as they were, though without password
-  --files-in-place    restore files to where they were, if missing there
+  --keep-graphics     keep VNC and Spice as they were, but without a password
+  --files-in-place    restore files to their old places, if missing there
   --no-files          restore no files
-  -o FILE             write the XML to a new file, which only we may read
+  -o FILE             write the XML to a new file that only its owner may read
   --define            define the domain instead of printing its XML
   --autostart         with --define: start it with the host, if it was so
-  --check             see what is in the way of all this, and do none of it
+  --check             check whether all this can be done, and do none of it
   -c URI, --connect URI
-                      libvirt's URI; default: LIBVIRT_DEFAULT_URI, else
-                      qemu:///system for root, qemu:///session for others
-  --user NAME         the user that libvirt asks for
+                      connect to libvirt at this URI; default:
+                      LIBVIRT_DEFAULT_URI, or else qemu:///system for root and
+                      qemu:///session for others
+  --user NAME         log in to libvirt with this name
   --password-file FILE
-                      its first line is the password that libvirt asks for
+                      log in with the password in the first line of FILE
 """
 
 import os
