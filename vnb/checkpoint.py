@@ -12,8 +12,8 @@ Subcommands:
   abort     end a job and delete its checkpoint
   list      list the checkpoints of a domain
   size      print how many bytes the next backup has to read
-  cleanup   end what a crash has left, and delete orphans
-  redefine  have libvirt know again what the images still hold
+  cleanup   put right what a crash has left
+  redefine  make libvirt know checkpoints again that the images still hold
   delete    delete the checkpoints of a chain
 
 vnb-checkpoint SUBCOMMAND --help prints the options of a subcommand.

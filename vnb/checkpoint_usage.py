@@ -5,12 +5,13 @@ _CONNECTION = """\
   -c URI, --connect URI  libvirt's URI; default: LIBVIRT_DEFAULT_URI, else
                          qemu:///system for root, qemu:///session for others
   --user NAME            the user that libvirt asks for
-  --password-file FILE   its first line is the password that libvirt asks for
+  --password-file FILE   the first line is the password that libvirt asks for
 """
 _SSH = """\
-  --ssh-user USER        the user for ssh to the host of -c; default: its URI's
-  --ssh-port PORT        the port for it
-  --ssh-key FILE         the key for it
+  --ssh-user USER        the user for ssh to the host of -c; default: the one
+                         in the URI
+  --ssh-port PORT        the port for ssh
+  --ssh-key FILE         the key for ssh
 """
 _IMAGE = """\
   --image NAME=FILE      back up this image, which no guest uses, without
@@ -24,10 +25,12 @@ _DESTINATION = """\
                          of this host, such as s3://bucket/vm1
 """
 _CHAIN = """\
-  --chain NAME           the chain of checkpoints [default: main]
+  --chain NAME           the series of checkpoints, so that several can grow
+                         side by side [default: main]
 """
 _STATE = """\
-  --state-dir DIR        default: VNB_STATE_DIR, else /var/lib/vnb for root
+  --state-dir DIR        the directory for jobs and catalogs; default:
+                         VNB_STATE_DIR, else /var/lib/vnb for root
 """
 _JSON = """\
   --json                 print JSON, one object a line
@@ -35,53 +38,57 @@ _JSON = """\
 _LEVEL = """\
   --level LEVEL          full, copy, inc, diff or auto
   --base CHECKPOINT      start from this checkpoint, which the receiver has
-                         named; for diff also last or full
+                         named; with diff, also "last" or "full"
 """
 _DISKS = """\
   --include DISK         take only this disk; may be given several times
   --exclude DISK         leave out this disk; may be given several times
   --raw                  take disks that cannot hold a bitmap in full each time
-  --allow-plaintext      take encrypted disks, which leave QEMU decrypted
+  --allow-plaintext      take encrypted disks; their data leaves QEMU
+                         decrypted
 """
 _JOB = """\
   --must-exist           fail if the directory of --set is not there
-  --no-sparse-detection  read all that is dirty, also zeroes, without asking the
-                         server where they are
-  -S, --start-paused     start a domain that is off, paused, for the backup
+  --no-sparse-detection  read everything that is dirty, also zeroes; for a
+                         server that is slow to list its extents
+  -S, --start-paused     start a domain that is off, paused, and destroy it
+                         after the backup
   --pause                suspend the guest while the job starts
   --freeze MOUNTPOINTS   freeze only these file systems, separated by commas
   --no-freeze            freeze nothing
   --require-freeze       fail if the guest cannot be frozen
-  --threshold SIZE       take no increment that has less than this; begin then
+  --threshold SIZE       take no increment that has fewer bytes; begin then
                          exits with status 4, and run with 0
-  --scratch-dir DIR      write the old data here that the guest overwrites;
-                         default: beside each image
+  --scratch-dir DIR      the directory for the old data that the guest
+                         overwrites; default: beside each image
   --scratch-reserve SIZE
                          end the job when less room than this is left there
                          [default: 256m]
   --socket PATH          have QEMU listen on this socket; default: one in the
-                         domain's private directory
+                         private directory of the domain
   --nbd-listen ADDRESS[:PORT]
                          have QEMU listen there instead; default: a free port;
                          write an IPv6 address as [ADDRESS]:PORT
-  --tls                  with --nbd-listen: require verified certificates
+  --tls                  with --nbd-listen: require verified certificates on
+                         both sides
   --tls-certificates DIR
-                         the directory of our certificates; default: libnbd's
+                         the directory with the certificates of this side;
+                         default: libnbd's directory
   --deadline TIME        end the job after this time, such as 90s, 10m, 4h, 1d
                          [default: 1d]
   --idle TIME            end the job if no client was connected for this time
                          between begin and commit [default: 10m]
 """
 _STRICT = """\
-  --strict               exit with status 3 after warnings, once all is saved
+  --strict               exit with status 3 after warnings, when all is saved
 """
 _NO_PROOF = """\
   --no-proof             commit although no stage has reported that it took
-                         the whole segment, as stages on other hosts cannot
+                         the whole segment; stages on other hosts cannot
 """
 _FORCE = """\
-  --force                also what belongs to another set or destination, or
-                         to a process on another host
+  --force                also take what belongs to another set or destination,
+                         or to a process on another host
 """
 
 SUBCOMMANDS = {
@@ -108,8 +115,8 @@ Usage:
   vnb-checkpoint run [options] --image NAME=FILE... -- COMMAND...
   vnb-checkpoint run --help | --version
 
-Gives the stream to COMMAND on its standard input. Quote a whole pipeline as
-one COMMAND. Commits if COMMAND succeeds, and aborts if it fails.
+Gives the stream to COMMAND on its standard input. Commits if COMMAND succeeds,
+and aborts if it fails. Quote a whole pipeline, so that it is one word.
 
 Options:
 {_LEVEL}{_SET}{_DESTINATION}{_CHAIN}{_DISKS}{_IMAGE}{_JOB}{_STRICT}{_NO_PROOF}{_CONNECTION}{_SSH}{_STATE}""",
@@ -121,6 +128,9 @@ Usage:
   vnb-checkpoint commit [options] --image NAME=FILE...
   vnb-checkpoint commit --help | --version
 
+Keeps the checkpoint only if the segment is saved: in the set, or as the stages
+report. Then deletes older checkpoints that no increment needs any more.
+
 Options:
 {_SET}{_NO_PROOF}{_IMAGE}{_CONNECTION}{_STATE}""",
     "abort": f"""\
@@ -131,6 +141,9 @@ Usage:
   vnb-checkpoint abort [options] --image NAME=FILE...
   vnb-checkpoint abort --help | --version
 
+Loses nothing: the next backup reads these changes too. Leaves the job of
+another program alone.
+
 Options:
 {_IMAGE}{_CONNECTION}{_STATE}""",
     "list": f"""\
@@ -139,6 +152,9 @@ vnb-checkpoint list - list the checkpoints of a domain
 Usage:
   vnb-checkpoint list [options] [--] DOMAIN
   vnb-checkpoint list --help | --version
+
+Prints one checkpoint a line: its name, its disks, the bytes that an increment
+from it would have, and the place where its segment is saved.
 
 Options:
 {_SET}{_DESTINATION}{_JSON}{_CONNECTION}{_STATE}""",
@@ -150,23 +166,32 @@ Usage:
                  [--] DOMAIN
   vnb-checkpoint size --help | --version
 
+Prints an upper limit, one line a disk, and a total. Areas that were zeroed or
+trimmed count, although they take no room in a segment.
+
 Options:
 {_LEVEL}{_SET}{_DESTINATION}{_CHAIN}{_DISKS}{_JSON}{_CONNECTION}{_SSH}{_STATE}""",
     "cleanup": f"""\
-vnb-checkpoint cleanup - end what a crash has left, and delete orphans
+vnb-checkpoint cleanup - put right what a crash has left
 
 Usage:
   vnb-checkpoint cleanup [options] [--] DOMAIN
   vnb-checkpoint cleanup --help | --version
 
+Ends the job of a dead keeper, removes its scratch, thaws its guest, and deletes
+checkpoints that are not saved. Prints what it does and what it leaves alone.
+
 Options:
 {_SET}{_DESTINATION}{_FORCE}{_CONNECTION}{_STATE}""",
     "redefine": f"""\
-vnb-checkpoint redefine - have libvirt know checkpoints again
+vnb-checkpoint redefine - make libvirt know checkpoints again
 
 Usage:
   vnb-checkpoint redefine [options] [--] DOMAIN
   vnb-checkpoint redefine --help | --version
+
+Finds the checkpoints of a set or destination whose bitmaps the images still
+hold. Use it after the domain was moved or defined anew.
 
 Options:
 {_SET}{_DESTINATION}{_CONNECTION}{_STATE}""",
