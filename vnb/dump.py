@@ -9,20 +9,20 @@ Usage:
   vnb-dump --from-json [options]
   vnb-dump --help | --version
 
-Reads standard input, or segments in files and backup sets. What is damaged
-is printed up to there, and the exit status is 1.
+Reads standard input, or the segments in files and backup sets. If a segment
+is damaged, prints everything before the damage and exits with status 1.
 
 Options:
-  --brief       leave out the extents: only heads and totals
-  --list        one line a segment, from their heads alone, and which of them
-                lead to the latest point
-  --map         a strip of states for each disk and segment, from their indexes
-  --svg         with --map: an image, not text
-  --columns N   of a map: into how many parts a disk is cut; default: 64, and
-                512 with --svg
-  --json        one JSON object a frame, a line each
-  --no-payload  with --json: the size of payloads in their place
-  --from-json   read lines of JSON, write the stream that they came from
+  --brief       leave out the extents: print only heads and totals
+  --list        print one line for each segment, and which of them lead to the
+                latest restore point
+  --map         print a strip of states for each disk and segment
+  --svg         with --map: make an SVG image instead of text
+  --columns N   cut each disk of a map into N parts; default: 64, and 512 with
+                --svg
+  --json        print one JSON object for each frame, one a line
+  --no-payload  with --json: print the sizes of payloads instead of the payloads
+  --from-json   read lines of JSON, and write the stream that they came from
 """
 
 import json

@@ -5,15 +5,15 @@ Usage:
   vnb-import [--until POINT] [options] DIRECTORY
   vnb-import --help | --version
 
-Writes a stream of all points in the directory, each after the one that it
-starts from: for vnb-pack -o SET, and for vnb-apply too where there is no
-differential backup.
+Writes all backups in the directory as a stream, for vnb-pack -o SET. The
+stream also suits vnb-apply if there is no differential backup.
 
 Options:
-  --until POINT  only this point and what it needs: a checkpoint's name, as
-                 virtnbdbackup.2, a point's name, or a time as 2026-01-31
+  --until POINT  write only this restore point and the ones that it needs: the
+                 name of a checkpoint such as virtnbdbackup.2, the name of a
+                 restore point, or a time such as 2026-01-31
   --progress MODE
-                 auto, none or json: how far it is, see vnb(7)
+                 show the progress: auto, none or json; see vnb(7)
 """
 
 import contextlib
