@@ -85,7 +85,7 @@ def test_wrong_usage(name, arguments):
     ("vnb-backup-all ''", "DIR: is empty"), ("vnb-restore set ''", "TARGET_DIR: is empty"),
     ("vnb-restore '' target", "SET: is empty"), ("vnb-backup -c '' vm1 /b", "-c: is empty"),
     ("vnb-backup --freeze= vm1 /b", "--freeze: is empty"), ("vnb-restore --disk vda --disk '' a b", "--disk: is empty"),
-    ("vnb-backup --keep-last 0 --keep-daily 00 vm1 /b", "at least one --keep option has to be more than 0"),
+    ("vnb-backup --keep-last 0 --keep-daily 00 vm1 /b", "give at least one --keep option a number greater than 0"),
     ("vnb-backup --progress loud vm1 /b", '--progress: "loud" is not one of auto, none, json'),
     ("vnb-backup-all --log-format=xml /b", '--log-format: "xml" is not one of text, json, journald'),
     ("vnb-backup --level 'full copy' vm1 /b", '--level: "full copy" is not one of full, copy, inc, diff, auto'),

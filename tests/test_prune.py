@@ -430,13 +430,13 @@ def test_dry_run_says_what_would_happen(tmp_path):
         "merge 2025-11-04T12:00:00Z inc       p1  into p3",
         "merge 2025-11-05T12:00:00Z inc       p2  into p3",
         "drop  2025-11-06T00:00:00Z inc       fork",
-        "keep  2025-11-06T12:00:00Z inc->full p3  last, latest, next parent",
+        "keep  2025-11-06T12:00:00Z inc->full p3  last, latest, next base",
     ]
 
 
 @pytest.mark.parametrize("words, reason", [
-    ([], "at least one --keep option that is not 0"),
-    (["--keep-last", "0"], "at least one --keep option that is not 0"),
+    ([], "give at least one --keep option a number greater than 0"),
+    (["--keep-last", "0"], "give at least one --keep option a number greater than 0"),
     (["--keep-daily", "-1"], '"-1" is not a number within 0-1000000'),
     (["--keep-daily", "many"], '"many" is not a number within 0-1000000'),
 ])

@@ -18,10 +18,10 @@ Options:
                 latest restore point
   --map         print a strip of states for each disk and segment
   --svg         with --map: make an SVG image instead of text
-  --columns N   cut each disk of a map into N parts; default: 64, and 512 with
-                --svg
+  --columns N   cut each disk of a map into N parts; default: 64, or 512 with
+                an SVG image
   --json        print one JSON object for each frame, one a line
-  --no-payload  with --json: print the sizes of payloads instead of the payloads
+  --no-payload  with --json: print the sizes of payloads in their place
   --from-json   read lines of JSON, and write the stream that they came from
 """
 

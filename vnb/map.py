@@ -8,33 +8,35 @@ Usage:
   vnb-map --stop FILE [options]
   vnb-map --help | --version
 
-Serves each disk as an NBD export of its name, and of other points as
-NAME@POINT. The saved segments are never written.
+Serves each disk as an NBD export with the name of the disk, and disks of
+other restore points as NAME@POINT. Never writes to the saved segments.
 
 Options:
-  --socket PATH  on this Unix socket
-  --listen ADDR  on TCP: HOST:PORT, or PORT on the loopback address
-  --fuse DIR     as files: DIR/NAME for each disk
-  --device DEV   as this NBD device of the kernel, such as /dev/nbd0
-  --run CMD      to this shell command, with the URI as $uri; end with it
-  --disk NAME    only this disk; may be given several times
+  --socket PATH  serve on this Unix socket
+  --listen ADDR  serve on TCP: HOST:PORT, or PORT on the loopback address
+  --fuse DIR     serve each disk as a file DIR/NAME
+  --device DEV   serve as this NBD device of the kernel, such as /dev/nbd0
+  --run CMD      run this shell command with the URI in $uri, and end with it
+  --disk NAME    serve only this disk; may be given several times
   --export-name NAME
-                 call the export of the only disk so
-  --until POINT  as of this point: a checkpoint's name, or a time as
-                 2026-01-31T12:00, local, or with Z or +01:00 behind it, or
-                 cut short as 2026-01-31; the default is the latest point
-  --writable     take writes and forget them in the end; one disk
+                 give the export of the only disk this name
+  --until POINT  serve this restore point: its name, or a time such as
+                 2026-01-31T12:00; a time is local unless Z or +01:00 follows,
+                 and can be cut short as in 2026-01-31; the default is the
+                 latest restore point
+  --writable     take writes to the one disk, and forget them at the end
   --overlay FILE
-                 take writes and keep them in this qcow2 file; one disk
+                 take writes to the one disk, and keep them in this qcow2 file
   --tls-certificates DIR
-                 with --listen: only TLS, and only to clients with a
-                 certificate; DIR has ca-cert.pem, server-cert.pem and
+                 with --listen: serve only over TLS, to clients with a
+                 certificate; DIR contains ca-cert.pem, server-cert.pem and
                  server-key.pem
   --tls-psk FILE
-                 with --listen: only TLS, only to those who have a key
-  --cache SIZE   memory for unpacked data, for readers who come back; k, M
-                 or G may be behind the number [default: 8M]
-  --daemon FILE  go to the background when ready; FILE gets the process id
+                 with --listen: serve only over TLS, to clients with a key
+  --cache SIZE   use this much memory for decompressed data; the number may
+                 end in k, M or G [default: 8M]
+  --daemon FILE  go to the background when ready, and write the process id to
+                 FILE
   --stop FILE    end the vnb-map that wrote FILE
 """
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""vnb-options - what vnb.ini adds to the options of vnb-backup or vnb-restore
+"""vnb-options - print the options that vnb.ini adds to those of a script
 
 Usage:
   vnb-options [options] FILE SECTION [ARGUMENT]...
   vnb-options --help | --version
 
 Reads the usage of a command from standard input, and prints the options that
-FILE has for it, a line each. SECTION is backup, backup-all or restore,
-ARGUMENT what was typed: an option in that is not printed. vnb-backup,
-vnb-backup-all and vnb-restore run it.
+FILE has for it, one word a line. SECTION is backup, backup-all or restore.
+ARGUMENT is a word of the command line; an option on it is not printed.
+vnb-backup, vnb-backup-all and vnb-restore run this command.
 """
 
 import configparser

@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""vnb-prune - drop or merge what no kept point needs
+"""vnb-prune - drop or merge the restore points that no rule keeps
 
 Usage:
   vnb-prune [--dry-run] [--keep-last N] [--keep-daily N] [--keep-weekly N]
       [--keep-monthly N] [--keep-yearly N] [options] SET
   vnb-prune --help | --version
 
-Keeps the points of a backup set that any of the options names, and always
-the latest one. A dropped point that a kept one needs is merged into it.
+Keeps the restore points of a set that any of the options keeps, and always
+the latest one. Removes the others for good. A dropped restore point that a
+kept one needs is merged into it.
 
 Options:
   --dry-run         change nothing: print what would be kept, merged, dropped
-  --keep-last N     keep the last N points
-  --keep-daily N    of the last N days that have points, keep the last of each
+  --keep-last N     keep the last N restore points
+  --keep-daily N    keep the last restore point of each of the last N days
+                    that have one
   --keep-weekly N   the same for weeks, which begin on Monday
   --keep-monthly N  the same for months
   --keep-yearly N   the same for years
-  --progress MODE   auto, none or json: how far it is, see vnb(7)
+  --progress MODE   show the progress: auto, none or json; see vnb(7)
 """
 
 import contextlib
@@ -51,7 +53,7 @@ def main(args):
         if args[f"--keep-{period}"] is not None:
             counts[period] = arguments.integer(args, f"--keep-{period}", 0, MOST)
     if not any(counts.values()):
-        raise UsageError(None, "what is to be kept has to be said: at least one --keep option that is not 0")
+        raise UsageError(None, "give at least one --keep option a number greater than 0")
     if not os.path.isdir(directory):
         raise Error(directory, os.strerror(errno.ENOTDIR if os.path.lexists(directory) else errno.ENOENT))
     if args["--dry-run"]:
@@ -204,7 +206,7 @@ def always(segments, disks_now):
     for name, members in chains.items():
         tip = chain.tip(members)
         if tip is not None:
-            yield "next parent" if len(chains) == 1 else f"next parent of chain {name}", tip
+            yield "next base" if len(chains) == 1 else f"next base of chain {name}", tip
 
 
 def wanted_by(damaged, segments):
