@@ -7,20 +7,19 @@ Usage:
       SET_OR_FILE...
   vnb-verify --help | --version
 
-Reads a stream from standard input and passes on what is sound, nothing to a
-terminal; what follows a fault is not passed on. Or checks all segments of
-sets and files, with their indexes, and that what is there can be restored;
-says what is wrong, a line each.
+Checks all segments of sets and files, their indexes, and that all restore
+points can be restored, and prints a line for each fault. Without operands,
+reads a stream from standard input and passes on the sound part of it.
 
 Options:
-  --json        print one JSON object a fault and a segment, a line each
-  --each        check each segment of the files for itself: they may lack
-                what they are increments to, and need not belong together
-  --quarantine  give each damaged file in a set a name that is no segment's,
-                and say which restore points are lost with it
-  --threads N   threads that unpack, and files at a time [default: 2]
+  --json        print one JSON object for each fault and segment, one a line
+  --each        check each segment of the files for itself: its base may be
+                missing, and they need not belong together
+  --quarantine  rename each damaged file of a set, so that no command reads it,
+                and print the restore points that are lost with it
+  --threads N   threads that decompress, and files at a time [default: 2]
   --progress MODE
-               auto, none or json: how far it is, see vnb(7)
+               show the progress: auto, none or json; see vnb(7)
 """
 
 import contextlib
