@@ -112,7 +112,7 @@ def groups(lab, data):
 
 def _backups(machine, data):
     whole = "vnb-checkpoint run, > FILE"
-    yield Group("full backup of a running machine", data, {
+    yield Group("full backup of a running domain", data, {
         "nbdcopy --flush, of a job made before": lambda at: machine.on_job(f'nbdcopy --flush "$uri" {at}/raw'),
         "vnb-extents | vnb-read > FILE, of the same": lambda at: machine.on_job(
             f'vnb-extents "$uri" | vnb-read > {at}/vnb && sync {at}/vnb'),
@@ -133,8 +133,8 @@ def _backups(machine, data):
                 "virtnbdbackup -z": lambda at: machine.alone(machine.virtnbdbackup, at, "full", "-z"),
                 "vnb-backup, lz4": lambda at: machine.alone(machine.porcelain, at, "--compress lz4")}
         idle = {"virtnbdbackup": lambda at: machine.alone(machine.increment, machine.virtnbdbackup, at, "inc"), **idle}
-    yield Group("full backup beside the peer", data, jobs, {whole: 0.17} if PEER else {})
-    yield Group("increment of an idle machine", 0, idle, {"vnb-backup": 0.33} if PEER else {}, {"vnb-backup": 0.5})
+    yield Group("full backup beside virtnbdbackup", data, jobs, {whole: 0.17} if PEER else {})
+    yield Group("increment of an idle domain", 0, idle, {"vnb-backup": 0.33} if PEER else {}, {"vnb-backup": 0.5})
 
 
 def _restores(machine, data):
@@ -155,7 +155,7 @@ def _restores(machine, data):
     jobs = {
         "nbdcopy --flush to qemu-nbd": to_qcow2,
         "vnb-cat | vnb-apply": lambda at: restore(plain, at, "qcow2"),
-        "vnb-cat | vnb-apply, packed set": lambda at: restore(packed, at, "qcow2"),
+        "vnb-cat | vnb-apply, compressed set": lambda at: restore(packed, at, "qcow2"),
         "qemu-img convert": lambda at: script(lab, f"qemu-img convert -f raw -O qcow2 {raw} {at}/q && sync {at}/q"),
     }
     if shutil.which("virtnbdrestore"):
@@ -166,17 +166,17 @@ def _restores(machine, data):
     yield Group("restore to raw", data, {
         "cp --sparse=always": lambda at: script(lab, f"cp --sparse=always {raw} {at}/raw && sync {at}/raw"),
         "vnb-cat | vnb-apply": lambda at: restore(plain, at, "raw"),
-        "vnb-cat | vnb-apply, packed set": lambda at: restore(packed, at, "raw"),
+        "vnb-cat | vnb-apply, compressed set": lambda at: restore(packed, at, "raw"),
     }, {"vnb-cat | vnb-apply": 1.2})
     yield Group("read of the map, in order", data, {
         "nbdkit file": lambda at: script(lab, f"nbdkit -U - -r file {raw} --run 'nbdcopy \"$uri\" null:'"),
         "vnb-map": lambda at: script(lab, f"vnb-map --run 'nbdcopy \"$uri\" null:' {plain}"),
-        "vnb-map, packed set": lambda at: script(lab, f"vnb-map --run 'nbdcopy \"$uri\" null:' {packed}"),
+        "vnb-map, compressed set": lambda at: script(lab, f"vnb-map --run 'nbdcopy \"$uri\" null:' {packed}"),
     })
     yield Group("verify", data, {
         "read(2) and xxh3 alone": lambda at: python(lab, XXH3, f"{plain}/*.vnb"),
         "vnb-verify": lambda at: script(lab, f"vnb-verify < {plain}/*.vnb > /dev/null"),
-        "vnb-verify, packed set": lambda at: script(lab, f"vnb-verify < {packed}/*.vnb > /dev/null"),
+        "vnb-verify, compressed set": lambda at: script(lab, f"vnb-verify < {packed}/*.vnb > /dev/null"),
         "Adler-32 over the file": lambda at: python(lab, ADLER, raw, data),
         "sha1sum": lambda at: script(lab, f"sha1sum {plain}/*.vnb"),
     }, {"vnb-verify": 1.43})  # 70 % of what one core can do
