@@ -6,13 +6,14 @@ Usage:
   vnb-extents [--name NAME] [--dirty BITMAP] [--parent POINT] [options] URI
   vnb-extents --help | --version
 
-Reads a stream from vnb-checkpoint and adds the extents of its disks; or makes
-a stream of one disk from an NBD export.
+Reads a stream from vnb-checkpoint, and adds the extents of its disks. With a
+URI, makes a stream of one disk from an NBD export.
 
 Options:
-  --name NAME     what to call the disk of URI [default: disk]
-  --dirty BITMAP  only what is dirty in this bitmap of the export
-  --parent POINT  the point that the bitmap counts from
+  --name NAME     the name of the disk of URI [default: disk]
+  --dirty BITMAP  write only what is dirty in this bitmap of the export
+  --parent POINT  the base: the restore point since which the bitmap records
+                  changes
 """
 
 import collections

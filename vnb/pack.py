@@ -6,19 +6,21 @@ Usage:
            [options]
   vnb-pack --help | --version
 
-Reads a stream with data. Writes it, indexed, to standard output, or each of
-its segments into a file of the backup set DIR.
+Reads a stream with data. Writes it with an index to standard output, or writes
+each of its segments into a file of the backup set DIR.
 
 Options:
   -z                compress with lz4
-  --compress CODEC  none, lz4[:LEVEL] or zstd[:LEVEL]; frames that are
-                    packed already stay so, but for none, which unpacks
-  --threads N       threads that compress and check; 0 is none but the one
-                    that reads and writes [default: 2]
-  -o DIR            store in this backup set: complete, synced, or not at all
-  --must-exist      fail where DIR is not there, as when its file system is not
+  --compress CODEC  compress with none, lz4[:LEVEL] or zstd[:LEVEL]; frames that
+                    are compressed already stay as they are, but none
+                    decompresses them
+  --threads N       the number of threads that compress and check; with 0 the
+                    thread that reads and writes does this too [default: 2]
+  -o DIR            store each segment in this backup set: complete and synced,
+                    or not at all
+  --must-exist      fail if DIR is not there, as when its file system is not
                     mounted
-  --progress MODE   auto, none or json: how far it is, see vnb(7)
+  --progress MODE   show the progress: auto, none or json; see vnb(7)
 """
 
 import os

@@ -5,14 +5,17 @@ Usage:
   vnb-read [--requests N] [--request-size SIZE] [--connections N] [options]
   vnb-read --help | --version
 
-Reads a stream with extents, writes it with their data.
+Reads a stream with extents, and writes it with the bytes of its data extents.
 
 Options:
-  --requests N         reads in flight over all disks [default: 64]
-  --request-size SIZE  bytes of one read, and of a data frame [default: 512k]
-  --connections N      to each export at most, where the server allows
-                       several [default: 4]; to all of them 12, or N
-  --progress MODE      auto, none or json: how far it is, see vnb(7)
+  --requests N         the number of reads in flight, over all disks
+                       [default: 64]
+  --request-size SIZE  the bytes of one read, and of one data frame
+                       [default: 512k]
+  --connections N      the most connections to one export, if the server allows
+                       several; all exports together get 12, or N if that is
+                       more [default: 4]
+  --progress MODE      show the progress: auto, none or json; see vnb(7)
 """
 
 import collections
