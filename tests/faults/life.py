@@ -23,7 +23,10 @@ from lab import Disk, MiB, wait_for
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 STAGES = ("vnb-extents", "vnb-read", "vnb-pack")
 SIZE = 32 * MiB
-HOLDS = "no job, paused guest, process, socket or scratch is left; each point restores; the next increment is right"
+HOLDS = (
+    "no job, paused guest, process, socket or scratch is left; each restore point restores; the next increment is "
+    "right"
+)
 # So slow that there is a middle. Each stage is there from the start.
 SLOW = "vnb-extents | vnb-read | (head -c 300000; sleep 0.5; cat) | vnb-pack -z -o {set}"
 

@@ -20,12 +20,18 @@ LONGEST = 0.5  # seconds that a pipeline takes, about
 pytestmark = needs_root
 KINDS = ("ext4", "xfs")
 full = pytest.mark.fault(
-    "a file system with little room or none, for a set, the state of a job, or a standby whose images grow: ext4, xfs",
-    holds="status 1, a line each; nothing partial; with more room the next run finishes, the next increment is right",
+    "a file system (ext4, xfs) has little room or none, for a set, the state of a job, or a standby whose images grow",
+    holds=(
+        "exits with 1, and prints a line; leaves nothing partial; with more room the next run finishes, and the "
+        "next increment is right"
+    ),
 )
 read_only = pytest.mark.fault(
-    "a file system becomes read-only in the middle of a backup: remounted, or since ext4 has found an error",
-    holds="status 1, a line each; no job, process or partial file; mounted again, the next increment is right",
+    "a file system becomes read-only in the middle of a backup, by a remount, or because ext4 finds an error",
+    holds=(
+        "exits with 1, and prints a line; leaves no job, process or partial file; after a new mount the next "
+        "increment is right"
+    ),
 )
 QUIET = {"VNB_LOG_LEVEL": "quiet"}  # only errors and warnings
 

@@ -14,7 +14,10 @@ from vnb import stream
 from vnb.source import Images
 
 STAGES = (("vnb-checkpoint",), ("vnb-extents", "vnb-read", "vnb-pack", "qemu-nbd", "qemu-img"))
-HOLDS = "each saved point restores byte for byte, the next increment is right; no partial file, bitmap, server or job"
+HOLDS = (
+    "each restore point restores byte for byte, and the next increment is right; no partial file, bitmap, server "
+    "or job is left"
+)
 FAULTS = 4
 NEEDS = {"-n": 29, "-v": 112 * KiB}  # of a backup, about; a soak measures it
 
@@ -33,8 +36,8 @@ def usual():
 
 
 @pytest.mark.fault(
-    "SIGKILL, SIGTERM or SIGINT to a part of a backup of an image, `run`, keeper, a stage, qemu-nbd, qemu-img, or a "
-    "reader that goes away",
+    "during the backup of an image, a part of it (`run`, keeper, a stage, qemu-nbd, qemu-img) gets SIGKILL, "
+    "SIGTERM or SIGINT, or a reader goes away",
     holds=HOLDS, share=4,
 )
 def test_a_backup_that_is_killed(rounds, usual):
@@ -43,7 +46,8 @@ def test_a_backup_that_is_killed(rounds, usual):
 
 
 @pytest.mark.fault(
-    "ENOSPC, EIO, EROFS or EDQUOT in a write, fsync, rename, unlink ... of a part of a backup of an image",
+    "during the backup of an image, a write, fsync, rename, unlink or the like of a part of it fails with ENOSPC, "
+    "EIO, EROFS or EDQUOT",
     holds=HOLDS, share=3,
 )
 def test_a_backup_whose_system_calls_fail(rounds, usual):
@@ -56,7 +60,7 @@ def test_a_backup_whose_system_calls_fail(rounds, usual):
 
 
 @pytest.mark.fault(
-    "few file descriptors or little memory for all of a backup of an image: ulimit -n, -v", holds=HOLDS,
+    "all parts of the backup of an image have few file descriptors or little memory (ulimit -n, -v)", holds=HOLDS,
 )
 def test_a_backup_with_limits(rounds):
     needs = needs_of_a_backup() if rounds.is_soak else NEEDS
@@ -75,8 +79,8 @@ def needs_of_a_backup():
 
 
 @pytest.mark.fault(
-    "the clock goes back: the last point that was saved is of next year",
-    holds="the next increment starts from it, is the latest point, and restores byte for byte",
+    "the clock goes back: the last restore point is of next year",
+    holds="the next increment starts from it, is the latest restore point, and restores byte for byte",
 )
 def test_a_clock_that_goes_back():
     with Place() as place:
@@ -96,8 +100,11 @@ def test_a_clock_that_goes_back():
 
 @pytest.mark.skipif(shutil.which("faketime") is None, reason="faketime is not installed")
 @pytest.mark.fault(
-    "the clock is set back, by an hour to a year: between two backups, and in the middle of one",
-    holds="the next increment starts from the last point, is the latest, and each point restores byte for byte",
+    "the clock is set back by an hour to a year, between two backups, and in the middle of one",
+    holds=(
+        "the next increment starts from the last restore point, and is the latest; each restore point restores "
+        "byte for byte"
+    ),
 )
 def test_a_clock_that_is_set_back(rounds):
     for chance in rounds:

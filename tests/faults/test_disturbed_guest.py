@@ -67,8 +67,8 @@ def machine(lab):
 
 
 @pytest.mark.fault(
-    "SIGKILL, SIGTERM or SIGINT to `run`, its keeper, a stage, or SIGKILL to `run` and keeper, before the guest is "
-    "frozen, while it is, and soon after",
+    "before the guest is frozen, while it is frozen, and soon after, `run`, its keeper or a stage gets SIGKILL, "
+    "SIGTERM or SIGINT, or `run` and keeper get SIGKILL",
     holds=f"the guest is thawed; {HOLDS}", rounds=1, share=6,
 )
 def test_a_begin_with_an_agent_is_killed(lab, machine, rounds):
@@ -90,8 +90,11 @@ def test_a_begin_with_an_agent_is_killed(lab, machine, rounds):
 
 
 @pytest.mark.fault(
-    "a guest shuts down while its backup begins, or in the middle of it",
-    holds="the backup is right, or fails as a whole; nothing is left; once it runs again the next increment is right",
+    "a guest shuts down while its backup begins, or in the middle of the backup",
+    holds=(
+        "the backup is right, or fails as a whole; nothing is left; when the domain runs again, the next "
+        "increment is right"
+    ),
     rounds=1, share=2,
 )
 def test_a_guest_shuts_down(lab, machine, rounds):

@@ -28,8 +28,8 @@ def life(lab, request):
 
 
 @pytest.mark.fault(
-    "SIGKILL, SIGTERM or SIGINT to a part of a backup of a running machine, `run`, its keeper, each stage, or a reader "
-    "that goes away",
+    "during the backup of a running domain, a part of it (`run`, its keeper, each stage) gets SIGKILL, SIGTERM or "
+    "SIGINT, or a reader goes away",
     holds=HOLDS, rounds=1, share=4,
 )
 def test_a_part_is_killed(life, rounds):
@@ -49,8 +49,8 @@ def test_a_part_is_killed(life, rounds):
 
 
 @pytest.mark.fault(
-    "SIGKILL, SIGTERM or SIGINT to `run`, its keeper, a stage, or SIGKILL to `run` and keeper, while a job of a "
-    "running machine begins",
+    "while a job of a running domain begins, `run`, its keeper or a stage gets SIGKILL, SIGTERM or SIGINT, or "
+    "`run` and keeper get SIGKILL",
     holds=f"{HOLDS}, after `cleanup` where nobody else could end the job", rounds=1, share=6,
 )
 def test_a_begin_is_killed(life, rounds):
@@ -67,8 +67,8 @@ def test_a_begin_is_killed(life, rounds):
 
 
 @pytest.mark.fault(
-    "SIGKILL to `run` and to its keeper, both",
-    holds="`cleanup` ends the job; each point restores, the next increment is right", rounds=1, share=2,
+    "`run` and its keeper both get SIGKILL",
+    holds="`cleanup` ends the job; each restore point restores, and the next increment is right", rounds=1, share=2,
 )
 def test_run_and_keeper_are_killed(life, rounds):
     for chance in rounds:
@@ -133,9 +133,12 @@ def at_the_commit(each):
 
 
 @pytest.mark.fault(
-    "while a backup begins, in its middle, while it is committed: the guest is reset, a disk grows or is detached, "
-    "libvirtd or QEMU is killed, somebody pauses",
-    holds="the backup is right, or fails as a whole; the guest runs; each point restores, the next increment is right",
+    "while a backup begins, in its middle, or while it is committed, the guest is reset or paused, a disk grows "
+    "or is detached, or libvirtd or QEMU is killed",
+    holds=(
+        "the backup is right, or fails as a whole; the guest runs; each restore point restores, and the next "
+        "increment is right"
+    ),
     share=0.5,
 )
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from machine import with_points
 
 from vnb import backupset
 
-DISTURBED = "a signal to a part, a reader that goes away, or ENOSPC, EIO, EROFS or EDQUOT in a system call, of"
+DISTURBED = "a part gets a signal, a reader goes away, or a system call fails with ENOSPC, EIO, EROFS or EDQUOT"
 disturbances = pytest.mark.parametrize("disturb", [Place.killed, Place.failed], ids=lambda disturb: disturb.__name__)
 POINTS = 5
 
@@ -41,8 +41,8 @@ def named(directory):
 
 
 @pytest.mark.fault(
-    f"{DISTURBED} a restore: vnb-cat, vnb-apply, and the qemu-nbd or qemu-img of that",
-    holds="an image has its name when it is whole, byte for byte; the next run removes the rest", rounds=2,
+    f"during a restore (vnb-cat, vnb-apply and its qemu-nbd or qemu-img), {DISTURBED}",
+    holds="an image has its name only when it is complete, byte for byte; the next run removes the rest", rounds=2,
 )
 @pytest.mark.parametrize("format_", ["qcow2", "raw"])
 @disturbances
@@ -66,8 +66,11 @@ def test_a_restore(saved, work, rounds, disturb, format_):
 
 
 @pytest.mark.fault(
-    f"{DISTURBED} an update of a standby: vnb-cat, vnb-apply, qemu-nbd",
-    holds="the copy is at a point, or says that it is not finished; the next run brings it to the last point",
+    f"during the update of a standby (vnb-cat, vnb-apply, qemu-nbd), {DISTURBED}",
+    holds=(
+        "the standby is at a restore point, or its state says that an update is not finished; the next run brings "
+        "it to the last restore point"
+    ),
     rounds=2,
 )
 @pytest.mark.parametrize("format_", ["qcow2", "raw"])
@@ -105,8 +108,8 @@ def test_an_update(saved, work, rounds, disturb, format_):
 
 
 @pytest.mark.fault(
-    f"{DISTURBED} vnb-prune, that drops and merges",
-    holds="each point that is kept restores at any time; the next run finishes the work", rounds=3,
+    f"while vnb-prune drops and merges, {DISTURBED}",
+    holds="each kept restore point restores at any time; the next run finishes the work", rounds=3,
 )
 @disturbances
 def test_a_prune(saved, work, rounds, disturb):
@@ -134,8 +137,8 @@ def test_a_prune(saved, work, rounds, disturb):
 
 
 @pytest.mark.fault(
-    f"{DISTURBED} a merge into another set: vnb-cat, vnb-pack",
-    holds="the other set has the point, whole, or nothing of it; the next run removes the rest", rounds=3,
+    f"during a merge into another set (vnb-cat, vnb-pack), {DISTURBED}",
+    holds="the other set has the complete restore point, or nothing of it; the next run removes the rest", rounds=3,
 )
 @disturbances
 def test_a_merge(saved, work, rounds, disturb):

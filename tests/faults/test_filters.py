@@ -14,8 +14,11 @@ SIZE = 2 * MiB
 ERRORS = ("EPERM", "EIO", "ENOMEM", "EINVAL", "ENOSPC", "ESHUTDOWN")
 RATES = ("0.3%", "3%", "30%", "100%")  # of what there are hundreds; and all of it
 FAULT = pytest.mark.fault(
-    "errors and delays of an NBD server in what is read, asked for extents, written or zeroed: nbdkit's filters",
-    holds="done, and byte for byte right, or an error in a line of who met it, and nothing in the set", rounds=5,
+    "an NBD server fails or is slow when it reads, lists extents, writes or zeroes (nbdkit's filters)",
+    holds=(
+        "everything is done, and right byte for byte; or the command that met the error prints it in a line, and "
+        "the set has nothing"
+    ), rounds=5,
 )
 pytestmark = servers.needs_nbdkit
 

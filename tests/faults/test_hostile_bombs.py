@@ -23,11 +23,12 @@ PYTHON = 26 * MiB  # what it takes itself
 SECONDS = 60  # of processor time: what it takes is a few
 ADDRESS_SPACE = 2048 * MiB
 BOMB = pytest.mark.fault(
-    "a bomb to each command: a few bytes that unpack to many, nest deeply or name large numbers",
-    holds="refused, or no more memory than for other input",
+    "each command reads a bomb: a few bytes that decompress to many, nest deeply or name large numbers",
+    holds="refuses it, or takes no more memory than for other input",
 )
 ODD_FILE = pytest.mark.fault(
-    "a FIFO, socket, device, link in the place of a saved file", holds="an error in a line, and no waiting",
+    "a FIFO, a socket, a device or a link stands in the place of a saved file",
+    holds="prints an error in a line, and does not wait",
 )
 COMMANDS = [
     ["vnb-verify"], ["vnb-dump"], ["vnb-dump", "--json"], ["vnb-pack", "-o", "target/set"], ["vnb-config"],

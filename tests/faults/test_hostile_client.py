@@ -16,12 +16,12 @@ from servers import DEADLINE
 PLAN = [{"vda": "64k:? 64k:A 100k:- 17:B 513:?"}, {"vda": "10k:. 3:C 60k:0 100k:. 5:D"}]
 REQUESTS = 200  # of one round
 FAULT = pytest.mark.fault(
-    "a request to vnb-map for any range, or what is no request",
-    holds="the bytes of the disk, or an error; others are served on", share=0.3,
+    "vnb-map gets a request for any range, or bytes that are no request",
+    holds="answers with the bytes of the disk, or an error; goes on serving others", share=0.3,
 )
 WRITES = pytest.mark.fault(
-    "a request to `vnb-map --writable` that writes, zeroes or trims any range, with any flags",
-    holds="what a model has is read back, by others too; the set is as it was, byte for byte", share=0.3,
+    "`vnb-map --writable` gets a request to write, zero or trim any range, with any flags",
+    holds="all clients read back the same bytes as from a model; the set is as it was, byte for byte", share=0.3,
 )
 KNOWN = {"write": nbd.CMD_FLAG_FUA, "zero": nbd.CMD_FLAG_FUA | nbd.CMD_FLAG_NO_HOLE, "trim": nbd.CMD_FLAG_FUA}
 

@@ -40,8 +40,10 @@ from vnb.errors import Error
 from vnb.state import JobDirectory
 
 FAULT = pytest.mark.fault(
-    "hostile input to a command: streams, sets, XML, JSON, files of virtnbdbackup",
-    holds="status 0 to 3, lines of its own, bounded memory, nothing outside its target", share=0.8,
+    "a command reads hostile input: streams, sets, XML, JSON, files of virtnbdbackup",
+    holds=(
+        "exits with 0 to 3; prints only lines of its own; memory stays bounded; writes nothing outside its target"
+    ), share=0.8,
 )
 EARLIER = kept.load()
 REAL = {path.stem: path.read_bytes() for path in sorted(Path(__file__).with_name("corpus").glob("*.vnb"))}

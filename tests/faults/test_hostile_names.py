@@ -14,8 +14,8 @@ import servers
 from vnb import frame as f
 
 NAMES = pytest.mark.fault(
-    "names from a stream: ../x, /x, line breaks, NUL, very long ones, options and protocols of QEMU",
-    holds="nothing outside the target, nothing hidden in it",
+    "a stream has such names: ../x, /x, line breaks, NUL, very long ones, options and protocols of QEMU",
+    holds="writes nothing outside the target, and nothing hidden in it",
 )
 REFUSED = [
     "../outside", "..", ".", "", "/outside", "a/../../outside", "a/b", ".hidden", "a\0b", "a\nb", "\x1b[2Ja",

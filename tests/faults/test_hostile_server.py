@@ -16,8 +16,8 @@ from vnb import frame as f
 SIZE = 1 << 20
 LIES = 12  # of one round
 FAULT = pytest.mark.fault(
-    "a lie of an NBD server: sizes, extents, lengths, offsets",
-    holds="an error in a line, or what it says is taken; no more memory than for other servers", share=0.3,
+    "an NBD server returns wrong sizes, extents, lengths or offsets",
+    holds="prints an error in a line, or believes the server; takes no more memory than for other servers", share=0.3,
 )
 
 

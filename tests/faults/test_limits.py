@@ -21,8 +21,12 @@ POINTS = [makers.point(number) for number in range(len(PLAN))]
 KEPT = 2  # points that a prune leaves
 CASES = {}  # name: (script, check)
 FAULT = pytest.mark.fault(
-    "few file descriptors, little memory or small files for a restore, update, prune, merge, verify, map, cat: ulimit",
-    holds="status 0, 1 or 2, lines of its own; what had status 0 is right, what has a name is whole", rounds=2,
+    "a restore, update, prune, merge, verify, map or cat has few file descriptors, little memory or small files "
+    "(ulimit)",
+    holds=(
+        "exits with 0, 1 or 2; prints only lines of its own; after status 0 the result is right, and a file that "
+        "has its name is complete"
+    ), rounds=2,
     share=0.5,
 )
 # What Python and its modules need to start is below the lower ends, what the work needs below the upper ones.

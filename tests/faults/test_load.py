@@ -23,9 +23,11 @@ ASK_SECONDS = 0.1  # between questions about the disks: monitoring asks less oft
 
 
 @pytest.mark.fault(
-    "machines backed up at once, again and again, while their disks are written and asked about",
-    holds="all sets verify, the last points restore; no process, socket, scratch or file is left; memory and "
-    "descriptors of libvirtd and of each QEMU stay flat",
+    "several domains are backed up at the same time, again and again, while their disks are written and queried",
+    holds=(
+        "all sets verify, and the last restore points restore; no process, socket, scratch or file is left; "
+        "memory and descriptors of libvirtd and of each QEMU stay flat"
+    ),
     rounds=1, share=26,
 )
 def test_many_at_once(lab, rounds):

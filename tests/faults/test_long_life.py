@@ -174,8 +174,9 @@ class Course:
 
 
 @pytest.mark.fault(
-    "a machine's life: failed and killed backups, snapshots, shutdowns, QEMU killed, disks that grow and come",
-    holds="each saved point restores byte for byte; nothing is left behind", share=2,
+    "a domain lives on through failed and killed backups, snapshots, shutdowns, a killed QEMU, and disks that "
+    "grow and are added",
+    holds="each restore point restores byte for byte; nothing is left behind", share=2,
 )
 def test_each_point_of_a_long_life_restores(lab, rounds):
     for chance in rounds:

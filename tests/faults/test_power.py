@@ -17,8 +17,11 @@ from disturbing import Place
 from machine import Machine
 
 power = pytest.mark.fault(
-    "the order of system calls, of what a power failure after any of them takes: sets, prune, state, restore, update",
-    holds="what has its final name was synced before, its name is after; nothing goes before what replaces it is safe",
+    "the power fails after any system call, by the order of the calls: sets, prune, state, restore, update",
+    holds=(
+        "a file is synced before it gets its final name, and the name after that; nothing is removed before its "
+        "replacement is safe"
+    ),
 )
 
 

@@ -26,8 +26,11 @@ POINTS = 3
 CHANGES = 4  # of names, after one of which the power is cut
 pytestmark = [needs_root, pytest.mark.parametrize("kind", ["ext4", "xfs"])]
 cuts = pytest.mark.fault(
-    "the power is cut, at any moment of a backup, prune, merge, restore or update: ext4 and xfs, by their shutdown",
-    holds="what was done before restores byte for byte; a final name means all of it; the next run, and increment, do",
+    "the power is cut at any moment of a backup, prune, merge, restore or update (ext4 and xfs, by their shutdown)",
+    holds=(
+        "everything that was done before restores byte for byte; a file with its final name is complete; the next "
+        "run and the next increment succeed"
+    ),
 )
 
 

@@ -21,8 +21,8 @@ NOBODY = 65534
 SECRET = "vNc-Key8"  # noqa: S105 - of nothing
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 FAULT = pytest.mark.fault(
-    "another user of the host looks for sets, sockets, passwords, or waits in TMPDIR with links",
-    holds="nothing to read, to connect to, or to overwrite",
+    "another user of the host looks for sets, sockets and passwords, or waits in TMPDIR with links",
+    holds="finds nothing to read, to connect to, or to overwrite",
 )
 # Prints what of the paths in its arguments it can read, list, write or connect to.
 INTRUDER = """
