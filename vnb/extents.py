@@ -27,7 +27,7 @@ from vnb.frame import DATA, MAX_EXTENTS
 
 
 def main(args):
-    # What the next stage has not taken yet is work for it, which needs a connection, perhaps the one that we wait for.
+    # Output that the next stage has not taken yet is work for that stage. It may need the connection that we wait for.
     connections = Connections(MOST_OF_EXTENTS, is_used=lambda: output.unread(1) > 0)
     wait = functools.partial(connections.wait_for, give_back=True)
     if args["URI"]:
@@ -37,13 +37,13 @@ def main(args):
         return
     out = output.stdout(wait)
     for segment in stream.stdin(stage="disks", wait=wait):
-        # All are looked at before anything is written: one that is not as it has to be is not found hours later.
+        # We look at all disks before we write anything, so that a fault in one does not show hours later.
         walks = [_Walk(disk, connections) for disk in segment.disks]
         _write(out, segment.head, walks, segment, connections)
 
 
 def _from_uri(args, connections):
-    """(its walk, head) for an export that no stream speaks of."""
+    """(walk, head) of a segment for an export that is in no stream."""
     name = args["--name"]
     if not stream.is_safe_name(name):
         raise UsageError("--name", f"a disk must not be named {name!r}")
@@ -75,7 +75,7 @@ def _write(out, head, walks, frames, connections):
             not living or waiting[0][0].needs + sum(walk.needs for walk, _, _ in living) <= connections.most
         ):
             living.append(waiting.popleft())
-        # In turn, a list each, so that whoever reads the data has work on all of them.
+        # Each disk gives one list in its turn, so that the next stage has work on all of them.
         for one in tuple(living):
             walk, lists, batch = one
             runs = next(lists, None)
@@ -91,7 +91,7 @@ def _write(out, head, walks, frames, connections):
 
 class _Walk:
     """
-    The walk of one disk. The server is asked at once whether it has what is needed.
+    The walk of one disk. It asks the server at once whether the server has the meta contexts that are needed.
 
     disk (dict): as it goes into the stream; a size that is None becomes that of the export. needs (int): connections.
     """
@@ -104,7 +104,7 @@ class _Walk:
         def context(what, required=False):
             return export.Context(connections, source["uri"], name, what, disk["size"], required)
 
-        # Who does not want to wait for a slow base:allocation reads all that is dirty: without it everything is data.
+        # Without base:allocation everything that is dirty is data. --no-sparse-detection asks for this.
         sparse = disk["level"] == "full" or source.get("sparse") is not False
         self._base = context(export.BASE_ALLOCATION if sparse else None)
         self._contexts = [self._base]
@@ -135,8 +135,8 @@ class _Batch:
     """
     Extents of one disk on their way into frames; neighbours with one state become one.
 
-    Data is passed on at once, to be read. The last extent that is not waits for what the next list goes on with:
-    a disk of many TiB of nothing is one hole.
+    Data is passed on at once, to be read. The last extent of another state waits for the next list, which may go on
+    with the same state: an empty disk of many TiB is one hole.
     """
 
     def __init__(self, out, disk):
@@ -164,7 +164,7 @@ def _merged(runs):
     """The runs, with neighbours of one state made one."""
     states = runs[2::3]
     if not any(map(eq, states, states[1:])):
-        return runs  # as servers give them nearly always, and then nothing is done for each in Python
+        return runs  # servers nearly always send them so, and then Python does nothing for each
     merged = runs[:3]
     for offset, length, state in zip(runs[3::3], runs[4::3], runs[5::3]):
         if state == merged[-1] and merged[-3] + merged[-2] == offset:

@@ -58,11 +58,11 @@ def main(args):
                 store.commit()
                 report.taken()
         if out is None or output.is_last():
-            progress.summarize()  # nothing comes after this that could know better
+            progress.summarize()  # no later stage knows more
 
 
 def _refuse_other_set(directory, head):
-    """Raise Error where a set is not the one that the run is for: nothing would be found there when it commits."""
+    """Raise Error if a set is not the one that the run is for: the commit would not find the segment."""
     expected = os.environ.get("VNB_SET")
     if expected and proof.is_of_run(head) and os.path.realpath(directory) != os.path.realpath(expected):
         raise Error(directory, f'is not the set that vnb-checkpoint run is for: -o "$VNB_SET" is, {expected} '
@@ -71,11 +71,11 @@ def _refuse_other_set(directory, head):
 
 class Packer:
     """
-    Packs segments.
+    Compresses segments and adds their index.
 
-    compress: see codec.compressor; None: plain frames stay plain. unpack (bool): packed frames are unpacked.
-    pool (Pool): where payloads come from.
-    Every frame is held against the hash of its plain bytes: what is stored is what was read from the source.
+    compress: see codec.compressor; None: plain frames stay plain. unpack (bool): compressed frames are decompressed.
+    pool (Pool): gives the buffers of payloads, and takes them back.
+    Every frame is checked against the hash of its plain bytes, so the bytes that were read from the source are stored.
     """
 
     def __init__(self, compress, unpack, threads, pool):
@@ -85,7 +85,7 @@ class Packer:
         self.pool = pool
 
     def pack(self, segment, head, writer, progress):
-        """Write one segment with this head, with an index as it goes. progress (vnb.progress.Progress): is told."""
+        """Write one segment with this head, with an index as it goes. progress (vnb.progress.Progress): follows it."""
         with progress.segment(writer.segment(head, segment.disks)) as out:
             self._pack(segment, out)
 
@@ -97,7 +97,7 @@ class Packer:
                 if frame.__class__ is not stream.Data:
                     work.append((frame, None, None))
                 elif self.compress is None and frame.codec == "none":
-                    # A checksum of what is in the cache costs less than to wake a thread.
+                    # The bytes are in the processor's cache: their checksum costs less than waking a thread.
                     work.append(self._work(frame, names))
                 else:
                     work.call(frame)

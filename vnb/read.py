@@ -33,8 +33,8 @@ from vnb.frame import DATA, MAX_DATA, ZERO, GiB, MiB
 from vnb.pool import Pool
 from vnb.progress import Progress
 
-MAX_IN_FLIGHT = 16 * MiB  # bytes: what the buffers of reads in flight take, however many are asked for
-BUSY = 4  # reads in flight on a connection: with so many on each, another one is worth its handshake
+MAX_IN_FLIGHT = 16 * MiB  # bytes of all buffers of reads in flight, whatever --requests is
+BUSY = 4  # reads in flight on a connection: if each has so many, another one is worth its handshake
 MAX_WAITING = 1 << 16  # numbers in lists of extents that wait behind a read in flight: 3 MiB
 MAX_ZEROES = 1 * GiB  # one extent of zeroes that were read
 LIST = 16  # numbers that take as much memory as a list with none
@@ -47,7 +47,7 @@ def main(args):
         raise UsageError("--request-size", f'"{args["--request-size"]}" is not a power of 2')
     most = arguments.integer(args, "--connections", 1, 64)
     connections = Connections(max(most, MOST_OF_READ))
-    # While the output is blocked the connections stay: there is work for them.
+    # The connections stay while the output is blocked, since there is work for them.
     out = output.stdout(functools.partial(connections.wait_for, give_back=False))
     pipeline = Pipeline(connections, requests)
     with Progress(args["--progress"]) as progress:
@@ -59,7 +59,7 @@ def main(args):
 
 def read(segment, exports, out, pipeline, progress):
     """Write a segment (vnb.stream.Segment) with extents to out (vnb.stream.Writer), with their data."""
-    # Where the data came from is nobody's business after this stage.
+    # Later stages have no use for the URIs of the exports.
     disks = [{key: value for key, value in disk.items() if key != "source"} for disk in segment.disks]
     with progress.segment(out.segment({**segment.head, "stage": "data"}, disks)) as written:
         pipeline.begin(written, exports)
@@ -76,9 +76,9 @@ def read(segment, exports, out, pipeline, progress):
 
 class Export:
     """
-    The connections to one disk's export, made as they are needed, and how much to ask of it at a time.
+    The connections to one disk's export, which are made as they are needed, and the size of a request.
 
-    count (int): of connections, at most. request_size (int or None): bytes; None: there was no connection yet.
+    count (int): the most connections. request_size (int or None): bytes; None: there was no connection yet.
     """
 
     def __init__(self, connections, disk, count, request_size):
@@ -90,7 +90,7 @@ class Export:
         self._disk = disk
         self._wanted_size = request_size
         self._most = count
-        self._ours = []  # those that are open or were so when we last looked
+        self._ours = []  # the connections that are open, or were open when we last looked
 
     def open(self):
         """A new connection. Raises Error."""
@@ -106,17 +106,17 @@ class Export:
         return first
 
     def next_connection(self):
-        """The one that has the least to do; where there is none, a new one."""
+        """The connection that has the least to do, or a new one if there is none."""
         ready = []
         for connection in tuple(self._ours):
             if connection.ready and connection.size == self._disk["size"]:
                 ready.append(connection)
             elif not connection.is_open and connection.failure is None:
-                self._ours.remove(connection)  # it had to make way
+                self._ours.remove(connection)  # it was closed to make room for another one
             elif not connection.is_open or connection.ready or time.monotonic() > connection.began + PATIENCE:
                 self._connections.release(connection)
                 self._ours.remove(connection)
-                self._most = max(1, len(self._ours))  # the server takes no more, so it is not asked to again
+                self._most = max(1, len(self._ours))  # the server takes no more, so we do not ask for more again
         if not ready:
             return self.open()
         best = min(ready, key=attrgetter("in_flight"))
@@ -128,7 +128,7 @@ class Export:
 
 
 class Pipeline:
-    """Reads in flight, and extents that wait behind them: all leave in the order in which they came."""
+    """Reads in flight, and extents that wait behind them. All leave in the order in which they came."""
 
     def __init__(self, connections, requests):
         self.connections = connections
@@ -140,15 +140,15 @@ class Pipeline:
         self.in_flight = 0
         self.bytes_in_flight = 0
         self.waiting = 0  # numbers in lists that are in the queue
-        self.zeroes = None  # (disk, offset, end) of zeroes that were read and not written: they may go on
+        self.zeroes = None  # (disk, offset, end) of zeroes that were read and not yet written: more may follow
 
     def begin(self, out, exports):
-        """What comes next is of a segment (vnb.stream.SegmentWriter) with these exports (list of Export)."""
+        """Begin with a segment (vnb.stream.SegmentWriter) with these exports (list of Export)."""
         self.out = out
         self.exports = exports
 
     def wait_for(self, fd, event):
-        """Return when there is input, on a descriptor; until then pass on what the servers send. See stream.Input."""
+        """Return when a descriptor has input. Until then pass on the answers of the servers. See stream.Input."""
         ready = self.connections.turn(0, fd, event)
         while fd not in ready:
             if not self.queue:
@@ -177,7 +177,7 @@ class Pipeline:
     def _pass_on(self, disk, runs):
         self.queue.append((None, disk, runs, None))
         self.waiting += LIST + len(runs)
-        # Extents that wait behind reads are bounded too: a disk may have millions of zeroes and little data.
+        # Extents that wait behind reads have a limit too: a disk may have millions of zeroes and little data.
         while not self.in_flight and self.queue or self.waiting > MAX_WAITING:
             self._write_first()
 
@@ -198,7 +198,7 @@ class Pipeline:
             offset += length
 
     def drain(self):
-        """Write all that is in the queue."""
+        """Write everything that is in the queue."""
         while self.queue:
             self._write_first()
         self._write_zeroes()
@@ -219,7 +219,7 @@ class Pipeline:
         self.in_flight -= 1
         self.bytes_in_flight -= len(view)
         length, hash_ = len(view), xxh3_64_intdigest(view)
-        # Zeroes that were written out are data for the server. The hash tells first, since it is there anyway.
+        # Zeroes that the guest wrote are data for the server. We have the hash anyway, and it is the faster test.
         if hash_ == _hash_of_zeroes(length) and view.tobytes() == bytes(length):
             self._add_zeroes(disk, what, length)
         else:
@@ -234,7 +234,7 @@ class Pipeline:
             self._write_zeroes()
         self.zeroes = disk, offset, offset + length
         if length >= MAX_ZEROES:
-            self._write_zeroes()  # whoever reads us should hear of it; and we, where nobody does any more
+            self._write_zeroes()  # the next stage sees progress, and we notice if it has ended
 
     def _write_zeroes(self):
         if self.zeroes is not None:
