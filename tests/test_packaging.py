@@ -75,10 +75,10 @@ def test_what_is_in_it_runs(package):
 
 
 def test_commands_in_it_start_as_those_of_the_tree(package):
-    """By the distribution's Python, and with -S: see what bin/ says of it."""
+    """By the distribution's Python, or bash; newer packaging tools write a space before the path."""
     for name in COMMANDS:
         first = Path(ROOT, "bin", name).read_text().splitlines()[0]
-        assert (package / "usr/bin" / name).read_text().splitlines()[0] == first
+        assert (package / "usr/bin" / name).read_text().splitlines()[0].replace("#! ", "#!") == first
 
 
 def test_examples_in_it_are_not_compressed(package):
