@@ -99,6 +99,26 @@ def test_what_the_file_alone_does_not_say(source, what):
     assert disk.encrypted == ("encryption" in source)
 
 
+@pytest.mark.parametrize("driver, bus, controller, is_on_one", [
+    ("", "virtio", "", False),
+    ("<driver name='qemu' iothread='1'/>", "virtio", "", True),
+    ("<driver name='qemu'><iothreads><iothread id='2'/></iothreads></driver>", "virtio", "", True),
+    ("", "scsi", "<driver iothread='1'/>", True),
+    ("", "scsi", "<driver><iothreads><iothread id='2'/></iothreads></driver>", True),
+    ("", "scsi", "<driver queues='2'/>", False),
+    ("", "sata", "<driver iothread='1'/>", False),
+])
+def test_a_disk_on_an_iothread(driver, bus, controller, is_on_one):
+    """It, or the SCSI controller that it is at."""
+    found = domxml.disks(
+        f"<domain><devices><controller type='scsi' index='0'><driver iothread='1'/></controller>"
+        f"<controller type='scsi' index='2'>{controller}</controller>"
+        f"<disk type='file'>{driver}<source file='/x'/><target dev='vda' bus='{bus}'/>"
+        f"<address type='drive' controller='2' bus='0' target='0' unit='0'/></disk></devices></domain>"
+    )
+    assert [disk.on_iothread for disk in found] == [is_on_one]
+
+
 @pytest.mark.parametrize("attribute, source, inside, why", [
     ("file", "file='/r'", "", None),
     ("vhostuser", "type='unix' path='/s'", "", "is a vhost-user disk, whose data QEMU does not read"),

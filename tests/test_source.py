@@ -64,6 +64,31 @@ def test_what_is_not_tried_again(domain, endpoint):
     assert domain.begun == []
 
 
+@pytest.mark.parametrize(("version", "why"), [
+    (7_002_022, "(7.2.22) would abort"), (8_002_003, None), (10_000_002, None),
+])
+@pytest.mark.parametrize("uri", ["qemu:///system", "qemu+ssh://far/system"])
+def test_an_iothread_whose_qemu_cannot_be_tried(monkeypatch, version, why, uri):
+    """Its version has to do; it is looked at once for all disks."""
+    asked = []
+
+    def refuse(*arguments):
+        asked.append(arguments)
+        raise Error("far", "no way") if "far" in uri else PermissionError
+
+    monkeypatch.setattr(source.iothreads, "find_out", refuse)
+    monkeypatch.setattr(Host, "run", lambda _self, *_: refuse())
+    domain = Domain(0)
+    domain.xml = lambda: "<domain/>"
+    domain.call_connection = lambda _name: version
+    running = Running(domain, Host.of_uri(uri))
+    for _ in range(2):
+        found = running._iothread_because(SimpleNamespace(on_iothread=True))
+        assert found is None if why is None else why in found
+    assert running._iothread_because(SimpleNamespace(on_iothread=False)) is None
+    assert len(asked) == 1
+
+
 FAR = pytest.mark.parametrize(("uri", "is_tcp", "has_worked", "asks"), [
     ("qemu+ssh://far/system", False, False, True),
     ("qemu+ssh://far/system", True, False, True),

@@ -3,9 +3,9 @@
 The clients of an export, as the kernel lists the connections that were made to its sockets; and how they are cut.
 
 When QEMU ends a backup job it waits until its NBD server has sent the replies that it has begun. Meanwhile neither its
-monitor nor its guest goes on. So a client that does not read, since its own output hangs, stops the guest (QEMU 7.2 and
-10.0). QEMU 7.2 waits in the same way for a client that is in its handshake; older ones crash (CVE-2024-7409). So nobody
-may be connected any more when a job is ended.
+monitor nor its guest goes on. So a client that does not read, since its own output hangs, stops the guest (QEMU 7.2,
+10.0 and 11.1). QEMU 7.2 waits in the same way for a client that is in its handshake; older ones crash (CVE-2024-7409).
+So nobody may be connected any more when a job is ended.
 
 It does not help to have QEMU stop its server or remove the export. QEMU then shuts the connection down, and waits for
 the reply all the same: the kernel says of a unix socket with a full buffer that the other end has hung up, but not that

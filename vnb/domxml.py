@@ -19,10 +19,11 @@ class Disk:
     their data files. ends (bool): the XML says that nothing is below the last of them; where it does not, that is for
     the image to say. readonly, empty (bool). encrypted, sliced (bool): it, one below, or the data file of one is.
     shareable (bool): other domains may use it at the same time. volume ((pool, name) or None): of a storage pool.
-    no_job_because (str or None): why libvirt can make no backup job of it.
+    no_job_because (str or None): why libvirt can make no backup job of it. on_iothread (bool): it or its controller.
     """
 
-    def __init__(self, element):
+    def __init__(self, element, on_iothread=False):
+        self.on_iothread = on_iothread
         source = element.find("source")
         driver = element.find("driver")
         self.name = element.find("target").get("dev")
@@ -137,7 +138,23 @@ def parse(text, what, comments=False):
 
 def disks(domain_xml):
     """The disks (list of Disk) of a domain's XML, in its order."""
-    return [Disk(element) for element in parse(domain_xml, "domain XML").iterfind("./devices/disk")]
+    root = parse(domain_xml, "domain XML")
+    return [Disk(element, _is_on_iothread(element, root)) for element in root.iterfind("./devices/disk")]
+
+
+def _is_on_iothread(element, root):
+    """Whether a disk, or the controller that it is at, has an iothread or several."""
+    address = element.find("address[@type='drive']")
+    index = None if address is None else address.get("controller")
+    drivers = element.findall("driver")
+    if index is not None and element.find("target").get("bus") == "scsi":
+        drivers += root.findall(f"./devices/controller[@type='scsi'][@index='{int(index)}']/driver")
+    return any(driver.get("iothread") or driver.find("iothreads") is not None for driver in drivers)
+
+
+def emulator(domain_xml):
+    """The path of the program that runs a domain."""
+    return parse(domain_xml, "domain XML").findtext("./devices/emulator", "")
 
 
 def disk_names(domain_xml):

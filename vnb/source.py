@@ -13,14 +13,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from vnb import clients, domxml, export, heads, qemuimg, ssh, waiting
+from vnb import clients, domxml, export, heads, iothreads, qemuimg, ssh, waiting
 from vnb.connections import Connections
 from vnb.endpoint import Tcp, Unix, parse_listen
 from vnb.errors import Error
 from vnb.pool import AT_ONCE, Ordered
 from vnb.state import start_of
 from vnb.tempdir import temporary_directory
-from vnb.virt import AddressInUse, Denied, Domain, NoDomain, Unanswered, Unready
+from vnb.virt import AddressInUse, Denied, Domain, NoDomain, Unanswered, Unready, dotted
 
 _PROTOCOL = re.compile(r"[^/]*:")  # before the name of an image that is no path, as nbd:, json:
 QEMU_LISTENS = "nbd-server-start"  # a command of QEMU, which libvirt names in its error
@@ -65,6 +65,7 @@ class Running:
     def __init__(self, domain, host=None, start=False):
         self.domain = domain
         self.host = host
+        self._survives = None  # whether its QEMU does what vnb.iothreads asks, when that is known
         self.forward = None  # vnb.ssh.Forward to the socket on the other host, which lasts as long as we do
         self.name = domain.name
         self.uuid = domain.uuid
@@ -89,7 +90,34 @@ class Running:
 
     def cannot_read_because(self, disk):
         """Why no backup of a disk can be made (str), which is to be known before the guest is frozen, or None."""
-        return disk.no_job_because or self.domain.block_job(disk.name) or self._shared_because(disk)
+        return (
+            disk.no_job_because or self.domain.block_job(disk.name) or self._shared_because(disk)
+            or self._iothread_because(disk)
+        )
+
+    def _iothread_because(self, disk):
+        """Why a disk on an iothread cannot be read without a danger to the guest, or None; see vnb.iothreads."""
+        if not disk.on_iothread:
+            return None
+        if self._survives is None:
+            self._survives = self._survives_hanging_up()
+        if self._survives:
+            return None
+        version = dotted(self.domain.call_connection("getVersion"))
+        return (
+            f"is on an iothread, and its QEMU ({version}) would abort, with its guest, when a client of the backup "
+            "hangs up; QEMU 9.0 does not"
+        )
+
+    def _survives_hanging_up(self):
+        arguments = self.uuid, domxml.emulator(self.domain.xml())
+        try:
+            if self.host is None:
+                return iothreads.find_out(*arguments)
+            program = Path(iothreads.__file__).read_text(encoding="utf-8")
+            return json.loads(self.host.run(self.host.destination, "python3", "-c", program, *arguments))
+        except (Error, OSError, ValueError):
+            return self.domain.call_connection("getVersion") >= iothreads.SAFE_SINCE
 
     def _shared_because(self, disk):
         """

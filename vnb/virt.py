@@ -72,6 +72,11 @@ def short_names(name):
     return {os.fsencode(name[:SHORT_NAME]), os.fsencode(name)[:SHORT_NAME]}
 
 
+def dotted(version):
+    """A version (int) of libvirt or QEMU, as libvirt has it, in its usual form."""
+    return f"{version // 1000000}.{version // 1000 % 1000}.{version % 1000}"
+
+
 def error_of(what, error):
     """A libvirtError as an Error, with libvirt's own words; NoDomain where it says that."""
     kind = NoDomain if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN else Error
@@ -455,8 +460,7 @@ class Domain:
 
     def _versions(self):
         version, qemu = self.call_connection("getLibVersion"), self.call_connection("getVersion")
-        dotted = [f"{number // 1000000}.{number // 1000 % 1000}.{number % 1000}" for number in (version, qemu)]
-        return f"libvirt {dotted[0]}, QEMU {dotted[1]}; incremental backup needs libvirt 7.6 and QEMU 5.2"
+        return f"libvirt {dotted(version)}, QEMU {dotted(qemu)}; incremental backup needs libvirt 7.6 and QEMU 5.2"
 
     def call_connection(self, function, *args):
         """function(*args) of libvirt's connection object, its error as an Error."""

@@ -91,14 +91,14 @@ def in_handshake(job):
     return client
 
 
-def deaf(job):
+def deaf(job, disk="vda"):
     """
-    A connected socket that has asked for all of vda, and takes nothing of it.
+    A connected socket that has asked for all of a disk, and takes nothing of it.
 
     It speaks NBD: newstyle without padding, NBD_OPT_EXPORT_NAME, then reads of a MiB, more than its buffer holds.
     """
     client = connected(job)
-    name = f"vda-{job['head']['id'][:8]}".encode()
+    name = f"{disk}-{job['head']['id'][:8]}".encode()
     client.recv(18, socket.MSG_WAITALL)
     client.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, len(name)) + name)
     client.recv(10, socket.MSG_WAITALL)

@@ -31,7 +31,7 @@ import pytest
 from lab import DEADLINE, Domain, MiB, run, wait_for
 
 CACHE = Path.home() / ".cache" / "vnb-lab"
-MODULES = ("virtio_pci", "virtio_blk", "virtio_console")  # with all that these need
+MODULES = ("virtio_pci", "virtio_blk", "virtio_scsi", "sd_mod", "virtio_console")  # with all that these need
 XFS_MODULES = ("xfs",)  # put in where a disk has it; ext4 is built in
 AGENT_PORT = "org.qemu.guest_agent.0"
 INIT = f"""#!/bin/busybox sh

@@ -99,7 +99,7 @@ class Disk:
 
     size in bytes; cluster_size in bytes or None; compat: "0.10" makes a qcow2 of version 2; backing (path or None): a
     qcow2 below this one; discard: what the guest trims is given back; filesystem (None, "ext4" or "xfs"): on the whole
-    disk.
+    disk; bus: "virtio" or "scsi"; iothread: it, or the controller of all such disks, is on an iothread.
     """
 
     name: str
@@ -111,6 +111,8 @@ class Disk:
     backing: str = None
     filesystem: str = None
     path: str = None
+    bus: str = "virtio"
+    iothread: bool = False
 
     def create(self, directory):
         if self.path is not None:
@@ -132,13 +134,14 @@ class Disk:
 
     def xml(self):
         discard = ' discard="unmap"' if self.discard else ""
+        iothread = ' iothread="1"' if self.iothread and self.bus == "virtio" else ""
         block = Path(self.path).is_block_device()
         kind, attribute = ("block", "dev") if block else ("file", "file")
         return f"""
             <disk type="{kind}" device="disk">
-              <driver name="qemu" type="{self.format}"{discard}/>
+              <driver name="qemu" type="{self.format}"{discard}{iothread}/>
               <source {attribute}={quoteattr(self.path)}/>
-              <target dev="{self.name}" bus="virtio"/>
+              <target dev="{self.name}" bus="{self.bus}"/>
             </disk>"""
 
 
@@ -165,16 +168,22 @@ class Domain:
         lab.connection.defineXML(self.xml())
 
     def xml(self):
+        iothreads = "<iothreads>1</iothreads>" if any(disk.iothread for disk in self.disks.values()) else ""
+        scsi = {disk.iothread for disk in self.disks.values() if disk.bus == "scsi"}
+        driver = '<driver iothread="1"/>' if True in scsi else ""
+        controller = f'<controller type="scsi" index="0" model="virtio-scsi">{driver}</controller>' if scsi else ""
         return f"""
             <domain type="qemu">
               <name>{self.name}</name>
               <uuid>{self.uuid}</uuid>
               <memory unit="b">{self.memory}</memory>
+              {iothreads}
               <os><type arch="x86_64" machine="q35">hvm</type>{self.os_xml}</os>
               <features><acpi/></features>
               <on_poweroff>destroy</on_poweroff>
               <devices>
                 {"".join(disk.xml() for disk in self.disks.values())}
+                {controller}
                 <controller type="usb" model="none"/>
                 <memballoon model="none"/>
                 {self.extra_xml}
