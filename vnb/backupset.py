@@ -631,6 +631,17 @@ class Store:
         os.close(self.fd)
 
 
+def is_missing(directory):
+    """Whether nothing is there; where that cannot be told, whoever opens it says why."""
+    try:
+        os.lstat(directory)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def make_private_directory(path):
     """Make a directory, and those above it, with mode 0700, unless it is there. What was made is durable."""
     try:

@@ -25,6 +25,7 @@ import shlex
 import sys
 
 from vnb import arguments, log, output, proof, stream
+from vnb.backupset import is_missing
 from vnb.checkpoint_usage import SUBCOMMANDS
 from vnb.endpoint import parse_listen
 from vnb.errors import Error, Mistyped, Saved, UsageError, os_error
@@ -101,7 +102,7 @@ def _options(args):
         raise UsageError("--socket", "contradicts --nbd-listen")
     if args["--must-exist"] and not args["--set"]:
         raise UsageError("--must-exist", "is for --set")
-    if args["--set"] and not os.path.lexists(args["--set"]):
+    if args["--set"] and is_missing(args["--set"]):
         if args["--must-exist"]:
             raise Error(args["--set"], "is not there, and --must-exist is given: is its file system mounted?")
         if args.get("begin") or args.get("run"):

@@ -26,7 +26,7 @@ Options:
 import os
 
 from vnb import arguments, codec, heads, log, output, proof, stream
-from vnb.backupset import Store
+from vnb.backupset import Store, is_missing
 from vnb.errors import Error
 from vnb.index import Builder
 from vnb.pool import Ordered, Pool
@@ -48,7 +48,7 @@ def main(args):
                 continue
             head = heads.alone(segment.head)
             _refuse_other_set(args["-o"], head)
-            if not os.path.lexists(args["-o"]):
+            if is_missing(args["-o"]):
                 if args["--must-exist"]:
                     raise Error(args["-o"], "is not there, and --must-exist is given: is its file system mounted?")
                 log.detail(f"{args['-o']}: is a new backup set")  # vnb-checkpoint has said so, of one that it sees
