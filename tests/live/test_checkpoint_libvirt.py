@@ -15,6 +15,8 @@ from lab import Disk, MiB, run, wait_for
 from vnb import domxml, qemuimg
 from vnb.virt import PRESERVE_SHUTDOWN_SINCE, AddressInUse, Domain
 
+FAIL = "cat > /dev/null; false"  # a command that has read its input, and fails
+
 
 @pytest.fixture
 def directory(lab):
@@ -176,14 +178,14 @@ def test_a_backup_of_a_domain_that_vanishes_when_its_job_ends_is_aborted(lab, vm
     backup(lab, vm, "full", directory)
     before = vm.checkpoints()
     with vanishing(lab, vm):
-        done = backup(lab, vm, "inc", directory, "--no-freeze", check=False, store="false")
+        done = backup(lab, vm, "inc", directory, "--no-freeze", check=False, store=FAIL)
     assert done.stderr == f"vnb-checkpoint: {vm.name}: the command ended with status 1: nothing is committed\n"
     assert vm.checkpoints() == before
     assert list(qemuimg.layers("vda", vm.disks["vda"].path, "qcow2")[0].bitmaps) == before
     backup(lab, vm, "inc", directory)
 
 
-@pytest.mark.parametrize("store", [STORE, "false"])
+@pytest.mark.parametrize("store", [STORE, FAIL], ids=["stores", "fails"])
 def test_a_transient_domain_that_vanishes_when_its_job_ends(lab, directory, store):
     """libvirt knows no such domain then, nor any checkpoint of it."""
     vm = lab.domain(Disk("vda"), start=False)

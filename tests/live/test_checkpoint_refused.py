@@ -37,7 +37,7 @@ def is_refused(lab, vm, disk, why, options=""):
     """
     done = backup(lab, vm, "copy", lab.new_directory("set"), f"--require-freeze --raw {options}", check=False)
     assert (done.returncode, done.stderr) == (
-        1, f"vnb-checkpoint: {disk}: {why}: --exclude {disk} leaves it out\n"
+        1, f"vnb-checkpoint: {vm.name}: {disk}: {why}: --exclude {disk} leaves it out\n"
     )
     backup(lab, vm, "full", lab.new_directory("set"), f"--no-freeze --raw --exclude {disk} {options}")
 
