@@ -12,10 +12,12 @@ import fcntl
 import mmap
 import os
 import queue
+import select
 import threading
 
 from vnb import stream
 from vnb.errors import os_error
+from vnb.pool import beside
 
 BLOCK = 2 << 20  # bytes of one write: large for disks, and all three small beside the cache of a processor
 ALIGNMENT = 4096  # bytes: of an offset that every disk takes
@@ -112,11 +114,14 @@ class DirectWriter(stream.Writer):
                         raise
                     set_direct(self.fd, False)
                     _write(self.fd, block, at)
-                self._free.put(block)
+                self._give(block)
             except OSError as error:
                 self._error = error
-                self._free.put(None)
+                self._give(None)
                 return
+
+    def _give(self, block):
+        self._free.put(block)
 
 
 class Stdout(DirectWriter):
@@ -124,12 +129,13 @@ class Stdout(DirectWriter):
     Standard output, where it is a file: who writes to it next does so behind what was written.
 
     fd (int): of the same file, but opened for this. start (int): where standard output stands in it.
-    blocking (callable): calls a function that may block, as one that waits for a file system on the network.
+    wait (callable or None): see vnb.output.stdout(); a file system on the network may keep us waiting.
     """
 
-    def __init__(self, fd, start, blocking):
+    def __init__(self, fd, start, wait=None):
         super().__init__(fd, "stdout", start)
-        self._blocking = blocking
+        self._wait_beside = wait
+        self._given = None if wait is None else os.pipe()  # a byte for each block in the queue of free ones
 
     def flush(self):
         """
@@ -141,11 +147,22 @@ class Stdout(DirectWriter):
 
     def finish(self):
         """See DirectWriter."""
-        self._blocking(super().finish)
+        if self._wait_beside is None:
+            super().finish()
+        else:
+            beside(super().finish, self._wait_beside)
         os.lseek(1, self._at + self._fill, os.SEEK_SET)
 
     def _free_block(self):
-        return super()._free_block() if self._free.qsize() else self._blocking(super()._free_block)
+        if self._given is not None:
+            self._wait_beside(self._given[0], select.POLLIN)
+            os.read(self._given[0], 1)
+        return super()._free_block()
+
+    def _give(self, block):
+        super()._give(block)
+        if self._given is not None:
+            os.write(self._given[1], b"\0")
 
 
 def set_direct(fd, wanted):

@@ -10,10 +10,10 @@ import socket
 import stat
 import sys
 import termios
-import threading
 
 from vnb import proof, stream
 from vnb.errors import Error
+from vnb.pool import beside
 
 _MEMORY_DEVICES = 1  # the major number of /dev/null and its like, which never block
 
@@ -74,31 +74,6 @@ def _put_a_little(wait, parts):
     return os.writev(1, [parts[0][: select.PIPE_BUF]])
 
 
-def beside(function, wait):
-    """Call a function that may block, in a thread; wait() until it has returned. Gives what it gave, or raises that."""
-    result, raised = [], []
-
-    def work():
-        try:
-            result.append(function())
-        except Exception as error:
-            raised.append(error)
-        finally:
-            os.close(write_end)
-
-    read_end, write_end = os.pipe()
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        wait(read_end, select.POLLIN)
-    finally:
-        os.close(read_end)
-    thread.join()
-    if raised:
-        raise raised[0]
-    return result[0]
-
-
 def is_last():
     """Whether no other command reads standard output: it is neither a pipe nor a socket."""
     mode = os.fstat(1).st_mode
@@ -108,12 +83,11 @@ def is_last():
 def _to_file(wait):
     from vnb import direct  # most write to pipes, and need no thread
 
-    blocking = (lambda function: function()) if wait is None else (lambda function: beside(function, wait))
     start = os.lseek(1, 0, os.SEEK_CUR)
     if not (fcntl.fcntl(1, fcntl.F_GETFL) & os.O_APPEND or start % direct.ALIGNMENT):
         try:
             # Opened once more: whoever has the same descriptor after us does not expect that it is for whole blocks.
-            return direct.Stdout(os.open("/proc/self/fd/1", os.O_WRONLY | os.O_CLOEXEC), start, blocking)
+            return direct.Stdout(os.open("/proc/self/fd/1", os.O_WRONLY | os.O_CLOEXEC), start, wait)
         except OSError:
             pass  # we were given what we may not open
-    return stream.Writer(1, put=lambda parts: blocking(lambda: os.writev(1, parts)))
+    return stream.Writer(1, put=None if wait is None else lambda parts: beside(lambda: os.writev(1, parts), wait))

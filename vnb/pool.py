@@ -2,7 +2,9 @@
 """Buffers that are used again: a fresh one of half a MiB costs its page faults each time."""
 
 import collections
+import os
 import queue
+import select
 import threading
 
 AT_ONCE = 4  # qemu-img processes: each takes 30 ms, mostly to start
@@ -44,6 +46,31 @@ class Pool:
             self._kept = 0
         self._free.setdefault(size, []).append(buffer)
         self._kept += size
+
+
+def beside(function, wait):
+    """Call a function that may block, in a thread; wait() until it has returned. Gives what it gave, or raises that."""
+    result, raised = [], []
+
+    def work():
+        try:
+            result.append(function())
+        except Exception as error:
+            raised.append(error)
+        finally:
+            os.close(write_end)
+
+    read_end, write_end = os.pipe()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        wait(read_end, select.POLLIN)
+    finally:
+        os.close(read_end)
+    thread.join()
+    if raised:
+        raise raised[0]
+    return result[0]
 
 
 class Ordered:
