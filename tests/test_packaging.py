@@ -40,7 +40,9 @@ def package(tmp_path_factory):
             shutil.copy2(Path(ROOT, file), target)
     run("git", "init", "-q", cwd=tree, check=True)
     run("git", "add", "-A", cwd=tree, check=True)
-    done = run("make", "deb", cwd=tree)
+    # lintian leaves files among the temporary ones.
+    temporary = tmp_path_factory.mktemp("temporary")
+    done = run("make", "deb", cwd=tree, env={**os.environ, "TMPDIR": str(temporary)})
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     target = tree / "unpacked"
     run("dpkg-deb", "-x", *(tree / "build" / "deb").glob("*.deb"), target, check=True)
