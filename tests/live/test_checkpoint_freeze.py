@@ -114,7 +114,7 @@ def test_pause_without_an_agent_is_no_warning(lab, vm, directory):
 
 
 def test_a_begin_that_fails_thaws(lab, linux, directory):
-    done = backup(lab, linux, "full", directory, "--scratch-dir /nonexistent", check=False)
+    done = backup(lab, linux, "full", directory, "--scratch-dir /proc --scratch-reserve 0", check=False)
     assert done.returncode == 1
     assert "file systems frozen for" in done.stderr
     assert status(linux) == "thawed"
@@ -269,7 +269,9 @@ def test_an_agent_that_hangs_hinders_no_other_backup(lab, linux, directory, hang
     thawed(lab, linux)
 
 
-@pytest.mark.parametrize("options", ["--require-freeze", "--threshold 1t", "--no-freeze --scratch-dir /nonexistent"])
+@pytest.mark.parametrize("options", [
+    "--require-freeze", "--threshold 1t", "--no-freeze --scratch-dir /proc --scratch-reserve 0",
+])
 def test_a_backup_that_does_not_begin_sees_to_the_thaw(lab, linux, directory, hanging, options):
     if "--require-freeze" not in options:
         backup(lab, linux, "full", directory, "--freeze /mnt/vda")
