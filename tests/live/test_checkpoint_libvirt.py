@@ -79,15 +79,20 @@ def test_a_good_backup_leaves_no_error_in_the_log_of_libvirtd(lab, directory, lo
 
 
 CATALOGS = "/usr/share/locale/{}/LC_MESSAGES/libvirt.mo"  # of libvirt-l10n
+LOCALES = {"de": "de_DE", "ru": "ru_RU"}
 
 
-@pytest.fixture(params=["de", "ru"])
+@pytest.fixture(params=LOCALES)
 def foreign(lab, request):
     """libvirtd says its errors in another language, and has other quotation marks. It has few of these in German."""
-    if not os.path.exists(CATALOGS.format(request.param)):
-        pytest.skip("libvirt-l10n is not installed")
-    before = {"LC_ALL": os.environ.get("LC_ALL", ""), "LANGUAGE": os.environ.get("LANGUAGE", "")}
-    lab.restart_libvirtd(LC_ALL="C.UTF-8", LANGUAGE=request.param)
+    name = LOCALES[request.param]
+    if not os.path.exists(CATALOGS.format(request.param)) or not os.path.exists(f"/usr/share/i18n/locales/{name}"):
+        pytest.skip("libvirt-l10n or locales is not installed")
+    place = lab.path("locales")  # one of our own: the host need not have made it, and C.UTF-8 is not always translated
+    os.makedirs(place, exist_ok=True)
+    run("localedef", "-i", name, "-f", "UTF-8", f"{place}/{name}.UTF-8")
+    before = {key: os.environ.get(key, "") for key in ("LC_ALL", "LANGUAGE", "LOCPATH")}
+    lab.restart_libvirtd(LC_ALL=f"{name}.UTF-8", LANGUAGE=request.param, LOCPATH=place)
     yield
     lab.restart_libvirtd(**before)
 
