@@ -89,7 +89,6 @@ def test_a_data_file_with_a_relative_name(lab, directory):
     lab.sh(f"cd {made}; qemu-img create -q -f qcow2 -o data_file=vda.data {path} 4M; "
            f"qemu-io -f qcow2 -c 'write -P 7 0 1M' {path}")
     vm = lab.domain(Disk("vda", path=path), start=False)
-    lab.sh(f"mkdir {made}/set")
     for options, whose in ((f"--image vda={path}", ""), (vm.name, f"{vm.name}: ")):
         done = lab.sh(f"cd {made}; vnb-checkpoint begin --level full --set set {options}", check=False)
         assert (done.returncode, done.stderr.partition("is made\n")[2]) == (  # of the set, which is new
