@@ -82,7 +82,10 @@ def wait_for(condition, what):
 @pytest.fixture
 def image():
     with tempfile.TemporaryDirectory(prefix="vnb") as path:  # a socket's path is short
-        yield Image(Path(path))
+        image = Image(Path(path))
+        yield image
+        image.environment["PATH"] = os.environ["PATH"]
+        image.sh("vnb-checkpoint abort --image vda=vda.qcow2")  # a test that failed would leave its keeper behind
 
 
 @pytest.mark.parametrize("command", [
