@@ -128,29 +128,29 @@ def linux(lab, *disks, name=None, start=True, **options):
 @functools.lru_cache
 def images(lab):
     """Copies of kernel and initrd where QEMU's user can read them; libvirt makes it their owner."""
-    try:
-        kept = build()
-    except RuntimeError as error:
-        pytest.skip(f"no Linux for the laboratory: {error}")
-    return [shutil.copy(kept / file, lab.path(file)) for file in ("vmlinuz", "initrd")]
+    os.makedirs(CACHE, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until they are copied: tests of another tree remove others
+        try:
+            kept = build()
+        except RuntimeError as error:
+            pytest.skip(f"no Linux for the laboratory: {error}")
+        return [shutil.copy(kept / file, lab.path(file)) for file in ("vmlinuz", "initrd")]
 
 
 def build():
     """Make kernel and initrd, unless they are there; return their directory."""
     directory = CACHE / hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    os.makedirs(CACHE, exist_ok=True)
-    with open(CACHE / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not directory.exists():
-            for old in CACHE.iterdir():
-                if old.is_dir():
-                    shutil.rmtree(old)
-            with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-                made = Path(temporary, "made")
-                made.mkdir()
-                download(temporary)
-                assemble(Path(temporary, "root"), made)
-                made.rename(directory)
+    if not directory.exists():
+        for old in CACHE.iterdir():
+            if old.is_dir():
+                shutil.rmtree(old)
+        with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+            made = Path(temporary, "made")
+            made.mkdir()
+            download(temporary)
+            assemble(Path(temporary, "root"), made)
+            made.rename(directory)
     return directory
 
 
