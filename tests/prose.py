@@ -112,7 +112,7 @@ def findings(path):
             for pattern, reason in HARD.items():
                 if pattern.search(sentence):
                     yield reason, sentence
-            found = words.search(re.sub(r"`[^`]*`|\bblock devices?\b", "", sentence))
+            found = words.search(re.sub(r"`[^`]*`|\bblock devices?\b|\binternal snapshots?\b", "", sentence))
             if found and path != GLOSSARY:
                 yield f'"{found[0]}" is not a word of the glossary', sentence
 

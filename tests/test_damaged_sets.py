@@ -369,14 +369,14 @@ def test_backups_go_on(tmp_path):
     *_, before, last = sorted(saved.iterdir())
     cut(last, last.stat().st_size - 1)
     done = backup("auto")
-    assert done.status == 0 and f"{last}: " in done.err and f"level inc, since {before.name[:-8]}\n" in done.err
+    assert done.status == 0 and f"{last}: " in done.err and f"increment since {before.name[:-8]}\n" in done.err
     assert content()
     full, *_ = sorted(saved.iterdir())
     flip(full, 10)
     done = backup("inc")
     assert done.status == 1 and "a full backup is needed first" in done.err and full.name in done.err
     done = backup("auto")
-    assert done.status == 0 and "level full: " in done.err and f"damaged: {full.name}" in done.err
+    assert done.status == 0 and "full backup: " in done.err and f"damaged: {full.name}" in done.err
     assert content()
     assert backup("full").status == 0
     assert backup("auto").status == 0

@@ -207,7 +207,7 @@ class Plan:
         parent = chain.tip(wanted, self._usable())
         if parent is not None:
             if level == "auto":
-                self.note(f"{self.source.name}: level inc, since {parent.head['point']}")
+                self.note(f"{self.source.name}: increment since {parent.head['point']}")
             return "inc" if level == "auto" else level, parent.head["point"], parent
         self.broken = any(segment.head["checkpoint"] in self.have for segment in wanted)
         return self._full(self._full_needed_because(ours, whole, wanted) + self.catalog.lost())
@@ -230,7 +230,7 @@ class Plan:
         """As _level(), where no increment is possible. Raises Error where a full backup was not asked for."""
         if self.options["level"] != "auto":
             raise Error(self.source.name, f"{why}: a full backup is needed first (--level full, or auto)")
-        self.note(f"{self.source.name}: level full: {why}")
+        self.note(f"{self.source.name}: full backup: {why}")
         return "full", None, None
 
     def _full_needed_because(self, ours, whole, wanted):
@@ -241,7 +241,9 @@ class Plan:
         """
         where = self.catalog.where
         if not ours:
-            return f"nothing of chain {self.options['chain']} is saved {where}"
+            if self.options["chain"] == heads.DEFAULT_CHAIN:
+                return f"no earlier backup is saved {where}"
+            return f"no earlier backup of chain {self.options['chain']} is saved {where}"
         if not whole:
             return f"no restore point {where} has all that it needs"
         if not wanted:

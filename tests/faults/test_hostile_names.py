@@ -117,4 +117,4 @@ def test_a_head_without_a_chain(tmp_path, monkeypatch):
     path.write_bytes(mutation.stream_of(frames))
     done = servers.command(*argv)
     shutil.rmtree(state)
-    assert done.status == 0 and "level full: nothing of chain main is saved" in done.err
+    assert done.status == 0 and "full backup: no earlier backup is saved" in done.err

@@ -69,9 +69,9 @@ def test_a_set_that_cannot_take_it_is_refused_before_anything_begins(lab, vm, di
 
 def test_auto_says_what_it_chose_and_why(lab, vm, directory):
     done = backup(lab, vm, "auto", directory)
-    assert f"{vm.name}: level full: nothing of chain main is saved in {directory}" in done.stderr
+    assert f"{vm.name}: full backup: no earlier backup is saved in {directory}" in done.stderr
     done = backup(lab, vm, "auto", directory)
-    assert f"{vm.name}: level inc, since {sorted(vm.checkpoints())[0]}" in done.stderr
+    assert f"{vm.name}: increment since {sorted(vm.checkpoints())[0]}" in done.stderr
     assert levels(directory) == ["full", "inc"]
 
 
@@ -81,7 +81,7 @@ def test_auto_makes_a_full_when_the_checkpoints_are_gone(lab, vm, directory):
         checkpoint.delete()
     assert backup(lab, vm, "inc", directory, check=False).returncode == 1
     done = backup(lab, vm, "auto", directory)
-    assert (f"level full: the checkpoints of the restore points in {directory} are all gone, and cannot be redefined: "
+    assert (f"full backup: the checkpoints of the restore points in {directory} are all gone, and cannot be redefined: "
             in done.stderr)
     assert levels(directory) == ["full", "full"]
     restores(lab, directory, vm.reference())
@@ -414,9 +414,9 @@ def test_auto_begins_anew_where_the_set_lost_a_segment(lab, vm, directory):
     done = backup(lab, vm, "inc", directory, check=False)
     why = f"no restore point in {directory} has all that it needs"
     assert done.stderr == f"vnb-checkpoint: {vm.name}: {why}: a full backup is needed first (--level full, or auto)\n"
-    assert f"level full: {why}" in backup(lab, vm, "auto", directory).stderr
+    assert f"full backup: {why}" in backup(lab, vm, "auto", directory).stderr
     vm.write("vda", 20 * MiB, MiB)
-    assert "level inc" in backup(lab, vm, "auto", directory).stderr
+    assert "increment since " in backup(lab, vm, "auto", directory).stderr
     restores(lab, directory, vm.reference())
 
 

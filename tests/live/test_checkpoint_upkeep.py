@@ -86,7 +86,7 @@ def test_disks_that_take_turns_at_one_path(lab, vm, directory):
             os.rename(away, directory)
         vm.write("vda", number * MiB, MiB)
         done = backup(lab, vm, "auto", directory)
-        assert ("level full" in done.stderr) == (number < 2)
+        assert ("full backup: " in done.stderr) == (number < 2)
         os.rename(directory, away)
         assert not os.path.exists(here) or number
     restores(lab, away, vm.reference())
@@ -416,7 +416,7 @@ def test_a_set_with_only_a_copy_says_so(lab, vm, directory):
     backup(lab, vm, "copy", directory)
     done = backup(lab, vm, "auto", directory)
     why = f"no restore point in {directory} has a checkpoint: levels copy and diff make none"
-    assert f"level full: {why}\n" in done.stderr
+    assert f"full backup: {why}\n" in done.stderr
 
 
 def test_abort_names_the_job_of_another_program(lab, vm):

@@ -55,8 +55,8 @@ def test_two_destinations_in_turn_both_restore(lab, vm):
         change(vm, number)
         place = places[number % 2]
         done = place.take()
-        first = f"level full: nothing of chain main is saved at {place.name}\n"
-        assert ("level inc, since vnb." if number > 1 else first) in done.stderr
+        first = f"full backup: no earlier backup is saved at {place.name}\n"
+        assert ("increment since vnb." if number > 1 else first) in done.stderr
         place.restores(vm.reference())
     assert len(vm.checkpoints()) == 6  # of each the full's and the newest two
 
@@ -83,7 +83,7 @@ def test_an_increment_to_a_new_destination_is_refused(lab, vm):
     before = vm.checkpoints()
     done = Place(lab, vm, "new").take("inc", check=False)
     assert (done.returncode, done.stderr) == (
-        1, f"vnb-checkpoint: {vm.name}: nothing of chain main is saved at new: "
+        1, f"vnb-checkpoint: {vm.name}: no earlier backup is saved at new: "
         "a full backup is needed first (--level full, or auto)\n")
     assert vm.checkpoints() == before
 
@@ -184,7 +184,7 @@ def test_an_image_from_before_the_base_gets_no_wrong_increment(lab, vm, director
     change(vm, 2)
     done = backup(lab, vm, "auto", directory)
     assert f"{first}: redefined" in done.stderr
-    assert f"level inc, since {first}" in done.stderr or "in full" in done.stderr
+    assert f"increment since {first}" in done.stderr or "in full" in done.stderr
     restores(lab, directory, vm.reference())
 
 

@@ -43,7 +43,7 @@ def test_an_internal_snapshot_can_be_reverted_after_prune(lab, vm, host):
     host("vnb-checkpoint delete vm1 --set /backup/vm1", vm)
     lab.sh(f"virsh snapshot-revert {vm.name} before")
     done = host("vnb-backup --no-freeze vm1 /backup/vm1", vm)
-    assert "level full: the checkpoints of the restore points in " in done.stderr
+    assert "full backup: the checkpoints of the restore points in " in done.stderr
     lab.sh(f"virsh snapshot-delete {vm.name} before")
 
 

@@ -420,7 +420,7 @@ def test_a_restore_over_existing_images_keeps_the_checkpoints(lab, vm):
     vm.start()
     vm.write_random("vda", 5 * MiB, MiB, seed=4)
     done = backup(lab, vm, "auto", directory, "--no-freeze")
-    assert "level inc, since" in done.stderr
+    assert "increment since" in done.stderr
     assert "full" not in done.stderr
     restores(lab, directory, vm.reference())
 
