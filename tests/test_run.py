@@ -188,7 +188,7 @@ def test_signal_while_it_starts(toy):
 
 def test_every_command_starts_so():
     scripts = [path for path in ROOT.glob("bin/vnb-*") if "python" in path.read_text().splitlines()[0]]
-    own = {re.sub('"vnb[.-][a-z]+"', "", path.read_text()) for path in scripts}
+    own = {re.sub('"vnb[.-][a-z._]+"', "", path.read_text()) for path in scripts}
     assert (len(scripts), len(own)) == (len(list(ROOT.glob("bin/*"))) - 4, 1)  # the others are of bash
 
 

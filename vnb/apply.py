@@ -33,6 +33,7 @@ from vnb.errors import UsageError
 from vnb.progress import Progress
 from vnb.restore import Restore, undisturbed
 from vnb.standby import Standby
+from vnb.stdio import stdin
 from vnb.writer import Buffers
 
 FORMATS = ("qcow2", "raw")
@@ -60,7 +61,7 @@ def main(args):
         return
     with Progress(args["--progress"]) as progress:
         with Restore(args["DIR"], recipe, chosen, buffers, args["--force-sequence"]) as restore:
-            for segment in stream.stdin(stage="data", consumer=True, pool=buffers, example=EXAMPLE):
+            for segment in stdin(stage="data", consumer=True, pool=buffers, example=EXAMPLE):
                 progress.begin(segment.head)
                 report = proof.Report(segment.head)
                 with progress.segment(segment):
@@ -77,7 +78,7 @@ def update(args, recipe, chosen, buffers):
     words = [f"--format {recipe.format}", *(f"--disk {value}" for value in sorted(args["--disk"]))]
     words += [f"--image-options {args['--image-options']}"] if args["--image-options"] else []
     words += ["--preallocate"] if recipe.preallocate else []
-    reader = None if args["--resume"] else stream.stdin(stage="data", consumer=True, pool=buffers, example=EXAMPLE)
+    reader = None if args["--resume"] else stdin(stage="data", consumer=True, pool=buffers, example=EXAMPLE)
     with Progress(args["--progress"]) as progress, Standby(args["DIR"], recipe, chosen, words, buffers) as standby:
         standby.resume()
         if reader is not None:

@@ -13,7 +13,7 @@ from vnb import chain, index, stream
 from vnb import frame as f
 from vnb.damage import NOTHING, Damaged, newest_by_name
 from vnb.direct import DirectWriter
-from vnb.durable import make_directories, sync_directory
+from vnb.durable import make_private_directory, sync_directory
 from vnb.errors import Error, StreamError, os_error
 from vnb.frame import FrameError
 
@@ -640,14 +640,6 @@ def is_missing(directory):
     except OSError:
         return False
     return False
-
-
-def make_private_directory(path):
-    """Make a directory, and those above it, with mode 0700, unless it is there. What was made is durable."""
-    try:
-        make_directories(path, 0o700)
-    except OSError as error:
-        raise os_error(path, error) from None
 
 
 def remove_abandoned(directory):

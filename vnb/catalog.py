@@ -11,7 +11,7 @@ import os
 import socket
 
 from vnb import backupset
-from vnb.durable import sync_directory
+from vnb.durable import make_private_directory, sync_directory
 from vnb.errors import os_error
 
 NAME = "name"  # a file beside the heads: the destination's name, which need be no name for a directory
@@ -134,7 +134,7 @@ class Catalog:
         path = os.path.join(self.directory, NAME)
         if os.path.exists(path):
             return
-        backupset.make_private_directory(self.directory)
+        make_private_directory(self.directory)
         try:
             with open(f"{path}.new", "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
                 file.write(os.fsencode(self.destination))

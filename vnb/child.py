@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Programs that run as long as we do: started, waited for by events, ended."""
+"""Other programs: run to their end, or started, waited for by events, and ended."""
 
 import os
 import select
@@ -7,8 +7,10 @@ import signal
 import subprocess
 import time
 
-from vnb.errors import Error
+from vnb import waiting
+from vnb.errors import Error, one_line
 
+END_SECONDS = 30  # for a qemu-nbd that was told to end; it has nothing to write
 PATIENCE = 10  # seconds that a program gets to end before it is killed
 # For a server to open its image and to say something. A qemu-nbd that gets SIGTERM while it starts forgets that, and
 # listens to nobody (QEMU 7.2).
@@ -141,3 +143,34 @@ def wait_for(fds, seconds=None):
                 return fd
         if deadline is not None and time.monotonic() >= deadline:
             return None
+
+
+def run(what, *argv):
+    """Run a program, give its standard output; Error with its words where it fails."""
+    try:
+        with waiting.on(f"{argv[0]}, about {what}"):
+            done = subprocess.run(argv, capture_output=True, check=False)
+    except OSError as error:
+        raise Error(argv[0], error.strerror) from None
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise Error(what, one_line(" ".join(said)) or f"{argv[0]} ended with status {done.returncode}")
+    return done.stdout
+
+
+def end(pid):
+    """Have a process end, and wait for it; harmless where it is gone."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(fd, signal.SIGTERM)
+        signal.pidfd_send_signal(fd, signal.SIGCONT)  # one that was stopped does not hear it
+        if not select.select([fd], [], [], END_SECONDS)[0]:
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+            select.select([fd], [], [], END_SECONDS)
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(fd)

@@ -45,6 +45,7 @@ from vnb.errors import Error, UsageError
 from vnb.files import Files, check_path, destinations, originals
 from vnb.imagedir import EXISTS
 from vnb.run import show
+from vnb.stdio import stdin
 
 FORMATS = ("qcow2", "raw")
 
@@ -53,7 +54,7 @@ def main(args):
     chosen = _check(args)
     restored = None
     try:
-        for segment in stream.stdin(consumer=True):
+        for segment in stdin(consumer=True):
             if restored is not None:
                 restored.files.close()
             restored = Restored(segment, args)

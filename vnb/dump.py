@@ -34,6 +34,7 @@ from vnb.errors import Error, StreamError, one_line
 from vnb.frame import DATA, STATE_NAMES
 from vnb.jsonlines import JsonReader, line_of
 from vnb.run import show
+from vnb.stdio import stdin
 
 SHOWN_HEAD = ("point", "level", "stage", "parent", "created", "checkpoint", "chain", "id", "run")
 SHOWN_TEXT = 200  # characters of what nobody knows
@@ -52,7 +53,7 @@ def main(args):
     status = 0
     for path in _inputs(args["SET_OR_FILE"]):
         try:
-            fd = stream.stdin().input.fd if path is None else backupset.open_file(path)
+            fd = stdin().input.fd if path is None else backupset.open_file(path)
         except Error as error:
             sys.stdout.flush()
             log.error(error)

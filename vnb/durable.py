@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Directories that are still there after a power failure, with the names in them. All raise OSError."""
+"""Directories that are still there after a power failure, with the names in them."""
 
 import contextlib
 import errno
 import os
+
+from vnb.errors import os_error
 
 
 def sync_directory(path):
@@ -44,3 +46,11 @@ def make_directories(path, mode):
                 os.rmdir(directory)
         raise
     return made
+
+
+def make_private_directory(path):
+    """Make a directory, and those above it, with mode 0700, unless it is there. What was made is durable."""
+    try:
+        make_directories(path, 0o700)
+    except OSError as error:
+        raise os_error(path, error) from None

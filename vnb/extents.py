@@ -24,6 +24,7 @@ from vnb import export, heads, log, output, stream
 from vnb.connections import MOST_OF_EXTENTS, Connections
 from vnb.errors import Error, UsageError
 from vnb.frame import DATA, MAX_EXTENTS
+from vnb.stdio import stdin
 
 
 def main(args):
@@ -36,7 +37,7 @@ def main(args):
         _write(output.stdout(wait), head, [walk], (), connections)
         return
     out = output.stdout(wait)
-    for segment in stream.stdin(stage="disks", wait=wait):
+    for segment in stdin(stage="disks", wait=wait):
         # We look at all disks before we write anything, so that a fault in one does not show hours later.
         walks = [_Walk(disk, connections) for disk in segment.disks]
         _write(out, segment.head, walks, segment, connections)

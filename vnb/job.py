@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 
-from vnb import backupset, domxml, qemuimg
+from vnb import backupset, child, domxml, qemuimg
 from vnb.catalog import Catalog
 from vnb.clients import clients_of
 from vnb.errors import Error, Saved, os_error
@@ -322,7 +322,7 @@ def _files(source, plan, job):
             info = source.domain.guest_info()
             if info:
                 found.append({"role": "guest-info", "path": "guest-info.json", "text": json.dumps(info)})
-    run = qemuimg.run if source.is_local else source.host.run
+    run = child.run if source.is_local else source.host.run
 
     def described(disk):
         try:

@@ -14,6 +14,7 @@ import termios
 from vnb import proof, stream
 from vnb.errors import Error
 from vnb.pool import beside
+from vnb.stdio import set_pipe_size
 
 _MEMORY_DEVICES = 1  # the major number of /dev/null and its like, which never block
 
@@ -30,7 +31,7 @@ def stdout(wait=None):
     if stat.S_ISREG(os.fstat(1).st_mode):
         writer = _to_file(wait)
     else:
-        stream.set_pipe_size(1)
+        set_pipe_size(1)
         writer = stream.Writer(1, wait=wait, put=None if wait is None else _put(wait))
     writer.report = proof.ReportOfStdout
     return writer

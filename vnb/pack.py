@@ -31,6 +31,7 @@ from vnb.errors import Error
 from vnb.index import Builder
 from vnb.pool import Ordered, Pool
 from vnb.progress import Progress
+from vnb.stdio import stdin
 
 
 def main(args):
@@ -41,7 +42,7 @@ def main(args):
     packer = Packer(compress, args["--compress"] == "none", threads, pool)
     out = None if args["-o"] else output.stdout()
     with Progress(args["--progress"]) as progress:
-        for segment in stream.stdin(stage="data", pool=pool):
+        for segment in stdin(stage="data", pool=pool):
             progress.begin(segment.head)
             if out is not None:
                 packer.pack(segment, segment.head, out, progress)

@@ -5,7 +5,7 @@ How far a pipeline is: one line on the terminal, or JSON lines; and what it came
      45%|████▌     | 5.2 GiB of data, 210.3 MiB/s, 00:31 left, vda vdb
 
     with Progress(args["--progress"]) as progress:
-        for segment in stream.stdin():
+        for segment in stdin():
             progress.begin(segment.head)            before anything of it is passed on
             with progress.segment(segment):         a Segment that is read, or a SegmentWriter
                 ...

@@ -3,18 +3,13 @@
 
 import json
 import os
-import select
 import signal
 import socket
-import subprocess
 
-from vnb import waiting
-from vnb.child import START_SECONDS, Child
+from vnb.child import START_SECONDS, Child, run
 from vnb.connections import Connections
 from vnb.endpoint import Unix
-from vnb.errors import Error, one_line, os_error
-
-END_SECONDS = 30  # for a qemu-nbd that was told to end; it has nothing to write
+from vnb.errors import Error, os_error
 
 
 class Layer:
@@ -38,19 +33,6 @@ class Layer:
         """Whether a bitmap has all that was written since it was made; libvirt asks for the same of one in use."""
         flags = self.bitmaps.get(bitmap, ())
         return "auto" in flags and "in-use" not in flags
-
-
-def run(what, *argv):
-    """Run a program, give its standard output; Error with its words where it fails."""
-    try:
-        with waiting.on(f"{argv[0]}, about {what}"):
-            done = subprocess.run(argv, capture_output=True, check=False)
-    except OSError as error:
-        raise Error(argv[0], error.strerror) from None
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise Error(what, one_line(" ".join(said)) or f"{argv[0]} ended with status {done.returncode}")
-    return done.stdout
 
 
 def info(name, path, format_, shared=False, run=run):
@@ -146,21 +128,3 @@ def serve(name, export_name, path, format_, socket_path, bitmap=None):
         child.end()
         raise Error(name, reason) from None
     return child
-
-
-def end(pid):
-    """Have a process end, and wait for it; harmless where it is gone."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        signal.pidfd_send_signal(fd, signal.SIGTERM)
-        signal.pidfd_send_signal(fd, signal.SIGCONT)  # one that was stopped does not hear it
-        if not select.select([fd], [], [], END_SECONDS)[0]:
-            signal.pidfd_send_signal(fd, signal.SIGKILL)
-            select.select([fd], [], [], END_SECONDS)
-    except ProcessLookupError:
-        return
-    finally:
-        os.close(fd)

@@ -32,6 +32,7 @@ from vnb.errors import Error, UsageError
 from vnb.frame import DATA, MAX_DATA, ZERO, GiB, MiB
 from vnb.pool import Pool
 from vnb.progress import Progress
+from vnb.stdio import stdin
 
 MAX_IN_FLIGHT = 16 * MiB  # bytes of all buffers of reads in flight, whatever --requests is
 BUSY = 4  # reads in flight on a connection: if each has so many, another one is worth its handshake
@@ -51,7 +52,7 @@ def main(args):
     out = output.stdout(functools.partial(connections.wait_for, give_back=False))
     pipeline = Pipeline(connections, requests)
     with Progress(args["--progress"]) as progress:
-        for segment in stream.stdin(stage="extents", wait=pipeline.wait_for):
+        for segment in stdin(stage="extents", wait=pipeline.wait_for):
             progress.begin(segment.head)
             exports = [Export(connections, disk, most, request_size) for disk in segment.disks]
             read(segment, exports, out, pipeline, progress)

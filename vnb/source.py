@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from vnb import clients, domxml, export, heads, iothreads, qemuimg, ssh, waiting
+from vnb import child, clients, domxml, export, heads, iothreads, qemuimg, ssh, waiting
 from vnb.connections import Connections
 from vnb.endpoint import Tcp, Unix, parse_listen
 from vnb.errors import Error
@@ -222,7 +222,7 @@ class Running:
         disks' sizes or statistics, as monitoring does all the time (qcow2_get_specific_info(), QEMU 7.2).
         """
         sizes = {disk["name"]: disk["size"] for disk in plan.disks}
-        run = qemuimg.run if self.host is None else self.host.run
+        run = child.run if self.host is None else self.host.run
 
         def make(name):
             qemuimg.create(name, plan.scratch[name], sizes[name], owner, run)
@@ -817,7 +817,7 @@ def _end_servers(record):
     """End the programs that a job has started, by their ids, and remove the sockets."""
     for pid, start in record["servers"]:
         if start is not None and start_of(pid) == start:
-            qemuimg.end(pid)
+            child.end(pid)
     for socket in record["sockets"]:
         with contextlib.suppress(OSError):  # one that stays does no harm: the next job takes its place
             os.unlink(socket)

@@ -5,8 +5,7 @@ import select
 import shlex
 import urllib.parse
 
-from vnb import qemuimg
-from vnb.child import Child
+from vnb.child import Child, run
 from vnb.errors import Error
 
 # A line that is down is noticed after half a minute: TCP alone would wait for a quarter of an hour.
@@ -73,18 +72,18 @@ class Host:
 
     def run(self, what, *argv):
         """Run a program there, give its standard output (bytes). Raises Error for what (str)."""
-        return qemuimg.run(what, *self.argv(shlex.join(argv)))
+        return run(what, *self.argv(shlex.join(argv)))
 
     def glob(self, what, pattern):
         """The paths (list of str) that match a pattern, which goes to a shell: it must hold no data. Raises Error."""
-        found = qemuimg.run(what, *self.argv(f"for path in {pattern}; do printf '%s\\0' \"$path\"; done"))
+        found = run(what, *self.argv(f"for path in {pattern}; do printf '%s\\0' \"$path\"; done"))
         return [path for path in found.decode(errors="surrogateescape").split("\0") if path and path != pattern]
 
     def read(self, path, limit):
         """(mode, bytes) of a regular file or a block device there of at most limit bytes. Raises Error."""
         name = shlex.quote(path)
         # One byte more than the limit: a longer file is seen.
-        found = qemuimg.run(path, *self.argv(
+        found = run(path, *self.argv(
             f"{{ test -f {name} || test -b {name}; }} && stat -L -c %a -- {name} && head -c {limit + 1} -- {name}"
         ))
         mode, _, content = found.partition(b"\n")

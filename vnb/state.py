@@ -20,9 +20,8 @@ import socket
 import time
 
 from vnb import proof
-from vnb.backupset import make_private_directory
 from vnb.child import wait_for
-from vnb.durable import sync_directory
+from vnb.durable import make_private_directory, sync_directory
 from vnb.errors import Error, os_error
 from vnb.statedir import job_directory
 

@@ -13,7 +13,6 @@ inside their disk and do not overlap, and that those of a full disk leave nothin
 check is the hash of a data frame: that is for whoever uses the bytes (vnb.codec.plain).
 """
 
-import fcntl
 import functools
 import os
 import re
@@ -23,13 +22,11 @@ import stat
 from xxhash import xxh3_64
 
 from vnb import frame as f
-from vnb import log
 from vnb.errors import Error, OutputClosed, StreamError, os_error
 from vnb.frame import DATA, HOLE, STATE_NAMES, ZERO, FrameError, Incomplete
 from vnb.index import ROW_SIZE
 
 AHEAD = 4096  # read beyond a payload, so that the next header costs no system call; it is copied once more
-PIPE_SIZE = 1 << 20  # the most that a user may ask for (fs.pipe-max-size); see formats/extent-stream.md
 SMALL = 64 << 10  # frames are gathered up to this many bytes before they are written
 
 # What a segment holds: disks alone, their extents, or their data. Each stage needs one and makes the next.
@@ -670,27 +667,6 @@ class SegmentWriter:
             raise Error(self.writer.name, error) from None
         self.writer.write(header, payload)
         self.counts.add(sum_)
-
-
-def stdin(stage=None, consumer=False, pool=None, wait=None, example=None):
-    """
-    A Reader of standard input; see Reader. A terminal is refused: nobody types a stream. Its run is ours.
-
-    example (str or None): a command line with a stream, for whoever has none.
-    """
-    if os.isatty(0):
-        raise Error("stdin", f"is a terminal, expected a stream{f', as in {example}' if example else ''}")
-    set_pipe_size(0)
-    return Reader(0, "stdin", stage, consumer, pool, begun=log.take_run, wait=wait)
-
-
-def set_pipe_size(fd):
-    """Make a pipe larger, if fd is one and the system lets us: only speed depends on it."""
-    try:
-        if fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) < PIPE_SIZE:
-            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-    except OSError:
-        return
 
 
 def checked_head(fields, payload, error):

@@ -33,6 +33,7 @@ from vnb.pool import Ordered, Pool
 from vnb.progress import Progress
 from vnb.rowcheck import RowCheck
 from vnb.run import show
+from vnb.stdio import stdin
 
 
 def main(args):
@@ -58,7 +59,7 @@ def _filter(threads, progress):
         else:
             follow.accept(segment.head, segment.disks)
 
-    checker = Checker(stream.stdin().input.fd, "stdin", threads, _raise, progress, out)
+    checker = Checker(stdin().input.fd, "stdin", threads, _raise, progress, out)
     checker.reader.begun = log.take_run
     try:
         for _ in checker.segments(begin):

@@ -29,7 +29,7 @@ from vnb import (
     extents,
     heads,
     image,
-    importer,
+    import_virtnbdbackup,
     pack,
     prune,
     read,
@@ -103,7 +103,7 @@ def imported(directory):
             (path / name).write_bytes(content)
         return b""
 
-    return Target("vnb-import", importer, ["backup"], corpus, mutation.mutated_backup, place)
+    return Target("vnb-import", import_virtnbdbackup, ["backup"], corpus, mutation.mutated_backup, place)
 
 
 def copy(directory):
