@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lz4.frame import compress
 from test_merge import applied
 
-from vnb import virtnbdbackup
+from vnb import virtnbdbackup as peer
 from vnb.errors import Error
 from vnb.progress import Progress
 
@@ -163,11 +163,11 @@ def test_extents_of_any_length(tmp_path_factory, runs, chunk, compressed):
         extents.append((len(image), content if kind == "data" else length))
         image += content if kind == "data" else bytes(length)
     data_file(directory / "vda.full.data", meta(virtualSize=len(image), compressed=compressed), extents, chunk)
-    ((source,),) = [point.files for point in virtnbdbackup.Directory(str(directory)).points]
+    ((source,),) = [point.files for point in peer.Directory(str(directory)).points]
     with samples.written() as (writer, content):
         out = writer.segment(samples.head(), [samples.disk("vda", len(image))])
-        with virtnbdbackup.Input(source.path) as file:
-            virtnbdbackup.Copy(source, file, out, 0).run()
+        with peer.Input(source.path) as file:
+            peer.Copy(source, file, out, 0).run()
         out.end()
         assert applied(content())["vda"] == image
 
@@ -178,7 +178,7 @@ def test_a_long_lz4_frame_is_unpacked_in_pieces(tmp_path):
     data_file(tmp_path / "vda.full.data", meta(virtualSize=len(content), compressed=2), [(0, content)], 32 << 20)
     ((_, _, frames, _, _),) = samples.read(imported(tmp_path))
     assert b"".join(frame[7] for frame in frames) == content
-    assert max(frame[3] for frame in frames) == virtnbdbackup.PIECE
+    assert max(frame[3] for frame in frames) == peer.PIECE
 
 
 def test_what_was_saved_beside_the_disks(tmp_path):
@@ -200,7 +200,7 @@ def test_differential_backups_are_leaves(tmp_path):
         header = meta(disk, 3, date=f"2026-02-0{day}T12:00:00", parent=2)
         data_file(tmp_path / f"{disk}.diff.{seconds}.data", header, [(0, b"%d" % seconds)])
     (tmp_path / "vmconfig.1769900007.xml").write_text(DOMAIN)
-    points = virtnbdbackup.Directory(str(tmp_path)).points
+    points = peer.Directory(str(tmp_path)).points
     leaves = [point for point in points if point.level == "diff"]
     assert [[file.disk for file in point.files] for point in leaves] == [["vda", "vdb"], ["vda", "vdb"]]
     assert {point.head["parent"] for point in leaves} == {points[2].head["point"]}
@@ -217,13 +217,13 @@ def test_the_checkpoint_says_when(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     text = "<domaincheckpoint><creationTime>1769000000</creationTime></domaincheckpoint>"
     (tmp_path / "checkpoints" / f"{CPT}.0.xml").write_text(text)
-    assert virtnbdbackup.Directory(str(tmp_path)).points[0].head["created"] == "2026-01-21T12:53:20.000000Z"
+    assert peer.Directory(str(tmp_path)).points[0].head["created"] == "2026-01-21T12:53:20.000000Z"
 
 
 def test_a_clock_that_went_back(tmp_path):
     backup(tmp_path)
     data_file(tmp_path / f"vda.inc.{CPT}.1.data", meta("vda", 1, date="2020-01-01T00:00:00"), [(0, b"x")])
-    heads = [point.head for point in virtnbdbackup.Directory(str(tmp_path)).points]
+    heads = [point.head for point in peer.Directory(str(tmp_path)).points]
     assert [head["created"] for head in heads] == sorted(head["created"] for head in heads)
     assert len({head["created"] for head in heads}) == 3
 
@@ -239,8 +239,8 @@ def test_no_time_after_the_last_one(tmp_path):
 def test_a_file_of_no_year(monkeypatch, tmp_path):
     """A file system may hold times that no calendar has; the one here may not, so stat(2) is told what to say."""
     (tmp_path / "vda.full.data").write_bytes(bytes(SIZE))
-    monkeypatch.setattr(virtnbdbackup.Input, "modified", property(lambda _: 1 << 60, lambda *_: None), raising=False)
-    (lost,) = virtnbdbackup.Directory(str(tmp_path)).lost
+    monkeypatch.setattr(peer.Input, "modified", property(lambda _: 1 << 60, lambda *_: None), raising=False)
+    (lost,) = peer.Directory(str(tmp_path)).lost
     assert "was last changed in a year that cannot be" in str(lost)
 
 
@@ -477,14 +477,14 @@ def test_any_byte_may_be_wrong(tmp_path, compressed):
 
 def convert(directory):
     with samples.written() as (writer, content):
-        for point in virtnbdbackup.Directory(str(directory)).points:
+        for point in peer.Directory(str(directory)).points:
             point.write(writer, Progress("none"))
         return applied(content())
 
 
 def test_names_that_would_leave_the_directory(tmp_path):
     data_file(tmp_path / "vda.full.data", meta(checkpointName="../../x"), [(0, b"abc"), (3, SIZE - 3)])
-    (point,) = virtnbdbackup.Directory(str(tmp_path)).points
+    (point,) = peer.Directory(str(tmp_path)).points
     assert point.made.year == 2026  # no file was sought there
 
 

@@ -117,13 +117,13 @@ def parse_recipe(args):
 def parse_disks(values):
     """{name: function (name) -> place, or None for a new image} of all --disk options; UsageError."""
     chosen = {}
-    targets = set()
+    written = set()
     for value in values:
         name, equals, text = value.partition("=")
         if not stream.is_safe_name(name):
             raise UsageError("--disk", f'"{value}" names no disk')
-        if name in chosen or (equals and text in targets):
+        if name in chosen or (equals and text in written):
             raise UsageError("--disk", f'"{value}": {"the disk" if name in chosen else "the target"} is there twice')
         chosen[name] = place.parse(text) if equals else None
-        targets.add(text)
+        written.add(text)
     return chosen

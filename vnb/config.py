@@ -225,10 +225,11 @@ class Restored:
 
 def _define(args, domain, xml, restored):
     """Define it through libvirt; all is as it was where that fails."""
-    from vnb import virt
+    from vnb.virt import Domain as Defined
+    from vnb.virt import Host
 
     access = args["--user"], args["--password-file"]
-    with virt.Host(args["--connect"], *access) as host:
+    with Host(args["--connect"], *access) as host:
         uuid = (domain.root.findtext("uuid") or "").strip()
         host.refuse_to_replace(domain.name, uuid)
         if not host.is_local and restored.files.complete:
@@ -252,7 +253,7 @@ def _define(args, domain, xml, restored):
         paths = {place.path for place in restored.places.values() if place and place.type == "file"}
         for directory in sorted(set(map(os.path.dirname, paths))):
             host.refresh_pool(directory, log.note)
-    with virt.Domain(args["--connect"], domain.name, *access) as defined:
+    with Defined(args["--connect"], domain.name, *access) as defined:
         if args["--autostart"] and restored.head.get("autostart") is True:
             defined.call("setAutostart", 1)
         log.note(f"{domain.name}: defined")

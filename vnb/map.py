@@ -170,11 +170,11 @@ def serve(args, ready, to_syslog=False):
         return 0
 
 
-def wait(servers, clients):
+def wait(programs, clients):
     """Wait until every client has been ended by somebody else, if there are any. Raises Error when a server ends."""
     while True:
-        ended = wait_for([program.fd for program in (*servers, *clients)])
-        for server in servers:
+        ended = wait_for([program.fd for program in (*programs, *clients)])
+        for server in programs:
             if server.fd == ended:
                 raise server.failure()
         clients = [client for client in clients if client.fd != ended]
