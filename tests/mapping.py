@@ -5,10 +5,13 @@ import contextlib
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
+
+import pytest
 
 DEADLINE = 60  # seconds that anything may take before a test fails instead of hanging: other tests sync disks
 
@@ -115,3 +118,25 @@ def processes_in(session):
                 with open(f"/proc/{pid}/cmdline", "rb") as cmdline:
                     found.append(cmdline.read().replace(b"\0", b" ").decode())
     return found
+
+needs_fuse = pytest.mark.skipif(
+    not (os.access("/dev/fuse", os.R_OK | os.W_OK) and shutil.which("nbdfuse")), reason="no nbdfuse or /dev/fuse here"
+)
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+QEMU = "qemu-system-x86_64"
+WORKED, FAILED = 0x10, 0x20  # what the guest says in the end; QEMU makes 2 * n + 1 its exit status of it
+# A boot sector: it sends the text in sector 2 to the serial port, and then writes that sector to sector 3.
+BOOT = bytes.fromhex(
+    "31c0 8ed8 8ec0 8ed0 bc007c"  # xor ax, ax; mov ds, es, ss, ax; mov sp, 0x7c00
+    "52"  # push dx             the BIOS leaves the drive in dl
+    "b80102 bb007e b90200 b600 cd13"  # mov ax, 0x0201; bx, 0x7e00; cx, 2; dh, 0; int 0x13: read
+    "721f"  # jc failed
+    "be007e baf803"  # mov si, 0x7e00; dx, 0x3f8
+    "ac 84c0 7403 ee ebf8"  # next: lodsb; test al, al; jz +3; out dx, al; jmp next
+    "5a"  # pop dx
+    "b80103 b90300 b600 cd13"  # mov ax, 0x0301; cx, 3; dh, 0; int 0x13: write
+    "7204"  # jc failed
+    "b010 eb02"  # mov al, WORKED; jmp end
+    "b020"  # failed: mov al, FAILED
+    "baf400 ee f4 ebfd"  # end: mov dx, 0xf4; out dx, al; hlt; jmp $-1
+).ljust(510, b"\0") + b"\x55\xaa"

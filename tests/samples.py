@@ -186,3 +186,60 @@ def written_from(segments):
             builder.finish()
             out.end()
         return content()
+
+
+def applied(content, state=None, background=0):
+    """{disk: bytes} after a stream, by the slow and simple way. background: of disks that nothing is known of."""
+    state = state or {}
+    for _head, disks, frames, _end, _length in read(content):
+        after = []
+        for disk in disks:
+            image = bytearray([background]) * disk["size"]
+            old = state.get(disk["name"], b"") if disk["level"] == "inc" else b""
+            image[: len(old)] = old
+            if old:
+                image[len(old) :] = bytes(disk["size"] - len(old))
+            after.append(image)
+        for frame in frames:
+            if frame[0] == "data":
+                _, number, offset, length, *_, plain = frame
+                after[number][offset : offset + length] = plain
+            elif frame[0] == "extent":
+                runs = frame[2]
+                for offset, length, _state in zip(runs[0::3], runs[1::3], runs[2::3]):
+                    after[frame[1]][offset : offset + length] = bytes(length)
+        state = {disk["name"]: bytes(image) for disk, image in zip(disks, after)}
+    return state
+
+
+def disks_stream(*sources, **fields):
+    """A stream as vnb-checkpoint makes it, of disks (name, size, source)."""
+    disks = [disk(name, size, source=source, **fields) for name, size, source in sources]
+    parent = "p0" if fields.get("level") == "inc" else None
+    return segment(head("p1", parent, stage="disks"), disks)
+
+
+def with_extents(*disks, **head):
+    """A stream as vnb-extents makes it. disks: (uri, size, runs), named vda, vdb, ..."""
+    described = [
+        disk(f"vd{chr(97 + number)}", size, source={"uri": uri}) for number, (uri, size, _) in enumerate(disks)
+    ]
+    return segment(
+        head(stage="extents", **head), described,
+        *(["extent", number, runs] for number, (_, _, runs) in enumerate(disks) if runs),
+    )
+
+
+def read_disk(output, number=0):
+    """(list of (offset, length, state), {offset: plain bytes}) of a disk in a segment."""
+    ((head, disks, frames, _, _),) = read(output)
+    assert head["stage"] == "data"
+    assert all("source" not in disk for disk in disks)
+    order, plains = [], {}
+    for frame in frames:
+        if frame[0] == "data" and frame[1] == number:
+            order.append((frame[2], frame[3], DATA))
+            plains[frame[2]] = frame[7]
+        elif frame[0] == "extent" and frame[1] == number:
+            order += zip(frame[2][0::3], frame[2][1::3], frame[2][2::3])
+    return order, plains

@@ -16,9 +16,8 @@ import time
 import pytest
 import samples
 from relay import Relay
+from samples import disks_stream, read_disk, with_extents
 from servers import DEADLINE, command, forked, nbdkit, needs_nbdkit, needs_qemu, pipe, qemu_img, qemu_io, serve
-from test_extents_server import disks_stream
-from test_read_server import read_disk, with_extents
 
 from vnb import connections, direct, extents, read
 from vnb.connections import MOST_OF_EXTENTS, MOST_OF_READ

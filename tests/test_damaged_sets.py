@@ -9,8 +9,8 @@ import subprocess
 import makers
 import pytest
 import samples
+from samples import applied
 from servers import DEADLINE, command, forked, qemu_img, qemu_io
-from test_merge import applied
 
 from vnb import backupset, cat, chain, dump, image, prune, verify
 

@@ -9,38 +9,12 @@ import pytest
 import samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from json_lines import from_lines, to_lines
 from samples import disk, head, segment
 
 from vnb import frame as f
-from vnb import stream
-from vnb.dump import check_data
 from vnb.errors import Error, StreamError
-from vnb.jsonlines import MAX_LINE, JsonReader, line_of
-
-
-def to_lines(content, payloads=True):
-    """The lines of a sound stream, as vnb-dump --json prints them."""
-    lines = []
-    with samples.memory(content) as fd:
-        for segment_ in stream.Reader(fd, "sample", passed=lambda raw: lines.append(line_of(raw, payloads))):
-            segment_.finish()
-    return lines
-
-
-def from_lines(lines):
-    """The stream of lines, as vnb-dump --from-json writes it."""
-    written = bytearray()
-
-    def passed(raw):
-        check_data(reader, raw)
-        written.extend(raw.header)
-        written.extend(raw.payload or b"")
-
-    text = b"".join(line if isinstance(line, bytes) else line.encode() + b"\n" for line in lines)
-    reader = JsonReader(io.BytesIO(text), "stdin", passed)
-    for segment_ in reader:
-        segment_.finish()
-    return bytes(written)
+from vnb.jsonlines import MAX_LINE, JsonReader
 
 
 def refused(lines, reason):

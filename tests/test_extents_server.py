@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 import samples
+from samples import disks_stream
 from servers import DEADLINE, command, nbdkit, needs_nbdkit, needs_qemu, planned, qemu_img, qemu_io, qemu_nbd, stalled
 
 from vnb import export, interrupts
@@ -38,13 +39,6 @@ def extents(output):
 
 def of_uri(server, *options):
     return extents(command("vnb-extents", *options, server.uri).ok())
-
-
-def disks_stream(*sources, **fields):
-    """A stream as vnb-checkpoint makes it, of disks (name, size, source)."""
-    disks = [samples.disk(name, size, source=source, **fields) for name, size, source in sources]
-    parent = "p0" if fields.get("level") == "inc" else None
-    return samples.segment(samples.head("p1", parent, stage="disks"), disks)
 
 
 def test_flags_become_states():

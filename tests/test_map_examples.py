@@ -6,9 +6,7 @@ import shutil
 
 import makers
 import pytest
-from mapping import example, run
-from test_map_boot import BOOT, QEMU, WORKED
-from test_map_ways import needs_fuse, needs_root
+from mapping import BOOT, QEMU, WORKED, example, needs_fuse, needs_root, run
 
 TODAY = bytes(BOOT + b"hello from the increment\n".ljust(512, b"\0")).ljust(1 << 20, b"\0")
 

@@ -14,19 +14,13 @@ from pathlib import Path
 import makers
 import nbd
 import pytest
-from mapping import copy, mapped, run
+from mapping import copy, mapped, needs_fuse, needs_root, run
 
 from vnb import mapserver
 from vnb.errors import Error
 
 PLAN = [{"vda": "200k:? 64k:- 32k:0 7k:A", "vdb": "64k:B 64k:0"}, {"vda": "4k:C", "vdb": "1k:.  1k:D"}]
 EXPECTED = makers.images(PLAN)
-needs_fuse = pytest.mark.skipif(
-    not (os.access("/dev/fuse", os.R_OK | os.W_OK) and shutil.which("nbdfuse")), reason="no nbdfuse or /dev/fuse here"
-)
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     directory = str(tmp_path_factory.mktemp("saved") / "set")

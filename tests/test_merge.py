@@ -9,6 +9,7 @@ import pytest
 import samples
 from hypothesis import given
 from hypothesis import strategies as st
+from samples import applied
 from xxhash import xxh3_64_intdigest
 
 from vnb import backupset, chain, index, stream
@@ -62,30 +63,6 @@ def saved(segments, spec_of=lambda number: None):
                 builder.finish()
             out.end()
         return content()
-
-
-def applied(content, state=None, background=0):
-    """{disk: bytes} after a stream, by the slow and simple way. background: of disks that nothing is known of."""
-    state = state or {}
-    for _head, disks, frames, _end, _length in samples.read(content):
-        after = []
-        for disk in disks:
-            image = bytearray([background]) * disk["size"]
-            old = state.get(disk["name"], b"") if disk["level"] == "inc" else b""
-            image[: len(old)] = old
-            if old:
-                image[len(old) :] = bytes(disk["size"] - len(old))
-            after.append(image)
-        for frame in frames:
-            if frame[0] == "data":
-                _, number, offset, length, *_, plain = frame
-                after[number][offset : offset + length] = plain
-            elif frame[0] == "extent":
-                runs = frame[2]
-                for offset, length, _state in zip(runs[0::3], runs[1::3], runs[2::3]):
-                    after[frame[1]][offset : offset + length] = bytes(length)
-        state = {disk["name"]: bytes(image) for disk, image in zip(disks, after)}
-    return state
 
 
 def merged(content, start=0, stop=None, **options):

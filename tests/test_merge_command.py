@@ -8,7 +8,7 @@ import subprocess
 import makers
 import pytest
 import samples
-from test_merge import applied
+from samples import applied
 
 from vnb import backupset, chain
 

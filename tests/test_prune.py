@@ -15,7 +15,7 @@ import pytest
 import samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_merge import applied
+from samples import applied
 
 from vnb import backupset, chain, index, log, prune, stream
 from vnb.errors import Error

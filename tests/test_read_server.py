@@ -12,6 +12,7 @@ from unittest import mock
 import plugin
 import pytest
 import samples
+from samples import read_disk, with_extents
 from servers import DEADLINE, command, nbdkit, needs_nbdkit, planned, serve, stalled
 
 from vnb import frame as f
@@ -26,32 +27,6 @@ pytestmark = needs_nbdkit
 def expected(offset, length):
     begin = offset % len(plugin.PATTERN)
     return (plugin.PATTERN[begin:] + plugin.PATTERN * (length // len(plugin.PATTERN) + 1))[:length]
-
-
-def with_extents(*disks, **head):
-    """A stream as vnb-extents makes it. disks: (uri, size, runs), named vda, vdb, ..."""
-    described = [
-        samples.disk(f"vd{chr(97 + number)}", size, source={"uri": uri}) for number, (uri, size, _) in enumerate(disks)
-    ]
-    return samples.segment(
-        samples.head(stage="extents", **head), described,
-        *(["extent", number, runs] for number, (_, _, runs) in enumerate(disks) if runs),
-    )
-
-
-def read_disk(output, number=0):
-    """(list of (offset, length, state), {offset: plain bytes}) of a disk in a segment."""
-    ((head, disks, frames, _, _),) = samples.read(output)
-    assert head["stage"] == "data"
-    assert all("source" not in disk for disk in disks)
-    order, plains = [], {}
-    for frame in frames:
-        if frame[0] == "data" and frame[1] == number:
-            order.append((frame[2], frame[3], DATA))
-            plains[frame[2]] = frame[7]
-        elif frame[0] == "extent" and frame[1] == number:
-            order += zip(frame[2][0::3], frame[2][1::3], frame[2][2::3])
-    return order, plains
 
 
 def random_extents(seed, size):

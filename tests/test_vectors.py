@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import reference_reader
 import samples
-import test_dump_json
 import vectors
+from json_lines import from_lines, to_lines
 
 from vnb import chain, codec, stream
 from vnb import frame as f
@@ -64,8 +64,8 @@ def test_vector_is_what_it_was_made_of(name):
 @by_name
 def test_vector_and_its_json(name):
     lines = (DIRECTORY / f"{name}.json").read_text().splitlines()
-    assert test_dump_json.to_lines(content_of(name)) == lines
-    assert test_dump_json.from_lines(lines) == content_of(name)
+    assert to_lines(content_of(name)) == lines
+    assert from_lines(lines) == content_of(name)
 
 
 @by_name

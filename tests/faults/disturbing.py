@@ -23,6 +23,8 @@ from pathlib import Path
 
 from lab import KiB, clear, marked, wait_for
 
+from vnb import stream
+
 SIGNALS = ("KILL", "TERM", "INT")
 # What changes something that others see: the order of these is what a crash may come between.
 CALLS = (
@@ -332,3 +334,26 @@ def counted(log):
     if made and made[0][1] == "execve":
         del made[0]  # strace's own, of what it is to look at
     return collections.Counter(made)
+
+
+def hidden(directory):
+    """The names (set) of what is there and has no final name."""
+    return {path.name for path in directory.iterdir() if path.name.startswith(".")}
+
+
+def named(directory):
+    """The images, or segments, with a final name in a directory, if that is there."""
+    return sorted(path for path in directory.glob("*") if not path.name.startswith("."))
+
+
+def rewrite(path, **changes):
+    """Change fields of the head of a segment in a file."""
+    with open(path, "rb") as old, open(path.with_suffix(".new"), "wb") as new:
+        for segment in stream.Reader(old.fileno(), str(path)):
+            writer = stream.Writer(new.fileno(), str(path))
+            out = writer.segment({**segment.head, **changes}, segment.disks)
+            for frame in segment:
+                out.frame(frame)
+            out.end()
+            writer.flush()
+    path.with_suffix(".new").rename(path)

@@ -5,10 +5,9 @@ import json
 import random
 
 import pytest
-from disturbing import Place
+from disturbing import Place, rewrite
 from lab import run
 from machine import Machine
-from test_disturbed_backup import rewrite
 
 AHEAD = "2999-01-31T12:00:00.000000Z"
 

@@ -9,11 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from disturbing import Place
+from disturbing import Place, hidden, named
 from filesystem import FileSystem, filled, needs_root, private_mounts
 from lab import KiB
 from machine import Machine
-from test_disturbed_sets import hidden, named
 
 LONGEST = 0.5  # seconds that a pipeline takes, about
 

@@ -6,11 +6,10 @@ import random
 import shutil
 
 import pytest
-from disturbing import LIMITS, Place
+from disturbing import LIMITS, Place, rewrite
 from lab import KiB
 from machine import Machine
 
-from vnb import stream
 from vnb.source import Images
 
 STAGES = (("vnb-checkpoint",), ("vnb-extents", "vnb-read", "vnb-pack", "qemu-nbd", "qemu-img"))
@@ -148,19 +147,6 @@ def listed(machine):
     """What vnb-dump says of each point."""
     _, *lines = machine.place.sh(f"vnb-dump --list {machine.set}").partition("\n\n")[0].splitlines()
     return lines
-
-
-def rewrite(path, **changes):
-    """Change fields of the head of a segment in a file."""
-    with open(path, "rb") as old, open(path.with_suffix(".new"), "wb") as new:
-        for segment in stream.Reader(old.fileno(), str(path)):
-            writer = stream.Writer(new.fileno(), str(path))
-            out = writer.segment({**segment.head, **changes}, segment.disks)
-            for frame in segment:
-                out.frame(frame)
-            out.end()
-            writer.flush()
-    path.with_suffix(".new").rename(path)
 
 
 def state_of(place):

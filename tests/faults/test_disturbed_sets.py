@@ -5,7 +5,7 @@ import functools
 import shutil
 
 import pytest
-from disturbing import Place
+from disturbing import Place, hidden, named
 from machine import with_points
 
 from vnb import backupset
@@ -28,16 +28,6 @@ def work(saved):
     path = saved.place.directory / "work"
     yield path
     shutil.rmtree(path)
-
-
-def hidden(directory):
-    """The names (set) of what is there and has no final name."""
-    return {path.name for path in directory.iterdir() if path.name.startswith(".")}
-
-
-def named(directory):
-    """The images, or segments, with a final name in a directory, if that is there."""
-    return sorted(path for path in directory.glob("*") if not path.name.startswith("."))
 
 
 @pytest.mark.fault(

@@ -7,10 +7,10 @@ import subprocess
 from pathlib import Path
 
 import mutation
+import peer_files
 import pytest
 import samples
 import servers
-import test_import
 from fuzzing import fault_of
 from makers import make_set
 from xxhash import xxh3_64_intdigest
@@ -174,8 +174,8 @@ def test_imported_lz4_bomb(tmp_path, said, status):
     from lz4.frame import compress
 
     (tmp_path / "backup").mkdir()
-    header = test_import.meta(virtualSize=said, compressed=True, dataSize=said)
-    content = test_import.data_file(tmp_path / "backup" / "vda.full.data", header, [(0, b"x" * said)], chunk=said)
+    header = peer_files.meta(virtualSize=said, compressed=True, dataSize=said)
+    content = peer_files.data_file(tmp_path / "backup" / "vda.full.data", header, [(0, b"x" * said)], chunk=said)
     if said < 64 * MiB:
         start, end = (content.index(word) for word in (b"data ", b"\r\nstop "))
         content = content[: start + peer.FRAME_SIZE] + compress(bytes(64 * MiB)) + content[end:]
@@ -226,6 +226,6 @@ def test_no_file_in_a_set(tmp_path, name):
 @ODD_FILE
 @pytest.mark.parametrize("name", [name for name in ODD if name != "a file of a terabyte"])  # that is an image
 def test_no_file_to_import(tmp_path, name):
-    test_import.backup(tmp_path / "backup")
+    peer_files.backup(tmp_path / "backup")
     ODD[name](tmp_path / "backup" / "vdb.full.data")
     assert run(tmp_path, "vnb-import", "backup").status == 1

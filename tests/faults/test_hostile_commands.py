@@ -13,10 +13,10 @@ from pathlib import Path
 import fuzzing
 import kept
 import mutation
+import peer_files
 import pytest
 import samples
 import servers
-import test_import
 from fuzzing import TARGET, Fuzzer, Target, program
 from rounds import INPUT, Rounds
 
@@ -93,7 +93,7 @@ def imported(directory):
     corpus = []
     for compressed in (False, True):
         path = directory / f"corpus-{compressed}"
-        test_import.backup(path, compressed=compressed, sizes=(700, 2000), chunk=512)
+        peer_files.backup(path, compressed=compressed, sizes=(700, 2000), chunk=512)
         corpus.append({file.name: file.read_bytes() for file in path.iterdir()})
 
     def place(files, directory):

@@ -14,11 +14,10 @@ import shutil
 import time
 
 import pytest
-from disturbing import DEADLINE, Place
+from disturbing import DEADLINE, Place, hidden, named
 from filesystem import FileSystem, needs_root, private_mounts
 from lab import run
 from machine import with_points
-from test_disturbed_sets import hidden, named
 
 from vnb import backupset
 
