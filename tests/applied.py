@@ -11,7 +11,7 @@ import time
 import makers
 import pytest
 
-from vnb import stream
+from vnb.format import stream
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COMMAND = [sys.executable, os.path.join(ROOT, "bin", "vnb-apply")]

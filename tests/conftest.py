@@ -17,8 +17,9 @@ COMMANDS = Path(__file__).resolve().parents[1] / ".venv" / "bin"
 # Tests of these start no server and no pipeline: `make check` is these. All others beside them are stage tests.
 FAST = (
     "test_backupset", "test_cache", "test_chain", "test_checkpoint_usage", "test_codec", "test_completion",
-    "test_config", "test_direct", "test_docs", "test_domxml", "test_dump", "test_endpoint", "test_export_walk",
-    "test_fault_table", "test_frame", "test_index", "test_layers", "test_log", "test_options", "test_output",
+    "test_config", "test_direct", "test_docs", "test_domxml", "test_dump", "test_endpoint", "test_block_status",
+    "test_fault_table", "test_frame", "test_index", "test_overlay", "test_log", "test_rooms",
+    "test_settings", "test_output",
     "test_run", "test_scale", "test_source", "test_speed", "test_state", "test_stream", "test_vectors",
 )
 # These wait for agents that hang and for scratch files that fill up, and leave the processors to others.
@@ -56,7 +57,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker("live")
             if item.path.stem in PATIENT:
                 item.add_marker("patient")
-        elif folder in (here, here / "faults") and not item.path.stem.startswith(FAST):
+        elif not item.path.stem.startswith(FAST):
             item.add_marker("stage")
 
 

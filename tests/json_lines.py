@@ -5,9 +5,9 @@ import io
 
 import samples
 
-from vnb import stream
-from vnb.dump import check_data
-from vnb.jsonlines import JsonReader, line_of
+from vnb.cli.dump import check_data
+from vnb.format import stream
+from vnb.format.jsonlines import JsonReader, line_of
 
 
 def to_lines(content, payloads=True):

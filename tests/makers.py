@@ -15,8 +15,9 @@ import random
 
 from xxhash import xxh3_64_intdigest
 
-from vnb import backupset, codec, frame, stream
-from vnb.index import Builder
+from vnb.format import codec, frame, stream
+from vnb.format.index import Builder
+from vnb.store import backupset
 
 KINDS = {"0": frame.ZERO, "-": frame.HOLE}
 UNITS = {"k": 10, "M": 20, "G": 30}
@@ -105,7 +106,7 @@ def head(number, **changes):
 
 
 def write_segment(writer, number, disks, sizes, spec="none", frame_size=64 << 10, index=True, known=()):
-    """Write one segment of a plan with a vnb.stream.Writer. known: the disks that are increments in it."""
+    """Write one segment of a plan with a vnb.format.stream.Writer. known: the disks that are increments in it."""
     compress = codec.compressor(*codec.parse(spec))
     described = [
         {"name": name, "size": sizes[name], "level": "inc" if name in known else "full", "image": {}} for name in disks

@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
-from vnb import codec, index, stream
-from vnb import frame as f
-from vnb.frame import DATA, HOLE, ZERO
+from vnb.format import codec, index, stream
+from vnb.format import frame as f
+from vnb.format.frame import DATA, HOLE, ZERO
 
 # A machine that has other work is no fault of a test.
 settings.register_profile("vnb", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from vnb import run
+from vnb.cli import runner
 
 DEADLINE = 60  # seconds that anything may take before a test fails instead of hanging
 TESTS = Path(__file__).resolve().parent
@@ -158,18 +158,18 @@ def forked(name, module, *argv, stdin=b"", prepare=None):
                 signal.alarm(DEADLINE)
                 for fd, file in enumerate(files):
                     os.dup2(file.fileno(), fd)
-                run.sys.stdin = open(0, closefd=False)  # noqa: SIM115
-                run.sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-                run.sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+                runner.sys.stdin = open(0, closefd=False)  # noqa: SIM115
+                runner.sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+                runner.sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
                 if prepare is not None:
                     prepare()
-                status = run.outcome(name, module, list(map(str, argv)))
-                run.sys.stderr.flush()
+                status = runner.outcome(name, module, list(map(str, argv)))
+                runner.sys.stderr.flush()
             except BaseException:
                 import traceback
 
                 traceback.print_exc()
-                run.sys.stderr.flush()
+                runner.sys.stderr.flush()
             finally:
                 os._exit(status)
         _, wait_status, usage = os.wait4(child, 0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from samples import COMMANDS, ROOT
 
-from vnb.checkpoint_usage import SUBCOMMANDS
+from vnb.cli.checkpoint_usage import SUBCOMMANDS
 
 GENERATE = Path(ROOT, "packaging", "completion", "generate")
 DIRECTORY = None  # of the two scripts

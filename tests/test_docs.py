@@ -13,8 +13,8 @@ import pytest
 from samples import COMMANDS, ROOT, SOURCED
 
 from vnb import __version__
-from vnb.checkpoint_usage import SUBCOMMANDS
-from vnb.usage import Usage
+from vnb.cli.checkpoint_usage import SUBCOMMANDS
+from vnb.cli.usage import Usage
 
 PAGES = sorted(Path(ROOT, "man").glob("*.[1-9]"))
 EXAMPLES = sorted(path for path in Path(ROOT, "examples").iterdir() if path.name != "demo")  # which has no operands
@@ -83,7 +83,7 @@ def test_version(name):
 def test_version_without_a_library(tmp_path):
     """What is not there is said to be so; no other option of this command needs it."""
     Path(tmp_path, "libvirt.py").write_text("raise ImportError('libvirt.so.0: cannot open shared object file')")
-    argv = [sys.executable, "-c", "import vnb.run; vnb.run.command('vnb-cat', 'vnb.cat')", "--version"]
+    argv = [sys.executable, "-c", "from vnb.cli.runner import command; command('vnb-cat', 'vnb.cli.cat')", "--version"]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
@@ -92,7 +92,8 @@ def test_version_without_a_library(tmp_path):
 
 def test_libraries_are_asked_only_for_their_versions():
     """A stage of a pipeline starts without what it does not use."""
-    code = "import sys, vnb.run, vnb.cat; sys.exit(sorted({'vnb.versions', 'libvirt', 'nbd'} & set(sys.modules)) or 0)"
+    code = "import sys, vnb.cli.runner, vnb.cli.cat; "
+    code += "sys.exit(sorted({'vnb.cli.versions', 'libvirt', 'nbd'} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -291,7 +292,7 @@ def test_readme_shows_the_two_commands_at_once():
 
 def test_trouble_is_told_in_the_words_that_are_printed():
     """A message that was changed would not be found in the page any more."""
-    code = "".join(path.read_text() for path in Path(ROOT, "vnb").glob("*.py"))
+    code = "".join(path.read_text() for path in Path(ROOT, "vnb").rglob("*.py"))
     page = Path(ROOT, "man", "vnb-troubleshooting.7").read_text()
     said = [line for line in re.findall(r"(?m)^\.Ss (.+)$", page) if not line.startswith("exit status")]
     assert len(said) > 20

@@ -11,9 +11,9 @@ import sys
 import samples
 from samples import data, disk, extents, part
 
-from vnb import frame as f
-from vnb import index, stream
-from vnb.frame import DATA, HOLE, ZERO
+from vnb.format import frame as f
+from vnb.format import index, stream
+from vnb.format.frame import DATA, HOLE, ZERO
 
 DIRECTORY = os.path.join(samples.ROOT, "formats", "vectors")
 UUID = "7f3d6a52-8c3e-4d0e-9d55-4b1d5f4f5b11"

@@ -19,9 +19,10 @@ from peaks import LIMIT, peaks
 from turns import ROOT, Group, python, script, timed
 from xxhash import xxh3_64_intdigest
 
-from vnb import backupset, stream
-from vnb.frame import MiB
-from vnb.index import Builder
+from vnb.format import stream
+from vnb.format.frame import MiB
+from vnb.format.index import Builder
+from vnb.store import backupset
 
 INDEX = "open an index of ten million extents"
 MANY = 10_000_000
@@ -144,7 +145,7 @@ def make_index(path, rows):
 OPEN = """
 import sys, time
 start = time.monotonic()
-from vnb.image import Images
+from vnb.store.saved_disk import Images
 import random
 image = Images([sys.argv[1]]).open("vda")
 opened = time.monotonic() - start

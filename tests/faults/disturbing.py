@@ -23,7 +23,7 @@ from pathlib import Path
 
 from lab import KiB, clear, marked, wait_for
 
-from vnb import stream
+from vnb.format import stream
 
 SIGNALS = ("KILL", "TERM", "INT")
 # What changes something that others see: the order of these is what a crash may come between.

@@ -25,7 +25,7 @@ import servers
 from kept import Kept, name_of
 
 import vnb
-from vnb.errors import StreamError
+from vnb.base.errors import StreamError
 
 MiB = 1 << 20
 MEMORY = 160 * MiB  # more than this process has: what the largest frames take, decoded, is 134

@@ -13,8 +13,8 @@ import struct
 import msgpack
 from xxhash import xxh3_64_intdigest
 
-from vnb import codec, stream
-from vnb import frame as f
+from vnb.format import codec, stream
+from vnb.format import frame as f
 
 NUMBERS = [
     0, 1, 2, 7, 255, 256, 4095, 4096, 4097, 65535, 65536, 1 << 20, (4 << 20) + 1, (1 << 31) - 1, 1 << 31, (1 << 32) - 1,

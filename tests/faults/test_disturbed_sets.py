@@ -8,7 +8,7 @@ import pytest
 from disturbing import Place, hidden, named
 from machine import with_points
 
-from vnb import backupset
+from vnb.store import backupset
 
 DISTURBED = "a part gets a signal, a reader goes away, or a system call fails with ENOSPC, EIO, EROFS or EDQUOT"
 disturbances = pytest.mark.parametrize("disturb", [Place.killed, Place.failed], ids=lambda disturb: disturb.__name__)

@@ -15,8 +15,8 @@ from fuzzing import fault_of
 from makers import make_set
 from xxhash import xxh3_64_intdigest
 
-from vnb import frame as f
-from vnb import virtnbdbackup as peer
+from vnb.format import frame as f
+from vnb.virtnbdbackup import directory as peer
 
 MiB = 1 << 20
 PYTHON = 26 * MiB  # what it takes itself

@@ -20,24 +20,13 @@ import servers
 from fuzzing import TARGET, Fuzzer, Target, program
 from rounds import INPUT, Rounds
 
-from vnb import (
-    apply,
-    cat,
-    config,
-    domxml,
-    dump,
-    extents,
-    heads,
-    image,
-    import_virtnbdbackup,
-    pack,
-    prune,
-    read,
-    verify,
-)
-from vnb.catalog import Catalog
-from vnb.errors import Error
-from vnb.state import JobDirectory
+from vnb.base.errors import Error
+from vnb.cli import apply, cat, config, dump, extents, import_virtnbdbackup, pack, prune, read, verify
+from vnb.format import heads
+from vnb.job.state import JobDirectory
+from vnb.store import saved_disk
+from vnb.store.catalog import Catalog
+from vnb.virt import domxml
 
 FAULT = pytest.mark.fault(
     "a command reads hostile input: streams, sets, XML, JSON, files of virtnbdbackup",
@@ -156,7 +145,7 @@ def record():
 
 def read_everywhere(_args):
     """What vnb-map does for its clients."""
-    images = image.Images(["set"])
+    images = saved_disk.Images(["set"])
     failed = None
     for name in images.names():
         try:

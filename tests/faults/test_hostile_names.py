@@ -11,7 +11,7 @@ import pytest
 import samples
 import servers
 
-from vnb import frame as f
+from vnb.format import frame as f
 
 NAMES = pytest.mark.fault(
     "a stream has such names: ../x, /x, line breaks, NUL, very long ones, options and protocols of QEMU",

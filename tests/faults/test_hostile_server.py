@@ -10,8 +10,8 @@ import pytest
 import servers
 from liar import Liar
 
-from vnb import extents, read
-from vnb import frame as f
+from vnb.cli import extents, read
+from vnb.format import frame as f
 
 SIZE = 1 << 20
 LIES = 12  # of one round

@@ -19,7 +19,7 @@ from filesystem import FileSystem, needs_root, private_mounts
 from lab import run
 from machine import with_points
 
-from vnb import backupset
+from vnb.store import backupset
 
 POINTS = 3
 CHANGES = 4  # of names, after one of which the power is cut

@@ -14,8 +14,8 @@ import servers
 from lab import Disk, MiB, marked, wait_for
 from mapping import mapped
 
-from vnb.errors import Error
-from vnb.tempdir import temporary_directory
+from vnb.base.errors import Error
+from vnb.base.tempdir import temporary_directory
 
 NOBODY = 65534
 SECRET = "vNc-Key8"  # noqa: S105 - of nothing

@@ -2,7 +2,7 @@
 """
 A reader of an export that stalls, and the end of the job: the guest, which runs Linux, goes on.
 
-QEMU waits for readers when a job ends, and meanwhile for nothing else; see vnb/clients.py.
+QEMU waits for readers when a job ends, and meanwhile for nothing else; see vnb/virt/export_clients.py.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from guest import linux
 from lab import Disk, MiB, wait_for
 from remote import SSHD, Hypervisor
 
-from vnb.clients import clients_of, read_lists
+from vnb.virt.export_clients import clients_of, read_lists
 
 STILL = 10  # seconds that a guest may stand still on a busy machine; before, it did as long as the reader stalled
 ENDED = {"phase": "ended"}

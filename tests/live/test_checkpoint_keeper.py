@@ -17,7 +17,7 @@ from backups import STORE, backup, deaf, in_handshake, levels, listed, lose_job_
 from guest import linux
 from lab import Disk, MiB, run, wait_for
 
-from vnb.virt import JOB_END_SECONDS, Domain
+from vnb.virt.domain import JOB_END_SECONDS, Domain
 
 NO_CUT = "setpriv --bounding-set=-sys_ptrace --"  # before a command: it may touch no connections of other processes
 LISTEN = ["", "--nbd-listen 127.0.0.1"]

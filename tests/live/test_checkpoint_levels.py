@@ -422,11 +422,11 @@ def test_auto_begins_anew_where_the_set_lost_a_segment(lab, vm, directory):
 
 def test_a_point_is_later_than_its_parent_whose_head_is_elsewhere(lab, vm, directory):
     """The clock went back since, and --base names it alone: its name has its time."""
-    ahead = """import datetime, sys, vnb.heads as heads
+    ahead = """import datetime, sys, vnb.format.heads as heads
 now = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=2)
 heads.now = lambda: now.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-from vnb.run import command
-command("vnb-checkpoint", "vnb.checkpoint")"""
+from vnb.cli.runner import command
+command("vnb-checkpoint", "vnb.cli.checkpoint")"""
     store = STORE.format(set=directory)
     lab.sh(f"{sys.executable} -c '{ahead}' run {vm.name} --level full --destination elsewhere -- '{store}'")
     shutil.rmtree(lab.path("state", "destinations"))

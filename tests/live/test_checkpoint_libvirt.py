@@ -12,8 +12,9 @@ import pytest
 from backups import STORE, backup, levels, lose_bitmap, lose_job_data, restores, tip
 from lab import Disk, MiB, run, wait_for
 
-from vnb import domxml, qemuimg
-from vnb.virt import PRESERVE_SHUTDOWN_SINCE, AddressInUse, Domain
+from vnb.qemu import img
+from vnb.virt import domxml
+from vnb.virt.domain import PRESERVE_SHUTDOWN_SINCE, AddressInUse, Domain
 
 FAIL = "cat > /dev/null; false"  # a command that has read its input, and fails
 
@@ -174,7 +175,7 @@ def test_a_domain_that_vanishes_when_its_job_ends_is_backed_up(lab, vm, director
     restores(lab, directory, reference, point)
     assert point in vm.checkpoints()
     assert len(vm.checkpoints()) == (2 if level == "full" else 3)
-    assert set(qemuimg.layers("vda", vm.disks["vda"].path, "qcow2")[0].bitmaps) == set(vm.checkpoints())
+    assert set(img.layers("vda", vm.disks["vda"].path, "qcow2")[0].bitmaps) == set(vm.checkpoints())
     backup(lab, vm, "inc", directory)
     assert levels(directory)[-1] == "inc"
 
@@ -186,7 +187,7 @@ def test_a_backup_of_a_domain_that_vanishes_when_its_job_ends_is_aborted(lab, vm
         done = backup(lab, vm, "inc", directory, "--no-freeze", check=False, store=FAIL)
     assert done.stderr == f"vnb-checkpoint: {vm.name}: the command ended with status 1: nothing is committed\n"
     assert vm.checkpoints() == before
-    assert list(qemuimg.layers("vda", vm.disks["vda"].path, "qcow2")[0].bitmaps) == before
+    assert list(img.layers("vda", vm.disks["vda"].path, "qcow2")[0].bitmaps) == before
     backup(lab, vm, "inc", directory)
 
 
@@ -251,6 +252,6 @@ def test_a_guest_that_shuts_down_while_its_job_runs(lab, guest, directory):
         assert lab.sh(f"vnb-checkpoint abort {guest.name}").stderr == ""
         assert guest.checkpoints() == before
     wait_for(lambda: not guest.is_active(), "the end of the domain")
-    assert set(qemuimg.layers("vda", guest.disks["vda"].path, "qcow2")[0].bitmaps) == set(guest.checkpoints())
+    assert set(img.layers("vda", guest.disks["vda"].path, "qcow2")[0].bitmaps) == set(guest.checkpoints())
     backup(lab, guest, "inc", directory)
     restores(lab, directory, reference)

@@ -11,7 +11,7 @@ from backups import backup, deaf, record, restores
 from guest import linux
 from lab import Disk, MiB, wait_for
 
-from vnb import iothreads
+from vnb.qemu import iothreads
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+What this process waits for, in words, for whoever waits for this process: see vnb.job.keeper.
+
+    with waiting.on("libvirt to begin the job"):
+        ...
+"""
+
+import contextlib
+
+
+class _Now:
+    tell = None  # function (str or None) that passes it on
+    all = []  # what is waited for now; what came first says most, as others are waited for within it
+
+
+@contextlib.contextmanager
+def on(what):
+    """This may take long, for what it is (str) that others have to do."""
+    entry = [what]
+    _Now.all.append(entry)
+    _tell()
+    try:
+        yield
+    finally:
+        _Now.all = [other for other in _Now.all if other is not entry]
+        _tell()
+
+
+@contextlib.contextmanager
+def told_to(tell):
+    """Have a function (str or None) told of each wait that begins in this process, and of its end."""
+    before, _Now.tell = _Now.tell, tell
+    if _Now.all:
+        _tell()
+    try:
+        yield
+    finally:
+        _Now.tell = before
+
+
+class Told:
+    """An object whose methods wait for others. words (dict): for what, by the method's name. other (str): else."""
+
+    def __init__(self, object_, words, other):
+        self._object = object_
+        self._words = words
+        self._other = other
+
+    def __getattr__(self, name):
+        found = getattr(self._object, name)
+        if not callable(found):
+            return found
+
+        def call(*args):
+            with on(self._words.get(name, self._other)):
+                return found(*args)
+
+        return call
+
+
+def _tell():
+    if _Now.tell is not None:
+        _Now.tell(_Now.all[0][0] if _Now.all else None)

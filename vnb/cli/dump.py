@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""vnb-dump - print a stream for people or as JSON, and turn JSON into a stream
+
+Usage:
+  vnb-dump [--brief] [options] [SET_OR_FILE...]
+  vnb-dump --list [options] SET_OR_FILE...
+  vnb-dump --map [--svg] [--columns N] [options] SET_OR_FILE...
+  vnb-dump --json [--no-payload] [options] [SET_OR_FILE...]
+  vnb-dump --from-json [options]
+  vnb-dump --help | --version
+
+Reads standard input, or the segments in files and backup sets. If a segment
+is damaged, prints everything before the damage and exits with status 1.
+
+Options:
+  --brief       leave out the extents: print only heads and totals
+  --list        print one line for each segment, and which of them lead to the
+                latest restore point
+  --map         print a strip of states for each disk and segment
+  --svg         with --map: make an SVG image instead of text
+  --columns N   cut each disk of a map into N parts; default: 64, or 512 with
+                an SVG image
+  --json        print one JSON object for each frame, one a line
+  --no-payload  with --json: print the sizes of payloads in their place
+  --from-json   read lines of JSON, and write the stream that they came from
+"""
+
+import json
+import os
+import sys
+
+from vnb.base import log
+from vnb.base.errors import Error, StreamError, one_line
+from vnb.cli import arguments, output, state_map
+from vnb.cli.runner import show
+from vnb.cli.stdio import stdin
+from vnb.format import codec, stream
+from vnb.format.frame import DATA, STATE_NAMES
+from vnb.format.jsonlines import JsonReader, line_of
+from vnb.store import backupset, chain
+
+SHOWN_HEAD = ("point", "level", "stage", "parent", "created", "checkpoint", "chain", "id", "run")
+SHOWN_TEXT = 200  # characters of what nobody knows
+
+
+def main(args):
+    if args["--from-json"]:
+        _from_json()
+        return 0
+    if args["--list"]:
+        return _list(args["SET_OR_FILE"])
+    if args["--map"]:
+        args["--columns"] = args["--columns"] or ("512" if args["--svg"] else "64")
+        columns = arguments.integer(args, "--columns", 1, 4096)
+        return _map(args["SET_OR_FILE"], columns, state_map.svg if args["--svg"] else state_map.text)
+    status = 0
+    for path in _inputs(args["SET_OR_FILE"]):
+        try:
+            fd = stdin().input.fd if path is None else backupset.open_file(path)
+        except Error as error:
+            sys.stdout.flush()
+            log.error(error)
+            status = 1
+            continue
+        name = "stdin" if path is None else path
+        dump = _JsonDump(fd, name, args["--no-payload"]) if args["--json"] else _TextDump(fd, name, args["--brief"])
+        status |= dump.run()
+        if path is not None:
+            os.close(fd)
+    return status
+
+
+def _inputs(operands):
+    """The paths of all files of the operands, or None for standard input."""
+    return [path for operand in operands for path in _paths(operand)] or [None]
+
+
+def _paths(operand):
+    if not os.path.isdir(operand):
+        return [operand]
+    paths = backupset.paths(operand)
+    if not paths:
+        raise Error(operand, "no segment here")
+    return paths
+
+
+class _Dump:
+    """Reads one stream, and says of each fault that it found one. run() returns the exit status."""
+
+    def __init__(self, fd, name):
+        self.reader = stream.Reader(fd, name, passed=self.passed)
+        self.status = 0
+
+    def run(self):
+        try:
+            for segment in self.reader:
+                segment.finish()
+                self.segment_ends(segment)
+        except StreamError as error:
+            self.rest()
+            self.fault(error)
+        self.ends()
+        return self.status
+
+    def fault(self, error):
+        sys.stdout.flush()
+        log.error(error)
+        self.status = 1
+
+    def check(self, raw):
+        """Say so if a payload of data is not what was packed."""
+        try:
+            check_data(self.reader, raw)
+        except Error as error:
+            self.fault(error)
+
+    def passed(self, raw):
+        """A frame was checked."""
+
+    def segment_ends(self, segment):
+        """All of a segment was checked."""
+
+    def rest(self):
+        """A fault was found: show what can be shown all the same."""
+
+    def ends(self):
+        """The stream has ended, or it is damaged."""
+
+
+class _JsonDump(_Dump):
+    """Prints each frame with a sound sum, whether it may stand where it is or not: it helps who looks for the fault."""
+
+    def __init__(self, fd, name, no_payload):
+        super().__init__(fd, name)
+        self.payloads = not no_payload
+        self._read = self.reader.raw
+        self.reader.raw = self._raw
+
+    def _raw(self):
+        raw = self._read()
+        show(line_of(raw, self.payloads) + "\n")
+        return raw
+
+    def passed(self, raw):
+        self.check(raw)
+
+    def rest(self):
+        try:
+            while True:
+                self.reader.raw()
+        except StreamError:
+            pass  # the first fault is the one to tell
+
+
+class _TextDump(_Dump):
+    """Prints what is in the frames: heads, disks, files, extents merged into runs, totals."""
+
+    def __init__(self, fd, name, brief):
+        super().__init__(fd, name)
+        self.brief = brief
+        self.points = []
+        self.runs = {}
+        self.totals = {}
+        self.index_frames = self.index_rows = 0
+        self.printers = {
+            "vnb": self._vnb, "disk": self._disk, "file": self._file, "extent": self._extent, "data": self._data,
+            "index": self._index, "end": self._pass, "tail": self._pass,
+        }
+
+    def passed(self, raw):
+        kind, *rest = raw.fields
+        if kind in self.printers:
+            self.printers[kind](raw, *rest)
+        else:
+            payload = "" if raw.payload is None else f", {len(raw.payload)} bytes of payload"
+            show(f"frame {kind}: {one_line(json.dumps(rest), SHOWN_TEXT)}{payload}\n")
+
+    def segment_ends(self, segment):
+        self._end_runs()
+        head = segment.head
+        self.points.append(f'{head["point"]} ({head["level"]})')
+        names = [disk["name"] for disk in segment.disks]
+        width = max(map(len, ["disk", *names]))
+        show(f'{"disk":{width}}  {"data":>16} {"zero":>16} {"hole":>16} {"stored":>16} {"ratio":>7}\n')
+        for number, name in enumerate(names):
+            totals = self.totals.get(number, _Totals())
+            counts = " ".join(f"{totals.bytes[state]:16}" for state in STATE_NAMES)
+            ratio = f"{totals.bytes[DATA] / totals.stored:.2f}" if totals.stored else "-"
+            show(f"{name:{width}}  {counts} {totals.stored:16} {ratio:>7}\n")
+        index = f"{self.index_rows} rows in {self.index_frames} frames" if self.index_frames else "none"
+        show(f"frames {segment.end['frames']}, bytes {segment.length}, index {index}\n\n")
+        self.totals = {}
+        self.index_frames = self.index_rows = 0
+
+    def ends(self):
+        self._end_runs()
+        if len(self.points) > 1:
+            show("chain " + "\n   -> ".join(self.points) + "\n")
+
+    def _vnb(self, raw, _version, head):
+        show(f'segment {head["point"]} ({one_line(self.reader.input.name)}, stream offset {raw.start})\n')
+        for key in SHOWN_HEAD[1:]:
+            if head.get(key) is not None:
+                show(f"  {key:<12} {one_line(head[key])}\n")
+        show(f'  {"domain":<12} {one_line(head["domain"])} ({head["uuid"]})\n')
+        for key, value in head.items():
+            if key in ("domain_xml", "checkpoint_xml") and value is not None:
+                show(f"  {key:<12} {len(value)} characters\n")
+            elif key not in (*SHOWN_HEAD, "domain", "uuid", "domain_xml", "checkpoint_xml"):
+                show(f"  {one_line(key, SHOWN_TEXT):<12} {one_line(json.dumps(value), SHOWN_TEXT)}\n")
+
+    def _disk(self, _raw, number, disk):
+        image = disk.get("image", {})
+        more = {key: value for key, value in disk.items() if key not in ("name", "size", "level", "image")}
+        known = [str(image[key]) for key in ("format", "path") if key in image]
+        about = [f'{disk["size"]} bytes', disk["level"], *known]
+        if more:
+            about.append(json.dumps(more))
+        show(f'disk {number} {disk["name"]}: {", ".join(one_line(text, SHOWN_TEXT) for text in about)}\n')
+
+    def _file(self, raw, file):
+        if file["offset"] + len(raw.payload) == file["size"]:
+            show(f'file {file["role"]} {one_line(file["path"])}: {file["size"]} bytes, mode {file["mode"]:o}\n')
+
+    def _extent(self, _raw, disk, runs):
+        for offset, length, state in zip(runs[0::3], runs[1::3], runs[2::3]):
+            self._run(disk, offset, length, state, 0, None)
+
+    def _data(self, raw, disk, offset, length, name, _hash):
+        self.check(raw)
+        self._run(disk, offset, length, DATA, len(raw.payload), name)
+
+    def _index(self, _raw, _disk, rows, _back):
+        self.index_frames += 1
+        self.index_rows += rows
+
+    def _pass(self, _raw, *_fields):
+        """What it says is in the totals."""
+
+    def _run(self, disk, offset, length, state, stored, name):
+        totals = self.totals.setdefault(disk, _Totals())
+        totals.bytes[state] += length
+        totals.stored += stored
+        if self.brief:
+            return
+        run = self.runs.get(disk)
+        if run is None or run.state != state or run.end != offset:
+            self._end_run(disk)
+            if not self.runs:
+                show(f'{"offset":>16} {"length":>16} state {"frames":>8} {"stored":>12} disk\n')
+            run = self.runs[disk] = _Run(offset, state)
+        run.end = offset + length
+        if name is not None:
+            run.frames += 1
+            run.stored += stored
+            run.codecs.add(name)
+
+    def _end_run(self, disk):
+        run = self.runs.get(disk)
+        if run is None:
+            return
+        what = f"{run.offset:16} {run.end - run.offset:16} {STATE_NAMES[run.state]:5}"
+        name = self.reader.segment.disks[disk]["name"]
+        if run.codecs:
+            show(f"{what} {run.frames:8} {run.stored:12} {name} {','.join(sorted(run.codecs))}\n")
+        else:
+            show(f'{what} {"":8} {"":12} {name}\n')
+
+    def _end_runs(self):
+        for disk in sorted(self.runs):
+            self._end_run(disk)
+        self.runs = {}
+
+
+class _Run:
+    """Neighbouring extents of one state, or data frames. codecs (set): empty for extents."""
+
+    __slots__ = ("codecs", "end", "frames", "offset", "state", "stored")
+
+    def __init__(self, offset, state):
+        self.offset = offset
+        self.state = state
+        self.codecs = set()
+        self.end = offset
+        self.frames = self.stored = 0
+
+
+class _Totals:
+    """Bytes of one disk in one segment."""
+
+    def __init__(self):
+        self.bytes = dict.fromkeys(STATE_NAMES, 0)
+        self.stored = 0
+
+
+def _list(operands):
+    """A table of each set; files that are no set have one together. Returns the exit status."""
+    files = [operand for operand in operands if not os.path.isdir(operand)]
+    tables = [[operand] for operand in operands if operand not in files] + ([files] if files else [])
+    status = 0
+    for number, table in enumerate(tables):
+        name = table[0] if len(table) == 1 else "the files"
+        try:
+            segments, damaged = backupset.some(table)
+        except Error as error:
+            sys.stdout.flush()
+            log.error(error)
+            status = 1
+            continue
+        if len(tables) > 1:
+            domains = sorted({f'{segment.head["domain"]} ({segment.head["uuid"]})' for segment in segments})
+            show(("\n" if number else "") + one_line(f"{name}: {', '.join(domains)}") + "\n")
+        status |= _table(segments, damaged, name)
+    return status
+
+
+def _table(segments, damaged, name):
+    """Print the restore points, and which of them lead to the latest one. Returns the exit status."""
+    rows = [("point", "level", "created", "bytes", "parent")]
+    for segment in sorted(segments, key=_age):
+        head = segment.head
+        rows.append((head["point"], head["level"], head["created"], str(segment.length), head["parent"] or "-"))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for point, level, created, size, parent in rows:
+        show(f"{point:{widths[0]}}  {level:{widths[1]}}  {created:{widths[2]}}  {size:>{widths[3]}}  {parent}\n")
+    for file in damaged:
+        log.warn(file.line)
+    show("\n")
+    lacking = chain.lacks(segments)
+    for point, needed in lacking.items():
+        show(f"cannot be restored {point}: needs {needed}, {one_line(chain.where(needed, damaged))}\n")
+    try:
+        path = chain.path(segments, name, None, damaged)
+    except Error as error:
+        sys.stdout.flush()
+        log.error(error)
+        return 1
+    show(f'latest {path[-1].head["point"]}, from {len(path)} segment{"s" * (len(path) > 1)}\n')
+    for segment in chain.off_path(segments, path):
+        if segment.head["point"] not in lacking:
+            show(f'not on the way {segment.head["point"]} ({segment.name})\n')
+    return 0
+
+
+def _age(segment):
+    return segment.head["created"], segment.head["point"]
+
+
+def _map(operands, columns, draw):
+    """Draw what each segment has of each disk. Returns the exit status."""
+    segments, damaged = backupset.some(operands)
+    for file in damaged:
+        log.warn(file.line)
+    segments.sort(key=_age)
+    sizes = {}
+    for segment in segments:
+        for disk in segment.disks:
+            sizes[disk["name"]] = max(disk["size"], sizes.get(disk["name"], 1))  # a disk of no bytes is drawn as one
+    disks = {name: (size, []) for name, size in sorted(sizes.items())}
+    status = 0
+    for segment in segments:
+        label = f'{segment.head["level"]:4} {segment.head["point"]}'
+        try:
+            for disk, rows in zip(segment.disks, segment.rows()):
+                size, strips = disks[disk["name"]]
+                strips.append((label, state_map.strip(rows.lookup(0, size), size, columns)))
+        except StreamError as error:
+            log.error(error)
+            status = 1
+        segment.close()
+    for line in draw({name: found for name, found in disks.items() if found[1]}, columns):
+        show(line + "\n")
+    return status
+
+
+def _from_json():
+    out = output.stdout()
+
+    def passed(raw):
+        check_data(reader, raw)
+        out.write(raw.header, raw.payload)
+
+    reader = JsonReader(open(0, "rb", buffering=1 << 20, closefd=False), "stdin", passed)  # noqa: SIM115
+    for segment in reader:
+        segment.finish()
+    out.finish()
+
+
+def check_data(reader, raw):
+    """Raise an Error if a payload of data is not what was packed; of a frame of another type nothing is said."""
+    if raw.fields[0] == "data":
+        _, disk, offset, length, name, hash_ = raw.fields
+        data = stream.Data(disk, offset, length, name, hash_, raw.payload)
+        try:
+            codec.check(data, reader.segment.disks[disk]["name"])
+        except Error as error:
+            raise reader.error(error, raw.start) from None

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""vnb-prune - drop or merge the restore points that no rule keeps
+
+Usage:
+  vnb-prune [--dry-run] [--keep-last N] [--keep-daily N] [--keep-weekly N]
+      [--keep-monthly N] [--keep-yearly N] [options] SET
+  vnb-prune --help | --version
+
+Keeps the restore points of a set that any of the options keeps, and always
+the latest one. Removes the others for good. A dropped restore point that a
+kept one needs is merged into it.
+
+Options:
+  --dry-run         change nothing: print what would be kept, merged, dropped
+  --keep-last N     keep the last N restore points
+  --keep-daily N    keep the last restore point of each of the last N days
+                    that have one
+  --keep-weekly N   the same for weeks, which begin on Monday
+  --keep-monthly N  the same for months
+  --keep-yearly N   the same for years
+  --progress MODE   show the progress: auto, none or json; see vnb(7)
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import os
+
+from vnb.base import log
+from vnb.base.errors import Error, UsageError, os_error
+from vnb.cli import arguments
+from vnb.cli.progress import Progress
+from vnb.cli.runner import show
+from vnb.format.index import Builder
+from vnb.store import backupset, chain
+from vnb.store.merge import Merge
+from vnb.virt import domxml
+
+LOCK = ".prune.lock"  # beside the segments: a set on shared storage may be pruned from several hosts
+MOST = 1_000_000  # points to keep: more than any set has
+
+# What the points of one period have in common, in local time: that is what people mean by a day.
+PERIODS = {
+    "daily": lambda moment: moment.date(),
+    "weekly": lambda moment: moment.isocalendar()[:2],
+    "monthly": lambda moment: (moment.year, moment.month),
+    "yearly": lambda moment: moment.year,
+}
+
+
+def main(args):
+    directory = args["SET"]
+    counts = {}
+    for period in ("last", *PERIODS):
+        if args[f"--keep-{period}"] is not None:
+            counts[period] = arguments.integer(args, f"--keep-{period}", 0, MOST)
+    if not any(counts.values()):
+        raise UsageError(None, "give at least one --keep option a number greater than 0")
+    if not os.path.isdir(directory):
+        raise Error(directory, os.strerror(errno.ENOTDIR if os.path.lexists(directory) else errno.ENOENT))
+    if args["--dry-run"]:
+        plan = Plan(*segments_of(directory), directory, counts, disks_now)
+        for file in plan.damaged:
+            log.warn(file.line)
+        show("".join(f"{line}\n" for line in report(plan)))
+        return
+    with only_one(directory):
+        plan = Plan(*segments_of(directory), directory, counts, disks_now)
+        for file in plan.damaged:
+            log.warn(file.line)
+        for point, needed in plan.left_alone.items():
+            log.warn(f"{directory}: {point}: left alone: needs {needed}, {chain.where(needed, plan.damaged)}")
+        length = sum(segment.length for run in plan.merges for segment in run)
+        with Progress(args["--progress"]) as progress:
+            for run in plan.merges:
+                progress.begin()
+                store(run, directory, progress, sum(segment.length for segment in run) / length)
+        remove(plan, directory)
+
+
+def disks_now(latest):
+    """The names (set of str) of the disks that the domain has by a set's latest segment, None where it does not say."""
+    with contextlib.closing(latest):
+        xml = latest.open().head.get("domain_xml")
+    with contextlib.suppress(Error):
+        return domxml.disk_names(xml) if xml else None
+    return None
+
+
+def segments_of(directory):
+    """(segments, damaged) of a set, see vnb.store.backupset.readable(). Raises Error where there are none with data."""
+    segments, damaged = backupset.some([directory])
+    for segment in segments:
+        if segment.head["stage"] != "data":
+            raise Error(segment.name, f'holds no data, but {segment.head["stage"]}')
+    return segments, damaged
+
+
+class Plan:
+    """
+    What becomes of the segments of a set. Pure logic on heads; it opens nothing.
+
+    kept (dict): point: list of reasons. held (dict): point that stays because several points start from it: those.
+    merges (list of list of segment): each list, oldest first, becomes one segment for its last one's point.
+    needed (set of segment): those that stay as they are. left_alone (dict): point that can't be restored from this
+    set: the one that it lacks; they count for nothing and nothing happens to them. counts (dict): period: how many.
+    damaged (list of Damaged): files of the set that nobody can read: none of them goes, nor what they need.
+    disks_now: a function of the latest segment, see disks_now().
+    Raises Error for a set with a circle, or of two domains.
+    """
+
+    def __init__(self, segments, damaged, name, counts, disks_now=lambda _: None):
+        chain.check(segments, name)
+        self.segments = segments
+        self.damaged = damaged
+        self.by_point = chain.points(segments)
+        self.left_alone = dict(sorted(chain.lacks(segments).items()))
+        points = [segment for point, segment in self.by_point.items() if point not in self.left_alone]
+        if not points:
+            raise Error(name, "no point here can be restored")
+        self.kept = chosen(points, counts)
+        for reason, segment in [*always(points, disks_now), *wanted_by(damaged, points)]:
+            self.kept.setdefault(segment.head["point"], []).append(reason)
+        self.held = self._held()
+        self.merges = []
+        self.needed = set()
+        for point in self.fixed:
+            run = self._run(point)
+            if len(run) == 1:
+                self.needed.add(run[0])
+            else:
+                self.merges.append(run)
+        for run in self.merges:
+            Merge(run, name)  # what can't be merged is found before anything is
+
+    @property
+    def fixed(self):
+        """The points that stay, kept or held (list of str)."""
+        return [*self.kept, *self.held]
+
+    def _held(self):
+        """
+        Dropped points that more than one kept point starts from: to merge them into each would take more room.
+
+        {point: list of the next points on the ways to kept ones}.
+        """
+        children = {}
+        seen = set()
+        for point in self.kept:
+            while point is not None and point not in seen:
+                seen.add(point)
+                parent = self.by_point[point].head["parent"]
+                children.setdefault(parent, []).append(point)
+                point = parent
+        return {
+            point: nexts for point, nexts in children.items()
+            if point is not None and len(nexts) > 1 and point not in self.kept
+        }
+
+    def _run(self, point):
+        """The segments from a point back to, not including, the next that stays, oldest first."""
+        run = [self.by_point[point]]
+        while (parent := run[-1].head["parent"]) is not None and parent not in self.kept and parent not in self.held:
+            run.append(self.by_point[parent])
+        return run[::-1]
+
+
+def chosen(segments, counts):
+    """
+    {point: list of the periods that it is kept for}, as restic has it.
+
+    Going back in time, the first point of each period counts, until there were as many periods as wanted. If the
+    oldest of all points comes before that, it is kept too, so that the history is as long as it can be.
+    """
+    kept = {}
+    ordered = sorted(segments, key=age, reverse=True)
+    for period, count in counts.items():
+        last = None
+        for number, segment in enumerate(ordered):
+            if count == 0:
+                break
+            value = number if period == "last" else PERIODS[period](moment(segment))
+            if value != last or number == len(ordered) - 1:
+                kept.setdefault(segment.head["point"], []).append(period if value != last else f"oldest for {period}")
+                last = value
+                count -= 1
+    return kept
+
+
+def always(segments, disks_now):
+    """
+    Yield (reason, segment) of what always stays.
+
+    It is what the next backups need, of each chain the latest point and the parent-to-be; and of each disk that the
+    latest point does not have, though the domain does (disks_now, see Plan), the last point with it.
+    """
+    latest = chain.points(segments)[chain.latest(segments, None)]
+    yield "latest", latest
+    seen, present = {disk["name"] for disk in latest.disks}, disks_now(latest)
+    for segment in sorted(segments, key=age, reverse=True):
+        for name in sorted({disk["name"] for disk in segment.disks} - seen):
+            seen.add(name)
+            if present is None or name in present:
+                yield f"last with {name}", segment
+    chains = {}
+    for segment in segments:
+        chains.setdefault(segment.head.get("chain"), []).append(segment)
+    for name, members in chains.items():
+        tip = chain.tip(members)
+        if tip is not None:
+            yield "next base" if len(chains) == 1 else f"next base of chain {name}", tip
+
+
+def wanted_by(damaged, segments):
+    """
+    Yield (reason, segment) of what a damaged file needs, or may need: a sound copy of it may come back.
+
+    damaged (list of Damaged). Where nothing of it can be read, its base may be any that is not younger.
+    """
+    for file in damaged:
+        for segment in segments:
+            if file.head is not None and segment.head["point"] == file.head["parent"]:
+                yield f"base of {os.path.basename(file.name)}, which is damaged", segment
+            elif file.newest is None or segment.head["created"] <= file.newest:
+                yield f"perhaps needed by {os.path.basename(file.name)}, which is damaged", segment
+
+
+def age(segment):
+    return segment.head["created"], segment.head["point"]
+
+
+def moment(segment):
+    """When a point was made, in local time."""
+    try:
+        made = datetime.datetime.strptime(segment.head["created"], "%Y-%m-%dT%H:%M:%S.%fZ")
+        return made.replace(tzinfo=datetime.timezone.utc).astimezone()
+    except (ValueError, OverflowError):
+        raise Error(segment.name, f'"created" is no time: {segment.head["created"]}') from None
+
+
+def report(plan):
+    """The lines of --dry-run, oldest point first: what happens, time, level, point, why."""
+    into = {}
+    for run in plan.merges:
+        for segment in run:
+            into[segment] = run
+    for segment in sorted(plan.segments, key=age):
+        head = segment.head
+        point, run = head["point"], into.get(segment)
+        what, level, why = "drop", head["level"], ""
+        if point in plan.left_alone:
+            needed = plan.left_alone[point]
+            what, why = "leave", f"needs {needed}, {chain.where(needed, plan.damaged)}"
+        elif segment is not plan.by_point[point]:
+            why = "another segment leads to this point"
+        elif run is not None and segment is not run[-1]:
+            what, why = "merge", f'into {run[-1].head["point"]}'
+        elif point in plan.kept:
+            what, why = "keep", ", ".join(plan.kept[point])
+        elif point in plan.held:
+            what, why = "keep", "needed by " + ", ".join(plan.held[point])
+        if run is not None and segment is run[-1]:
+            level = f'{level}->{"full" if run[0].head["parent"] is None else level}'
+        yield f'{what:5} {head["created"][:19]}Z {level:9} {point}{"  " + why if why else ""}'
+
+
+def store(run, directory, progress, share):
+    """
+    Store one segment in the place of several. It is durable when this returns, and they are still there.
+
+    share (float): of all that is merged, for progress (vnb.cli.progress.Progress).
+    """
+    merged = Merge(run, directory, repack=True)
+    merged.read_head()
+    # Store's own check refuses a restore point that is here already; what it would have found else, Plan did.
+    with backupset.Store(directory, merged.head, merged.disks, check=False, merged=True) as store:
+        with progress.segment(store.writer.segment(merged.head, merged.disks), share) as out:
+            index = Builder(out)
+            merged.write(out, index)
+            index.finish()
+            out.end()
+        store.commit()
+
+
+def remove(plan, directory):
+    """Remove the files that hold nothing which is needed, nor anything that came since the plan was made."""
+    known = {segment.head["id"] for segment in plan.segments}
+    with backupset.locked(directory) as directory_fd:  # nobody stores a segment meanwhile
+        segments, damaged = segments_of(directory)
+        for file in damaged:
+            if file.name not in {other.name for other in plan.damaged}:
+                raise file.error  # what it needs was not looked at
+        by_point = chain.points(segments)
+        wanted = {*plan.fixed, *plan.left_alone}
+        wanted.update(segment.head["point"] for segment in segments if segment.head["id"] not in known)
+        needed = set()
+        for point in wanted:
+            while point in by_point and by_point[point] not in needed:
+                needed.add(by_point[point])
+                point = by_point[point].head["parent"]
+        files = {segment.name for segment in segments} - {segment.name for segment in needed}
+        files -= {segment.name for segment in segments if segment.head["point"] in plan.left_alone}
+        files -= {file.name for file in damaged}  # one that has several segments
+        rest = [segment for segment in segments if segment.name not in files]
+        check_rest(rest, plan, directory)
+        # The newest go first: what is left of a chain, if this ends early, has all that it needs.
+        gone = sorted((segment for segment in segments if segment.name in files), key=age, reverse=True)
+        dropped = {segment.head["checkpoint"] for segment in gone} - {segment.head["checkpoint"] for segment in rest}
+        try:
+            if dropped - {None}:
+                backupset.add_pruned(directory, sorted(dropped - {None}))
+            for path in dict.fromkeys(segment.name for segment in gone):
+                os.unlink(path)
+            os.fsync(directory_fd)
+        except OSError as error:
+            raise os_error(error.filename or directory, error) from None
+
+
+def check_rest(rest, plan, directory):
+    """Raise Error unless every kept point can be restored from the rest of the segments."""
+    by_point = chain.points(rest)
+    parents = {by_point[point].head["parent"] for point in plan.kept if point in by_point}
+    for point in plan.kept:
+        if point not in parents:  # the way to a parent is a part of the way to its child
+            chain.path(rest, directory, point)
+
+
+@contextlib.contextmanager
+def only_one(directory):
+    """Keep any other vnb-prune off a set for as long as this lasts."""
+    path = os.path.join(directory, LOCK)
+    try:
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:
+                break
+            os.close(fd)  # the one before us removed it between open and flock
+    except BlockingIOError:
+        os.close(fd)
+        raise Error(directory, "another vnb-prune is at work here") from None
+    except OSError as error:
+        raise os_error(error.filename or path, error) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        os.close(fd)

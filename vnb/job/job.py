@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+One backup job and its checkpoint: begun, then committed or aborted.
+
+All that is needed to end a job is on disk before it begins, so whoever finds the record can end it: the keeper
+that began it, or after its death the next command.
+"""
+
+import contextlib
+import json
+import os
+
+from vnb.base import processes
+from vnb.base.buffers import AT_ONCE, Ordered
+from vnb.base.errors import Error, Saved, os_error
+from vnb.job.plan import Plan
+from vnb.job.sources import source_of, thaw
+from vnb.job.state import wait_for_children
+from vnb.qemu import img
+from vnb.store import backupset
+from vnb.store.catalog import Catalog
+from vnb.virt import domxml
+from vnb.virt.export_clients import clients_of
+
+SPARE = 16  # descriptors: what qemu-img, ssh or a connection to libvirt take for a moment, twice
+KEPT_CHECKPOINTS = 2  # the newest ones, beside the last full's: a lost increment can be taken once more
+
+
+class BelowThreshold(Exception):
+    """There is less to back up than the user wants a backup for."""
+
+
+class Job:
+    """
+    directory (vnb.job.state.JobDirectory): where its record is. record (dict): see vnb.job.plan.
+
+    note, warn: functions for lines to the user. files (list of dict): what goes into file frames.
+    """
+
+    def __init__(self, directory, record, note, warn=None):
+        self.directory = directory
+        self.record = record
+        self.note = note
+        self.warn = warn or note
+        self.files = []
+        self.is_committing = False  # its command has ended, and all is stored
+        self._clients = None
+        self._spare = []  # descriptors, to be closed when the job is to end
+        self.held = None  # the source that the job was begun with, and with it a domain that was started for it
+
+    @property
+    def head(self):
+        return self.record["head"]
+
+    @property
+    def clients(self):
+        """The Clients of its export, when the job has begun: until then other ports may be tried."""
+        if self._clients is None:
+            self._clients = clients_of(self.record["endpoint"], self.record["tcp"], self.record["sockets"])
+        return self._clients
+
+    def reserve(self):
+        """Have descriptors that whoever ends the job will need: where there are no more, it must not begin. Error."""
+        try:
+            for _ in range(SPARE):
+                self._spare.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            raise os_error(self.head["domain"], error) from None
+
+    def intend(self, what, value=True):
+        """Write down, before it is done, what has to be undone whatever happens."""
+        self.record[what] = value
+        self.directory.save(self.record)
+
+    def remember(self, what, value):
+        """Write down one more thing that has to be undone."""
+        self.record[what].append(value)
+        self.directory.save(self.record)
+
+    def catalog(self, set_=None):
+        """The catalog that the job was begun with, or that of a set (its directory)."""
+        return Catalog(**self.record["catalog"]) if set_ is None else Catalog(set_)
+
+    @property
+    def strict(self):
+        """How many warnings (int) there were when it began, where that is to be no success; else None."""
+        return self.record.get("strict")
+
+    def commit(self, set_=None, proof=True):
+        """
+        The segment is safe: end the job, keep its checkpoint, drop others that nothing needs.
+
+        Raises Error, and leaves the job as it is, where a set does not hold the segment: that of the job, or set_; and
+        where there is none, and proof is asked for, if nobody has taken the segment to its end. Raises Saved where it
+        counts, but something after that has failed.
+        """
+        if self.record["phase"] == "ended":
+            raise Error(self.head["domain"], f'the job was ended already: {self.record["reason"]}')
+        if self.record["phase"] == "starting":
+            raise Error(self.head["domain"], "the job has not begun: there is nothing to commit")
+        catalog = self.catalog(set_)
+        if catalog.is_set and not catalog.holds(self.head):
+            raise Error(catalog.directory, f'does not hold {self.head["point"]}: not committed')
+        if proof and not catalog.is_set:
+            lacking = self.directory.lack(self.head["id"])
+            if lacking is not None:
+                raise Error(
+                    self.head["domain"], f"{lacking}: not committed (where it was taken by others than the commands of "
+                    "vnb on this host, --no-proof commits)"
+                )
+        begun_with = self.catalog()  # the checkpoint says that it is of that
+        if begun_with.destination is not None and not begun_with.holds(self.head):
+            begun_with.record(self.head, self.record["disks"])
+        self.is_committing = True
+        try:
+            with self._ended() as source:
+                self._drop_old(source, catalog)
+            self._forget()
+        except Error as error:
+            raise Saved(error.what, f"{error.reason}, but {self.head['point']} is saved", error.where) from None
+
+    def abort(self, reason=None):
+        """
+        End the job and delete its checkpoint, unless the catalog holds its segment: then it counts.
+
+        reason (str or None): why, kept for whoever asks later. Returns whether its segment is known to be saved.
+        """
+        self.is_committing = False
+        saved = False
+        if self.record["phase"] != "ended":
+            with self._ended() as source:
+                saved = self._is_saved()
+                if self.head["checkpoint"] is not None:
+                    if saved:
+                        self.note(f"{self.head['point']} is saved {self.catalog().where}: its checkpoint stays")
+                    elif saved is None:
+                        # One too many does no harm, one too few costs a full.
+                        self.note(f"keeping checkpoint {self.head['checkpoint']}")
+                    else:
+                        source.delete_checkpoint(self.head["checkpoint"])
+                        if self.record["added"]:
+                            source.remove_bitmaps(self.record)
+        if reason is None:
+            self._forget()
+        else:
+            self.record.update(phase="ended", reason=reason)
+            with self._over():
+                self.directory.save(self.record)
+                self.directory.forget_proof()
+        return bool(saved)
+
+    @contextlib.contextmanager
+    def _ended(self):
+        """The source, by a connection made now, when the job has ended and all that it started."""
+        while self._spare:
+            os.close(self._spare.pop())
+        if self.held is not None:
+            self.held.let_go()
+        wait_for_children(self.record["owner"])
+        with contextlib.closing(source_of(self.record)) as source:
+            source.end(self)
+            yield source
+
+    def thaw(self):
+        """Thaw the guest if we may have frozen it; True when there is nothing left to thaw."""
+        if not self.record["frozen"]:
+            return True
+        with contextlib.closing(source_of(self.record)) as source:
+            if source.kind == "gone":
+                self.intend("frozen", False)
+                return True
+            return thaw(source.domain, self)
+
+    def _forget(self):
+        """Nothing is left to undo but, perhaps, a thaw that the agent has not answered."""
+        if self.record["frozen"] and not self._try_to_thaw():
+            self.record.update(phase="ended", reason="only a thaw was left, which the guest agent has not answered")
+            self.directory.save(self.record)
+            return
+        with self._over():
+            self.directory.remove()
+
+    def _try_to_thaw(self):
+        """As thaw(), but what fails comes again: the job itself is over."""
+        try:
+            return self.thaw()
+        except Error as error:
+            self.note(str(error))
+            return False
+
+    @contextlib.contextmanager
+    def _over(self):
+        """
+        The job is over, and only the record has to say so.
+
+        Where that cannot be written, to try until it can would keep everybody waiting: whoever finds the old record
+        ends what is over once more, which does no harm.
+        """
+        try:
+            yield
+        except Error as error:
+            self.note(f"{error}: the job is over, but still on record; the next command sees to it")
+
+    def _is_saved(self):
+        """Whether the catalog holds the segment; None where it cannot be read."""
+        if self.record["phase"] == "starting":
+            return False  # not a byte of it is written
+        try:
+            return self.catalog().holds(self.head)
+        except Error as error:
+            self.note(str(error))
+            return None
+
+    def _drop_old(self, source, catalog):
+        have = source.have()
+        if catalog.directory is None:
+            self._drop_grandparent(source, have)
+            return
+        held = catalog.segments()
+        ours = sorted(
+            (
+                segment.head for segment in held
+                if segment.head.get("chain") == self.head["chain"] and segment.head["checkpoint"] in have
+            ),
+            key=lambda head: head["created"],
+        )
+        if catalog.is_set:
+            self._drop_pruned(source, catalog.directory, set(have) - {segment.head["checkpoint"] for segment in held})
+        if self.head["checkpoint"] is None and self.record["broken"]:
+            return  # nothing here is newer than what is broken on some disk, and may be sound on others
+        if self.record["broken"]:
+            # QEMU died hard: older bitmaps are inconsistent. No increment can use them, and no disk can be resized.
+            kept = {self.head["checkpoint"]}
+        else:
+            fulls = [head for head in ours if head["level"] == "full"]
+            kept = {head["checkpoint"] for head in ours[-KEPT_CHECKPOINTS:] + fulls[-1:]}
+        for head in ours:
+            if head["checkpoint"] not in kept:
+                source.delete_checkpoint(head["checkpoint"])
+
+    def _drop_grandparent(self, source, have):
+        """
+        Where nothing is known of the receiver, it has named the base: keep that, and drop the one before it.
+
+        Only one that was made so, too, and from which nothing else goes on: that may be of another receiver.
+        """
+        abouts = source.abouts() if self.head["checkpoint"] else {}
+        ours = {name: about.get("base") for name, about in abouts.items() if about.get("catalog") is None}
+        before = ours.get(self.head["parent"])
+        if before in ours and [about.get("base") for about in abouts.values()].count(before) == 1:
+            source.delete_checkpoint(before)
+
+    def _drop_pruned(self, source, directory, others):
+        """Delete the checkpoints whose points vnb-prune dropped from the set. others (set): those it does not hold."""
+        dropped = backupset.pruned(directory)
+        mine = {name for name in dropped if name.startswith(f"vnb.{self.head['chain']}.")}
+        for name in mine & others:  # never anybody else's, whatever stands there
+            source.delete_checkpoint(name)
+        if mine:
+            backupset.forget_pruned(directory, mine)
+
+
+def begin(directory, source, options, note, warn):
+    """
+    Begin a backup job; returns its Job. The caller holds the lock of directory.
+
+    source: see sources. options (dict): domain, images, uri, user, password_file, level, set, destination, base,
+    chain, include, exclude, raw, allow_plaintext, scratch_dir, socket, listen, tls, certificates, ssh, state, freeze,
+    require_freeze, pause, start_paused, sparse, threshold. Raises Error or BelowThreshold; nothing is left then.
+    """
+    source.refuse_if_busy()
+    plan = Plan(source, options, directory.path, note, warn)
+    if options["threshold"] is not None and plan.parent is not None:  # what is not saved yet is never too little
+        estimate = sum(plan.estimate().values())
+        if estimate < options["threshold"]:
+            raise BelowThreshold(f"{source.name}: {estimate} bytes to back up, less than {options['threshold']}")
+    job = Job(directory, plan.record(), note, warn)
+    job.held = source
+    job.reserve()
+    left = directory.load()
+    if left is not None:
+        job.record["frozen"] = left["frozen"]  # a job before may have frozen the guest: it is for us now to thaw it
+    directory.save(job.record)
+    try:
+        directory.expect(plan.head["id"])
+        plan.start(job)
+        job.record.update(phase="running", head=plan.head, disks=plan.disks, broken=plan.broken)
+        directory.save(job.record)
+        job.files = _files(source, plan, job)
+    except BaseException:
+        job.abort()
+        raise
+    return job
+
+
+def with_domain(error, source):
+    """An Error about a disk of a domain as one that says which domain it is: there may be others' lines beside it."""
+    if source is None or source.kind == "images":
+        return error
+    with contextlib.suppress(Error):
+        if error.what in [disk.name for disk in source.disks()]:
+            return Error(source.name, error.reason, f"{error.what}: {error.where}" if error.where else error.what)
+    return error
+
+
+def _files(source, plan, job):
+    """
+    What goes into file frames: [{role, path}] or [{role, path, text}].
+
+    Guest information and what qemu-img says are made here; other files are read by whoever writes the stream.
+    """
+    found = []
+    if source.kind != "images":
+        xml = plan.head["domain_xml"]
+        for role, path in domxml.files(xml):
+            found.append({"role": role, "path": path})
+        if source.kind == "stopped" and (path := source.nvram_of_libvirt(xml)) is not None:
+            found.append({"role": "nvram", "path": path})
+        for what in domxml.remote_firmware(xml):
+            job.warn(f"{source.name}: {what}, is not in the backup")
+        if domxml.has_tpm(xml):
+            job.warn(f"{source.name}: the state of its TPM is not in the backup")
+        # Not while an agent hangs that was asked to freeze: nobody watches over the job yet.
+        if source.kind == "running" and domxml.has_agent(xml) and not job.record["frozen"]:
+            info = source.domain.guest_info()
+            if info:
+                found.append({"role": "guest-info", "path": "guest-info.json", "text": json.dumps(info)})
+    run = processes.run if source.is_local else source.host.run
+
+    def described(disk):
+        try:
+            return img.info(disk.name, disk.path, disk.format, shared=True, run=run)
+        except Error as error:
+            return error
+
+    disks = [disk for disk in plan.sources.values() if disk.path is not None]
+    with Ordered(described, AT_ONCE) as work:
+        for disk in disks:
+            work.call(disk)
+        for disk in disks:
+            text = work.pop()
+            if isinstance(text, Error):
+                job.warn(f"{text}: no information about this image in the backup")
+            else:
+                found.append({"role": "image-info", "path": disk.name, "text": text})
+    return found

@@ -1,0 +1,488 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a backup takes: its level and parent, its disks, their names in sockets, scratch files and XML."""
+
+import contextlib
+import json
+import os
+import re
+import stat
+
+from vnb.base.errors import Error
+from vnb.format import frame, heads
+from vnb.job.state import owner
+from vnb.store import chain
+from vnb.store.catalog import Catalog
+from vnb.virt import domxml
+from vnb.virt.domain import BrokenBitmap
+
+QCOW2_MAGIC = b"QFI\xfb"
+LATEST = 3  # checkpoints that are redefined, beside the last full's
+CHECKPOINT_ROOM = 64 << 10  # bytes: of a checkpoint's XML, beside the domain's in it
+SUN_PATH = 107  # bytes of a socket's path, without the zero behind it
+
+
+class Plan:
+    """
+    source (see vnb.job.sources). options (dict): see vnb.job.job.begin. directory (str): of the job.
+
+    head, disks: what goes into the stream. note, warn: functions for lines to the user. Raises Error.
+    """
+
+    def __init__(self, source, options, directory, note, warn):
+        self.source = source
+        self.options = options
+        self.note = note
+        self.warn = warn
+        self.catalog = Catalog.of(options["state"], source.uuid, options["set"], options["destination"])
+        self.have = source.have()
+        # What the set will refuse is refused before the guest is frozen.
+        self.held = self.catalog.of_domain(source.uuid, source.name)
+        for file in self.catalog.damaged:
+            self.warn(file.line)
+        self.broken = False  # bitmaps of older checkpoints turned out to be: these checkpoints are of no use
+        self.forgotten = None  # why a checkpoint that libvirt does not know any more could not be redefined
+        self.level, self.parent, self.known = self._level()
+        self.marks = self.level in ("full", "inc")  # a point that the next increment may start from
+        everything = source.disks()
+        chosen = self._choose(everything)
+        self.others = [disk.name for disk in everything if disk not in chosen]
+        self.head = heads.new(
+            source.name, source.uuid, self.level, "disks", parent=self.parent, chain=options["chain"],
+            after=self._newest(), **source.head_fields(),
+        )
+        if self.marks:
+            self.head["checkpoint"] = self.head["point"]
+        self.union = f"{self.head['point']}.union"  # of one bitmap over several layers, while the job lasts
+        self.directory = directory
+        self.endpoint = source.endpoint(options, directory, _socket_name(self.head))
+        if not self.endpoint.is_tcp and len(os.fsencode(self.endpoint.path)) > SUN_PATH:
+            raise Error(
+                self.endpoint.path, f"the path is too long for a socket ({SUN_PATH} bytes at most): see --socket"
+            )
+        self.sources = {disk.name: disk for disk in chosen}
+        self.saved = self._saved_images()
+        self.images_then = self._images_then() if self.parent else {}
+        self.disks = [self._disk(disk) for disk in chosen]
+        self._check_head()
+        self.scratch = {disk.name: self._scratch(disk) for disk in chosen} if source.kind == "running" else {}
+
+    def _check_head(self):
+        """Raise Error where the head will be too large for a stream: its checkpoint's XML is made with the job."""
+        likely = dict(self.head)
+        if self.marks:
+            texts = [self.head.get(key) or "" for key in ("domain_xml", "inactive_xml")]
+            likely["checkpoint_xml"] = "".join([*texts, " " * CHECKPOINT_ROOM])
+        try:
+            frame.encode(["vnb", frame.VERSION, likely])
+        except frame.FrameError as error:
+            raise Error(
+                self.source.name, f"its XML does not fit into a backup: {error}, where {frame.MAX_HEAD} are the most "
+                "(metadata that nobody needs can be removed: virsh metadata, virsh desc)"
+            ) from None
+
+    def record(self):
+        """The job's record: all that is needed to end it."""
+        options = self.options
+        return {
+            "kind": self.source.kind,
+            "owner": owner(),
+            "uri": None if self.source.kind == "images" else self.source.domain.uri,  # not the default of who ends it
+            "user": options["user"],
+            "password_file": options["password_file"],
+            "images": options["images"],
+            "phase": "starting",
+            "reason": None,
+            "catalog": self.catalog.key,
+            "ssh": options["ssh"],
+            "endpoint": self.endpoint.key,
+            "tcp": self.endpoint.is_tcp,
+            "scratch": list(self.scratch.values()),
+            "scratch_made": False,
+            "started": self.source.started,
+            "suspended": False,
+            "frozen": False,
+            "broken": False,
+            "servers": [],
+            "sockets": [],
+            "unions": [],
+            "added": [],
+            "head": self.head,
+            "disks": self.disks,
+        }
+
+    def start(self, job):
+        """Start the job. A disk whose bitmap turns out to be broken is taken in full."""
+        while True:
+            try:
+                self.source.start(self, job)
+                break
+            except BrokenBitmap as error:
+                inc = [disk for disk in self.disks if disk["level"] == "inc"]
+                words = error.reason.replace(self.parent or "", "")  # which has a name, too
+                broken = [disk for disk in inc if _names(words, disk["name"])] or inc
+                if not broken:
+                    raise
+                self.broken = True
+                for disk in broken:
+                    self._take_in_full(disk, error.reason)
+        if self.marks:
+            self.head["checkpoint_xml"] = self.source.mark(self)
+        exports = self.source.exports(self)
+        for disk in self.disks:
+            uri, dirty = exports[disk["name"]]
+            disk["source"] = {"uri": uri}
+            if disk["level"] == "inc":
+                disk["source"]["dirty"] = dirty
+            if not self.options["sparse"]:
+                disk["source"]["sparse"] = False
+            del disk["bitmap"]
+
+    def export(self, disk):
+        """
+        The name of a disk's export. Another job may listen where we did, on the same port or socket that its user has
+        named, and have a disk of the same name: who comes there for ours must not read that.
+        """
+        return f"{disk}-{self.head['id'][:8]}"
+
+    def backup_xml(self):
+        """The XML of libvirt's backup job."""
+        wanted = []
+        for disk in self.disks:
+            name = disk["name"]
+            since = self.parent if disk["level"] == "inc" else None
+            wanted.append((name, self.export(name), since, self.scratch[name]))
+        return domxml.backup(self.endpoint.attributes(), wanted, self.others)
+
+    def checkpoint_xml(self):
+        """The XML of the new checkpoint, or None. Its description says whose it is."""
+        if not self.marks:
+            return None
+        with_bitmap = [disk["name"] for disk in self.disks if disk["bitmap"]]
+        without = [disk["name"] for disk in self.disks if not disk["bitmap"]] + self.others
+        about = {
+            "owner": owner(), "catalog": self.catalog.id, "destination": self.catalog.destination, "base": self.parent,
+            "run": self.head["run"], "chain": self.head["chain"],
+        }
+        return domxml.checkpoint(self.head["checkpoint"], f"vnb {json.dumps(about)}", with_bitmap, without)
+
+    def estimate(self):
+        """
+        {disk: bytes} that the backup has at most: all data of a disk that is taken in full, else what has changed.
+
+        What the guest zeroed or trimmed counts as changed, though it takes no room in a segment.
+        """
+        names = [disk["name"] for disk in self.disks if disk["level"] == "inc"]
+        found = self.source.changed(self.parent, names) if names else {}
+        for disk in self.disks:
+            if disk["name"] in names and disk["name"] not in found:
+                self.broken = True
+                self._take_in_full(disk, f"its bitmap of {self.parent} is missing or inconsistent")
+        full = [disk["name"] for disk in self.disks if disk["name"] not in found]
+        return {**found, **self.source.allocated(full)}
+
+    def _newest(self):
+        """
+        The latest time (str) of all points that are known, or None.
+
+        A clock that went back must not make of a new full, or of a diff, one that is older than what it is to follow.
+        """
+        times = [segment.head["created"] for segment in self.held]
+        if self.known is None and self.parent:
+            times.append(heads.created_of(self.parent) or "")
+        return max(times, default=None)
+
+    def _level(self):
+        """(level, parent's point or None, parent's segment where the catalog has it or None)."""
+        level, base = self.options["level"], self.options["base"]
+        if level in ("full", "copy"):
+            return level, None, None
+        ours = [segment for segment in self.held if segment.head.get("chain") == self.options["chain"]]
+        if base not in (None, "last", "full"):
+            return self._level_from(base)
+        whole = ours
+        if self.catalog.is_set:
+            # The set would refuse an increment to what it cannot restore.
+            restorable = set(chain.restorable(self.held))
+            whole = [segment for segment in ours if segment.head["point"] in restorable]
+        self._redefine(whole)
+        wanted = [segment for segment in whole if segment.head["level"] == "full"] if base == "full" else whole
+        parent = chain.tip(wanted, self._usable())
+        if parent is not None:
+            if level == "auto":
+                self.note(f"{self.source.name}: increment since {parent.head['point']}")
+            return "inc" if level == "auto" else level, parent.head["point"], parent
+        self.broken = any(segment.head["checkpoint"] in self.have for segment in wanted)
+        return self._full(self._full_needed_because(ours, whole, wanted) + self.catalog.lost())
+
+    def _level_from(self, base):
+        """As _level(), where the receiver of the stream has named the base: it knows what it holds."""
+        level = self.options["level"]
+        parent = next((segment for segment in self.held if segment.head["checkpoint"] == base), None)
+        if parent is None and self.catalog.is_set:
+            raise Error(self.catalog.directory, f"does not hold {base}, which --base names")
+        if parent is not None:
+            if self.catalog.is_set:
+                chain.path(self.held, self.catalog.directory, parent.head["point"], self.catalog.damaged)
+            self._redefine([parent])
+        if base in self.have:
+            return "inc" if level == "auto" else level, base, parent
+        return self._full(f"there is no checkpoint {base}{self._why_forgotten()}")
+
+    def _full(self, why):
+        """As _level(), where no increment is possible. Raises Error where a full backup was not asked for."""
+        if self.options["level"] != "auto":
+            raise Error(self.source.name, f"{why}: a full backup is needed first (--level full, or auto)")
+        self.note(f"{self.source.name}: full backup: {why}")
+        return "full", None, None
+
+    def _full_needed_because(self, ours, whole, wanted):
+        """
+        Why no increment can start from any of these segments.
+
+        ours: of this chain. whole: of these, those with all that they need. wanted: of these, those of the right level.
+        """
+        where = self.catalog.where
+        if not ours:
+            if self.options["chain"] == heads.DEFAULT_CHAIN:
+                return f"no earlier backup is saved {where}"
+            return f"no earlier backup of chain {self.options['chain']} is saved {where}"
+        if not whole:
+            return f"no restore point {where} has all that it needs"
+        if not wanted:
+            return f"no full backup of chain {self.options['chain']} is known {where}"
+        if not any(segment.head["checkpoint"] for segment in wanted):
+            return f"no restore point {where} has a checkpoint: levels copy and diff make none"
+        if self.broken:
+            return "no disk has a sound bitmap that goes back to a restore point"
+        return f"the checkpoints of the restore points {where} are all gone{self._why_forgotten()}"
+
+    def _why_forgotten(self):
+        """What else to say of checkpoints that libvirt does not know."""
+        if self.forgotten is not None:
+            return f", and cannot be redefined: {self.forgotten}"
+        if self.source.kind == "images":
+            return ""
+        return " (vnb-checkpoint redefine has libvirt know again what the images still hold)"
+
+    def _usable(self):
+        """The names (set of str) of checkpoints for which a disk has a sound bitmap."""
+        return {name for name, disks in self.have.items() if disks}
+
+    def _redefine(self, whole):
+        """
+        Have libvirt know the latest checkpoints of these segments again, where the images still hold their bitmaps.
+
+        It forgets them with a transient domain, and where one is defined anew. Their names are unique for ever, and a
+        bitmap is copied and restored with its image, so that what it says of an image is true.
+        """
+        marked = sorted(
+            (segment for segment in whole if segment.head["checkpoint"]), key=lambda segment: segment.head["created"]
+        )
+        if not marked or marked[-1].head["checkpoint"] in self.have:
+            return
+        fulls = [segment for segment in marked if segment.head["level"] == "full"]
+        # What a commit keeps, and one more; so the next commit drops what is not needed any more.
+        latest = marked[-LATEST:]
+        for segment in [full for full in fulls[-1:] if full not in latest] + latest:
+            name = segment.head["checkpoint"]
+            if name not in self.have:
+                try:
+                    self.source.redefine(checkpoint_xml(segment))
+                except Error as error:
+                    self.forgotten = error.reason
+                else:
+                    self.note(f"{name}: redefined: libvirt had forgotten it, and the images still hold its bitmaps")
+        self.have = self.source.have()
+
+    def _choose(self, everything):
+        """The disks to back up; says which are left out, and refuses what cannot be done."""
+        names = {disk.name for disk in everything}
+        for option in ("include", "exclude"):
+            unknown = sorted(set(self.options[option]) - names)
+            if unknown:
+                there = ", ".join(sorted(names))
+                raise Error(f"--{option}", f"{self.source.name} has no disk {', '.join(unknown)}: there is {there}")
+        chosen = []
+        for disk in everything:
+            if disk.name in self.options["exclude"] or (
+                self.options["include"] and disk.name not in self.options["include"]
+            ):
+                continue
+            if disk.left_out_because:
+                self.note(f"{self.source.name}: {disk.name} {disk.left_out_because}: left out")
+                continue
+            why = self.source.cannot_read_because(disk)
+            if why:
+                raise Error(disk.name, f"{why}: --exclude {disk.name} leaves it out")
+            if disk.encrypted and not self.options["allow_plaintext"]:
+                raise Error(disk.name, "is encrypted and would be stored in plain text: --allow-plaintext, or "
+                            f"--exclude {disk.name}")
+            chosen.append(disk)
+        if not chosen:
+            raise Error(self.source.name, "no disk is left to back up")
+        return chosen
+
+    def _disk(self, disk):
+        """The fields of a disk's frame, and whether it gets a bitmap."""
+        found = {
+            "name": disk.name,
+            "size": self.source.size_of(disk),
+            "level": "full",
+            "image": {"format": disk.format, "path": disk.path, "type": disk.type},
+        }
+        inode = _inode(disk.path) if self.source.is_local else None
+        if inode is not None:
+            found["image"]["inode"] = inode
+        without = _no_bitmap_because(disk, self.source.is_local)
+        if without and self.level != "copy" and not self.options["raw"]:
+            raise Error(disk.name, f"{without}: --raw takes it in full each time, --exclude {disk.name} leaves it out")
+        found["bitmap"] = self.marks and not without
+        if self.level in ("inc", "diff"):
+            why = without or self._full_because(disk, found["size"])
+            if why:
+                self._take_in_full(found, why)
+            else:
+                found["level"] = "inc"
+        return found
+
+    def _full_because(self, disk, size):
+        """Why an increment has to take all of a disk, or None."""
+        if self.known is not None:
+            before = next((known for known in self.known.disks if known["name"] == disk.name), None)
+            if before is None:
+                return f"{self.parent} does not have it"
+            if size < before["size"]:
+                return f"it shrank from {before['size']} to {size} bytes"
+        if disk.name not in self.have[self.parent]:
+            return f"no sound bitmap of it goes back to {self.parent}"
+        # The bitmaps of all disks have the checkpoint's name: one in an image that was another disk's then would do.
+        then = self.images_then.get(disk.name)
+        if then is not None and not self._is_among(then, self.source.layers_now(disk)):
+            return f"its image is another one than {then}, which it was at {self.parent}"
+        other = self._whose_file(disk)
+        if other is not None:
+            return f"its image is the file that {other} had at {self.parent}"
+        return None
+
+    def _saved_images(self):
+        """{disk name: image map} of the parent's segment, as far as the catalog has it."""
+        if self.known is None:
+            return {}
+        with contextlib.closing(self.known):
+            return {disk["name"]: disk.get("image", {}) for disk in self.known.open().disks}
+
+    def _images_then(self):
+        """{disk name: what named its image at the parent}, as far as libvirt or the catalog knows."""
+        found = self.source.images_then(self.parent)
+        if not found and self.source.kind != "images":
+            found = {name: image.get("path") for name, image in self.saved.items()}
+        return found
+
+    def _whose_file(self, disk):
+        """The name of the other disk whose file at the parent is now among this one's images, or None: by inodes."""
+        then = {name: image["inode"] for name, image in self.saved.items() if _is_inode(image.get("inode"))}
+        if disk.name not in then or not self.source.is_local:
+            return None
+        now = [inode for inode in map(_inode, self.source.layers_now(disk)) if inode is not None]
+        own = then.pop(disk.name)
+        return next((name for name, other in then.items() if are_moved(now, own, other)), None)
+
+    def _is_among(self, image, layers):
+        if image in layers:
+            return True
+        # By another path, through a link.
+        return self.source.is_local and os.path.realpath(image) in map(os.path.realpath, layers)
+
+    def _take_in_full(self, disk, why):
+        disk["level"] = "full"
+        self.warn(f"{self.source.name}: {disk['name']}: full in this increment: {why}")
+
+    def _scratch(self, disk):
+        """Where the old data goes that the guest overwrites: beside the image, as libvirt itself would do."""
+        directory = self.options["scratch_dir"] or (
+            os.path.dirname(disk.path) if disk.type == "file" and disk.path else self._private_directory()
+        )
+        self._check_room(disk, directory)
+        return os.path.join(os.path.abspath(directory), f"vnb-{self.head['id'][:12]}-{disk.name}.scratch")
+
+    def _private_directory(self):
+        return self.source.private_directory() if self.endpoint.is_tcp else os.path.dirname(self.endpoint.path)
+
+    def _check_room(self, disk, directory):
+        """Raise Error where the job could not begin, or would be ended at once; warn of what may happen."""
+        if self.options["scratch_dir"] and self.source.is_local and not os.path.isdir(directory):
+            raise Error("--scratch-dir", f"{directory}: no such directory (QEMU's user has to be able to write there)")
+        try:
+            free = self.source.room(directory)
+        except OSError:
+            return  # QEMU will say so
+        if free is not None and free < self.options["reserve"]:
+            raise Error(
+                self.source.name, f"the scratch directory {directory} has {free} bytes left, and with less than "
+                f"{self.options['reserve']} the job would be ended: see --scratch-dir and --scratch-reserve"
+            )
+        used = self.source.allocated([disk.name])[disk.name]
+        if free is not None and free < used:
+            self.warn(
+                f"{self.source.name}: {disk.name}: the scratch directory {directory} has {free} bytes left, "
+                f"the disk has {used} bytes of data"
+            )
+
+
+def checkpoint_xml(segment):
+    """The XML (str or None) of a saved segment's checkpoint: there may be many, and it is not kept in memory."""
+    with contextlib.closing(segment):
+        return segment.open().head.get("checkpoint_xml")
+
+
+def _names(words, disk):
+    """Whether words of libvirt, in any language and with any quotation marks, have the name of a disk in them."""
+    return re.search(rf"(?<!\w){re.escape(disk)}(?!\w)", words) is not None
+
+
+def _inode(path):
+    """What tells an image file from others, whatever its path ([st_dev, st_ino]); None where it is no file of ours."""
+    try:
+        found = os.stat(path)
+    except (OSError, TypeError, ValueError):
+        return None
+    # A device's node is made anew whenever the host starts, its number is the next one that is free.
+    return [found.st_dev, found.st_ino] if stat.S_ISREG(found.st_mode) else None
+
+
+def _is_inode(found):
+    return isinstance(found, list) and len(found) == 2
+
+
+def are_moved(now, own, other):
+    """
+    Whether a disk has, now, the file of another disk. now: inodes of its images; own, other: of both disks, then.
+
+    A file system's st_dev may change when it is mounted again, so the numbers alone have to do; except where both disks
+    had the same one, as the only files of two file systems do.
+    """
+    if own in now:
+        return False
+    return other in now or (other[1] != own[1] and other[1] in [number for _, number in now])
+
+
+def _no_bitmap_because(disk, is_local):
+    """Why an image cannot hold a persistent bitmap, or None (also where that is for libvirt to find out)."""
+    if disk.format != "qcow2":
+        return f"a {disk.format} image cannot hold a bitmap"
+    if not is_local:
+        return None
+    try:
+        with open(disk.path, "rb") as file:
+            start = file.read(8)
+    except (OSError, TypeError):
+        return None
+    if start[:4] == QCOW2_MAGIC and int.from_bytes(start[4:], "big") < 3:
+        return "a qcow2 image of version 2 cannot hold a bitmap (qemu-img amend -o compat=1.1 makes it version 3)"
+    return None
+
+
+def _socket_name(head):
+    """Says whose it is: our process, this boot, the run."""
+    us = owner()
+    return f'vnb-{us["pid"]}-{us["boot"][:8]}-{head["id"][:8]}.sock'

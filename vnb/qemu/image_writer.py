@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Image files through QEMU's own tools: qemu-img makes and resizes them, a private qemu-nbd writes them."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+
+from vnb.base.errors import Error, os_error
+from vnb.base.processes import Child
+from vnb.base.syscalls import WriteBack
+from vnb.base.tempdir import temporary_directory
+from vnb.nbd.sinks import MAX_CLUSTER, Lost, Nbd
+
+# QEMU takes a buffer for each request and gives it back, and glibc asks the kernel for each one of this size: half of
+# a restore was page faults. With these it keeps the memory, at most as much as was ever in flight at once.
+_TUNABLES = "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=268435456"
+_SECTOR = 512  # bytes: the sizes of images are multiples of it
+_CLUSTER_BITS = 20  # where the header of a qcow2 image has them (4 bytes, big-endian)
+
+
+def create(path, what, format_, size, options):
+    """
+    Make an image. path (str): absolute, so that QEMU takes it for a file. options (dict of str): as qemu-img's -o.
+
+    what (str): stands for it in messages. A data_file is made beside it. Raises Error.
+    """
+    _qemu_img(["create", "-q", "-f", format_, *_options(options), "--", path, str(size)], path, what)
+
+
+def resize(path, what, format_, size, preallocate=False):
+    """Have an image at least so large: what is added reads as zeroes. Nobody may have it open. Raises Error."""
+    size = -(-size // _SECTOR) * _SECTOR
+    if json.loads(_qemu_img(["info", "--output=json", "-f", format_, "--", path], path, what))["virtual-size"] >= size:
+        return  # it was done, by one that was killed then
+    how = ["--preallocation=falloc"] if preallocate else []
+    _qemu_img(["resize", "-q", "-f", format_, *how, "--", path, str(size)], path, what)
+
+
+def amend(path, what, format_, options):
+    """Change settings (dict of str, see create()) of an image, and make that durable. Raises Error."""
+    with _synced(path, what):
+        _qemu_img(["amend", "-q", "-f", format_, *_options(options), "--", path], path, what)
+
+
+def compress(source, path, what, format_, options):
+    """
+    Make an image with compressed clusters of a raw one, and make it durable. options (dict of str): see create().
+
+    What reads as zeroes in source is not in the image. Raises Error.
+    """
+    with _synced(path, what):
+        how = ["-q", "-c", "-W", "-f", "raw", "-O", format_, *_options(options)]
+        _qemu_img(["convert", *how, "--", source, path], path, what)
+
+
+@contextlib.contextmanager
+def _synced(path, what):
+    """Make a file durable that somebody else writes meanwhile."""
+    try:
+        # Opened before, so that no error of what is written to it is told to somebody else.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise os_error(what, error) from None
+
+
+def settings(info):
+    """
+    Settings (dict of str), as qemu-img's -o has them, of an image of which `qemu-img info --output=json` said this.
+
+    info comes from a stream: what makes no sense is left out, and what qemu-img refuses can be overridden.
+    data_file is "on" where the data was outside.
+    """
+    if not isinstance(info, dict) or info.get("format") != "qcow2":
+        return {}
+    data = info.get("format-specific")
+    data = data.get("data") if isinstance(data, dict) else None
+    data = data if isinstance(data, dict) else {}
+    found = {}
+    if _is_power_of_2(info.get("cluster-size"), 512, 2 << 20):
+        found["cluster_size"] = str(info["cluster-size"])
+    if data.get("compat") in ("0.10", "1.1"):
+        found["compat"] = data["compat"]
+    if data.get("compression-type") in ("zlib", "zstd") and found.get("compat") == "1.1":
+        found["compression_type"] = data["compression-type"]
+    if _is_power_of_2(data.get("refcount-bits"), 1, 64) and found.get("compat") == "1.1":
+        found["refcount_bits"] = str(data["refcount-bits"])
+    for key in ("lazy-refcounts", "extended-l2", "data-file-raw"):
+        if data.get(key) is True:
+            found[key.replace("-", "_")] = "on"
+    if isinstance(data.get("data-file"), str):
+        found["data_file"] = "on"
+    return found
+
+
+def _is_power_of_2(value, low, high):
+    return type(value) is int and low <= value <= high and value & (value - 1) == 0
+
+
+def _options(options):
+    # A comma within a value is written twice.
+    text = ",".join(f"{key}={value.replace(',', ',,')}" for key, value in options.items())
+    return ["-o", text] if text else []
+
+
+def _qemu_img(arguments, path, what):
+    """Run it; gives its standard output. what (str): stands for path in messages. Raises Error."""
+    try:
+        done = subprocess.run(
+            ["qemu-img", *arguments], stdin=subprocess.DEVNULL, capture_output=True, check=False
+        )
+    except FileNotFoundError:
+        raise Error("qemu-img", "not found (it is in the package qemu-utils)") from None
+    except OSError as error:
+        raise os_error("qemu-img", error) from None
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        words = lines[-1] if lines else f"qemu-img: it ended with status {done.returncode}"
+        raise Error(what, _without(path, words))
+    return done.stdout
+
+
+class Server:
+    """
+    A qemu-nbd with one image, for one connection that nobody else can have. Ends when that is closed.
+
+    path (str): absolute. what (str): stands for it in messages.
+    connection (socket): connected before the server runs; whatever becomes of us, it sees the end of it.
+    """
+
+    def __init__(self, path, what, format_, unsafe, discard):
+        self._path = path
+        self._what = what
+        listener, self.connection = _private_connection()
+        command = [
+            "qemu-nbd",
+            f"--format={format_}",
+            f"--cache={'unsafe' if unsafe else 'writeback'}",
+            f"--discard={'unmap' if discard else 'ignore'}",
+            "--detect-zeroes=off",
+            path,
+        ]
+        self._child = None
+        try:
+            with listener:
+                # SIGTERM is lost while it starts, and it would wait for ever for a client on a socket that nobody
+                # can reach. What it had not written when we die is written again.
+                self._child = Child(
+                    command, "qemu-utils", listener, environment=_environment(), ending=signal.SIGKILL,
+                )
+            if not self._child.has_spoken(self.connection.fileno()):
+                raise Error(what, "qemu-nbd does not answer")
+        except BaseException:
+            if self._child is not None:
+                self._child.end()
+            self.connection.close()
+            raise
+
+    def wait(self):
+        """Wait until it has closed the image and ended, after the connection was closed. Raises Error."""
+        if self._child.process.wait():
+            raise Error(self._what, _without(self._path, str(self._child.failure())))
+
+    def kill(self):
+        """End it at once; harmless when it has ended. From any thread."""
+        self._child.process.kill()
+
+    def close(self):
+        """Let go of it, once it has ended or was killed."""
+        self._child.end()
+        self.connection.close()
+
+
+class Image(Nbd):
+    """
+    The content of an image file, through a qemu-nbd of its own. See Nbd.
+
+    name (str): the disk, what (str): the image, both for messages. path (str): of the image, absolute.
+    new (bool): if we do not finish nobody wants the file, so QEMU need not order its writes for that.
+    keep (bool): zeroes stay allocated. outside (list of str): paths of files that hold its data.
+    """
+
+    def __init__(self, name, path, what, format_, new=False, keep=False, outside=()):
+        self._files = []
+        try:
+            for file in (path, *outside):
+                self._files.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            self._close_files()
+            raise os_error(what, error) from None
+        self._write_back = WriteBack(self._files[-1])
+        self._server = None
+        try:
+            self._server = Server(path, what, format_, unsafe=new, discard=not keep)
+            super().__init__(
+                name, what, lambda handle: handle.aio_connect_socket(self._server.connection.detach()), keep
+            )
+            self.cluster = _cluster_size(self._files[0], format_)
+        except BaseException as error:
+            better = self._explained(error) if isinstance(error, Lost) else error
+            self.close()
+            raise better from None
+
+    def write(self, offset, plain, done):
+        super().write(offset, plain, done)
+        self._write_back.count(len(plain))
+
+    def _start(self, *request, **how):
+        with self._explaining():  # to begin a request is enough to hear that the connection is lost
+            super()._start(*request, **how)
+
+    def poll(self):
+        with self._explaining():
+            super().poll()
+
+    def finish(self):
+        with self._explaining():
+            super().finish()
+        self._server.wait()
+        try:
+            for file in self._files:
+                os.fsync(file)
+        except OSError as error:
+            raise os_error(self.name, error) from None
+
+    def abort(self):
+        if self._server is not None:
+            self._server.kill()
+        super().abort()
+
+    def close(self):
+        super().close()
+        if self._server is not None:
+            self._server.close()
+        self._close_files()
+
+    def _close_files(self):
+        while self._files:
+            os.close(self._files.pop())
+
+    @contextlib.contextmanager
+    def _explaining(self):
+        try:
+            yield
+        except Lost as error:
+            raise self._explained(error) from None
+
+    def _explained(self, error):
+        """The Error that tells why the connection was lost: qemu-nbd ends when it is, and says more than libnbd."""
+        self._handle = None
+        try:
+            self._server.wait()
+        except Error as better:
+            return better
+        return error
+
+
+def _cluster_size(fd, format_):
+    """Bytes of an image's clusters: as its header has them, if it is of a format that has any."""
+    if format_ != "qcow2":
+        return 1
+    bits = int.from_bytes(os.pread(fd, 4, _CLUSTER_BITS), "big")
+    return 1 << bits if 9 <= bits <= 21 else MAX_CLUSTER
+
+
+def _private_connection():
+    """(listening socket, socket connected to it): their path was in a directory of ours and is gone."""
+    listener, connection = (socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(2))
+    try:
+        with tempfile.TemporaryDirectory(prefix="vnb-apply.", dir=temporary_directory()) as directory:
+            path = os.path.join(directory, "s")
+            listener.bind(path)
+            listener.listen(1)
+            connection.connect(path)
+    except OSError as error:
+        listener.close()
+        connection.close()
+        raise Error(tempfile.gettempdir(), f"cannot make a socket: {error.strerror or error}") from None
+    return listener, connection
+
+
+def _environment():
+    tunables = os.environ.get("GLIBC_TUNABLES")
+    return {"GLIBC_TUNABLES": f"{tunables}:{_TUNABLES}" if tunables else _TUNABLES}
+
+
+def _without(path, words):
+    """What QEMU says after the name of the image, which may be a name that the user never saw."""
+    if "Is another process using the image" in words:
+        return "is in use: another process has its locks (is its domain running)"
+    for marker in (f"'{path}': ", f"{path}: "):
+        words = words.rpartition(marker)[2]
+    return words

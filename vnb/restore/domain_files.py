@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Files of a domain beside its disks (nvram, kernel, ...), on their way from file frames to their places."""
+
+import errno
+import os
+
+from vnb.base.errors import Error, os_error
+from vnb.format import stream
+from vnb.restore.imagedir import EXISTS, ImageDirectory
+from vnb.virt import domxml
+
+_SYSTEM = ("/dev", "/proc", "/run", "/sys")  # nothing that is found there after a restart
+
+
+def destinations(wanted, directory):
+    """
+    {(role, path): where it goes} of files, [(role, path)], that come into one directory.
+
+    Of the path, which comes from a stream, the last part alone counts. Raises Error where that is no name for a file.
+    """
+    found = {}
+    for role, path in wanted:
+        check_path(role, path)
+        name = os.path.basename(path)
+        if os.path.join(directory, name) in found.values():
+            name = f"{role}.{name}"
+        found[role, path] = os.path.join(directory, name)
+    if len(set(found.values())) < len(found):
+        raise Error("file", "several have one name, and one directory to go to")
+    return found
+
+
+def originals(wanted):
+    """{(role, path): where it goes, or None where something is there already} of files that go where they were."""
+    found = {}
+    for role, path in wanted:
+        check_path(role, path)
+        is_there = os.path.lexists(path)
+        if not is_there and os.path.normpath(path).startswith(tuple(f"{directory}/" for directory in _SYSTEM)):
+            raise Error("file", "is not restored to a directory of the system's own", path)
+        found[role, path] = None if is_there else path
+    return found
+
+
+def check_path(role, path):
+    """Raise Error unless a path from a stream, of a file that a domain needs, is one that a file may have had."""
+    if not path.startswith("/") or ".." in path.split("/"):
+        raise Error("file", f"{role}: is no absolute path, or leads upwards", path)
+    if not stream.is_safe_name(os.path.basename(path)) or not path.isprintable():
+        raise Error("file", f"{role}: is no name for a file", path)
+
+
+class Files:
+    """
+    Takes file frames and makes files of them.
+
+        with Files(destinations) as files:
+            files.add(frame) for each
+            files.publish()
+
+    destinations: {(role, path): where it goes, or None}. Until publish() nothing has its final name, and what is not
+    published is gone in the end. Nothing is ever replaced. check (bool): all is looked at, and nothing written.
+    Raises Error.
+    """
+
+    def __init__(self, destinations_, check=False):
+        self._destinations = destinations_
+        self._check = check
+        self._directories = {}  # path: ImageDirectory
+        self._descriptors = {}  # (role, path): of the file that is written
+        self._complete = {}  # (role, path): ImageDirectory and name
+        self._published = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    @property
+    def complete(self):
+        """The keys of the files that came, whole."""
+        return set(self._complete)
+
+    def add(self, frame):
+        """Take a part of a file; parts are whole and in order. A file that nothing needs is left out."""
+        fields = frame.fields
+        key = fields["role"], fields["path"]
+        if fields["role"] in domxml.FILE_ROLES:
+            check_path(*key)
+        final = self._destinations.get(key)
+        if final is None:
+            return
+        if key in self._complete:
+            raise Error("file", f"{key[0]}: is there twice", key[1])
+        try:
+            self._write(key, final, fields, frame.payload)
+        except OSError as error:
+            raise os_error(final, error) from None
+
+    def add_text(self, final, text):
+        """Make one more file, private, of a text of ours."""
+        data = text.encode()
+        try:
+            self._write(("text", final), final, {"role": None, "offset": 0, "size": len(data), "mode": 0}, data)
+        except OSError as error:
+            raise os_error(final, error) from None
+
+    def _write(self, key, final, fields, payload):
+        directory, name = os.path.split(final)
+        is_last = fields["offset"] + len(payload) == fields["size"]
+        if self._check:
+            if os.path.lexists(final):
+                raise Error(final, EXISTS)
+            if is_last:
+                self._complete[key] = None, name
+            return
+        home = self._directories.get(directory)
+        if home is None:
+            home = self._directories[directory] = ImageDirectory(directory)
+        fd = self._descriptors.get(key)
+        if fd is None:
+            home.refuse_existing(name)
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = self._descriptors[key] = os.open(home.partial(name), flags, 0o600)
+        view = memoryview(payload)
+        while view:
+            view = view[os.write(fd, view):]
+        if is_last:
+            # QEMU, another user, has to read a kernel or a loader, which libvirt may leave as they are. What others
+            # could not read before they can't now, and the nvram, which libvirt makes QEMU's own, they never can.
+            others = 0 if fields["role"] in domxml.WRITTEN_ROLES else fields["mode"] & 0o044
+            os.fchmod(fd, 0o600 | others)
+            os.fsync(fd)
+            os.close(self._descriptors.pop(key))
+            self._complete[key] = home, name
+
+    def publish(self):
+        """Give all that came their names, durably."""
+        for home in self._directories.values():
+            names = [name for other, name in self._complete.values() if other is home]
+            home.publish(names)
+            self._published += [home.final(name) for name in names]
+
+    def withdraw(self):
+        """Remove what was published: what it was published for has failed."""
+        while self._published:
+            try:
+                os.unlink(self._published.pop())
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    raise os_error(error.filename, error) from None
+
+    def close(self):
+        """Remove what was not published. May be called again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+        while self._directories:
+            path, home = self._directories.popitem()
+            try:
+                home.close()
+            except BaseException:
+                self._directories[path] = home
+                home.close()  # a signal; there is no second one
+                raise

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Catalogs: what is known to be saved in a set, or at a destination that is no directory of this host.
+
+A set is its own catalog. For a destination, the heads of what was committed to it are kept in the state directory.
+"""
+
+import contextlib
+import hashlib
+import os
+import socket
+
+from vnb.base.durable import make_private_directory, sync_directory
+from vnb.base.errors import os_error
+from vnb.store import backupset
+
+NAME = "name"  # a file beside the heads: the destination's name, which need be no name for a directory
+
+
+class Catalog:
+    """
+    directory (str or None): of the set, or of the heads; None where nothing is known, as where a receiver names the
+    base.
+
+    destination (str or None): the name of the destination; None for a set.
+    damaged (list of vnb.store.damage.Damaged): the files that could not be read when it was read last.
+    """
+
+    def __init__(self, directory=None, destination=None):
+        self.directory = directory and os.path.abspath(directory)
+        self.destination = destination
+        self.damaged = []
+
+    @classmethod
+    def of(cls, state, uuid, set_, destination):
+        """The catalog of a set (its directory, or None) or of a destination (its name, or None) for a domain."""
+        if destination is None:
+            return cls(set_)
+        name = hashlib.sha256(os.fsencode(destination)).hexdigest()[:32]
+        return cls(os.path.join(_home(state, uuid), name), destination)
+
+    @classmethod
+    def destinations(cls, state, uuid):
+        """The catalogs of all destinations to which something of a domain was committed, by their names."""
+        home = _home(state, uuid)
+        try:
+            directories = [os.path.join(home, name) for name in os.listdir(home)]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise os_error(home, error) from None
+        found = [cls(directory, _name_in(directory)) for directory in directories]
+        return sorted((catalog for catalog in found if catalog.destination), key=lambda catalog: catalog.destination)
+
+    @property
+    def is_set(self):
+        return self.directory is not None and self.destination is None
+
+    @property
+    def place(self):
+        """What a user calls it."""
+        return self.directory if self.destination is None else self.destination
+
+    @property
+    def where(self):
+        """The same, as it stands behind "is saved"."""
+        return f"in {self.directory}" if self.destination is None else f"at {self.destination}"
+
+    @property
+    def id(self):
+        """
+        What stands in a checkpoint's description, or None where nothing is known.
+
+        The same directory on another host is another catalog; so is a destination in another state directory.
+        """
+        return self.directory and f"{socket.gethostname()}:{os.path.realpath(self.directory)}"
+
+    @property
+    def key(self):
+        """The arguments that make this catalog again (dict), for the record of a job."""
+        return {"directory": self.directory, "destination": self.destination}
+
+    def segments(self):
+        """
+        The segments in it that can be read; an empty list where the directory is not there yet.
+
+        Raises Error if it cannot be one.
+        """
+        self.damaged = []
+        if self.directory is None:
+            return []
+        try:
+            os.stat(os.path.join(self.directory, ""))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise os_error(self.directory, error) from None
+        found, self.damaged = backupset.readable([self.directory])
+        return found
+
+    def of_domain(self, uuid, domain):
+        """The segments of this domain that can be read. Raises Error for a set of another one."""
+        ours, damaged = backupset.of_domain(self.segments(), self.directory, uuid, domain)
+        self.damaged += damaged
+        return ours
+
+    def holds(self, head):
+        """
+        Whether the restore point of this head is saved: by its segment, or by one that it was merged into.
+
+        Raises Error where that may be so, and cannot be read.
+        """
+        if any(segment.head["point"] == head["point"] for segment in self.segments()):
+            return True
+        for file in self.damaged:
+            if backupset.is_name_of(os.path.basename(file.name), head):
+                raise file.error
+        return False
+
+    def lost(self):
+        """The end of a message: the files that could not be read, or ""."""
+        names = [os.path.basename(file.name) for file in self.damaged]
+        return f"; damaged: {', '.join(names)}" if names else ""
+
+    def record(self, head, disks):
+        """Keep a head durably: its segment is safe at the destination."""
+        self._keep_name()
+        with backupset.Store(self.directory, head, disks, check=False) as store:
+            store.writer.segment({**head, "stage": "disks"}, disks).end()
+            store.commit()
+
+    def _keep_name(self):
+        """Have the destination's name beside the heads, before the first of them."""
+        path = os.path.join(self.directory, NAME)
+        if os.path.exists(path):
+            return
+        make_private_directory(self.directory)
+        try:
+            with open(f"{path}.new", "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+                file.write(os.fsencode(self.destination))
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(f"{path}.new", path)
+            sync_directory(self.directory)
+        except OSError as error:
+            raise os_error(path, error) from None
+
+
+def _home(state, uuid):
+    return os.path.join(state, "destinations", uuid)
+
+
+def _name_in(directory):
+    """The name of the destination whose heads a directory has, or None: it was begun, and is of no use."""
+    with contextlib.suppress(OSError), open(os.path.join(directory, NAME), "rb") as file:
+        return os.fsdecode(file.read())
+    return None
+
+
+def of_checkpoint(about):
+    """What a checkpoint of ours was made for, in words. about (dict): see vnb.virt.domxml.about()."""
+    if isinstance(about.get("destination"), str):
+        return f"destination {about['destination']}"
+    if isinstance(about.get("catalog"), str):
+        return f"set {about['catalog']}"
+    return "a receiver that named the base"

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+One segment out of several that follow each other: each block is read once, and the last writer wins.
+
+    merge = Merge(path, "the chain")                the segments, oldest first
+    merge.read_head()
+    out = writer.segment(merge.head, merge.disks)
+    merge.write(out)
+    out.end()
+
+A frame that is wanted as a whole is passed on as it is stored, its hash with it. One of which newer segments
+cover a part is unpacked and held against its hash, and what is left of it gets a hash of its own:
+
+    increment   ......[   data   ]......
+    full        [ data  ][ data ][ data ]
+    merged      [cut]|[   data   ]|[data ]
+"""
+
+import heapq
+import os
+import resource
+import secrets
+
+from xxhash import xxh3_64_intdigest
+
+from vnb.base.cache import Cache
+from vnb.base.errors import Error, StreamError, os_error
+from vnb.format import codec, heads
+from vnb.format import frame as f
+from vnb.format.frame import FrameError
+from vnb.format.index import ROW_WORDS
+from vnb.format.stream import Data, File, Other
+from vnb.store.overlay import Layers, pieces
+
+PLAIN_CACHE = 16 * f.MiB  # of frames that are cut: their pieces are wanted one soon after the other
+INDEX_CACHE = 8 * f.MiB  # of index pages: a quarter of a million extents
+WINDOW = 4096  # read for a frame that is not data: most are shorter
+
+
+class Merge:
+    """
+    The segments of a path (list of vnb.store.backupset.SavedSegment, oldest first, each the parent of the next) as one.
+
+    head (dict), disks (list of dict): of the merged segment. It is full if the first one is. Otherwise it has the
+    first one's parent, and the level of the last. A disk is full if it is so in any of them, and one that the
+    last does not have is left out. only (container of str or None): names of disks, the others are left out too.
+    repack (bool): compress the rest of a cut frame as the frame was; otherwise it stays plain.
+    Raises Error for what can't be merged. Nothing is read: of head and disks only what chain.outline() leaves is
+    here, until read_head() was called.
+    """
+
+    def __init__(self, path, name, only=None, repack=False):
+        self.path = path
+        self.name = name
+        self.repack = repack
+        for segment in path:
+            if segment.head["stage"] != "data":
+                raise Error(segment.name, f'holds no data, but {segment.head["stage"]}')
+        first, last = path[0].head, path[-1].head
+        self.head = {**heads.alone(last), "id": secrets.token_hex(16), "parent": first["parent"]}
+        if first["parent"] is None:
+            self.head["level"] = "full"
+        self.disks = []
+        self._sources = []  # of each disk: [(segment, number of the disk in it)], newest first
+        for disk in path[-1].disks:
+            if only is None or disk["name"] in only:
+                sources = self._sources_of(disk["name"])
+                segment, number = sources[-1]
+                self.disks.append({**disk, "level": segment.disks[number]["level"]})
+                self._sources.append(sources)
+        self._compressors = {"none": lambda plain: ("none", plain)}
+        self._buffer = bytearray()  # of the frame that is passed on: always the same, it stays in the processor's cache
+        self._plain = Cache(PLAIN_CACHE)
+        self._codecs = {}  # of each segment the codec of the frame that was unpacked last
+
+    def read_head(self):
+        """Have all of head and disks, as the last segment has them. Raises Error."""
+        last = self.path[-1].open()
+        self.path[-1].close()
+        whole = {disk["name"]: disk for disk in last.disks}
+        self.head = {**heads.alone(last.head), **self.head}
+        self.disks = [{**whole[disk["name"]], **disk} for disk in self.disks]
+
+    def _sources_of(self, name):
+        found = []
+        for segment in reversed(self.path):
+            number = next((number for number, disk in enumerate(segment.disks) if disk["name"] == name), None)
+            if number is None:
+                raise Error(segment.name, f'no disk {name} at point {segment.head["point"]}, but changes of it later')
+            found.append((segment, number))
+            if segment.disks[number]["level"] == "full":
+                return found
+        if self.path[0].head["parent"] is None:
+            raise Error(self.path[0].name, f"changes of disk {name}, and nothing before them")
+        return found
+
+    def write(self, out, index=None):
+        """
+        Write files, extents and data into out (vnb.format.stream.SegmentWriter), all but the end.
+
+        index (vnb.format.index.Builder or None): is told of them. Disks come one after the other. Raises Error.
+        """
+        _allow_open_files()
+        try:
+            pages = Cache(INDEX_CACHE)
+            rows = {}
+            for segment in self.path:
+                opened = segment.open()  # the file is held from here on, and is still the one whose head was read
+                if segment is self.path[-1]:
+                    _pass_files(opened, out)
+                rows[segment] = segment.rows(pages)
+                _refuse_unknown(segment, rows[segment])
+            for number, sources in enumerate(self._sources):
+                layers = [rows[segment][disk] for segment, disk in sources]
+                self._write_disk(_Disk(out, index, number), sources, layers)
+        finally:
+            for segment in self.path:
+                segment.close()
+
+    def _write_disk(self, disk, sources, layers):
+        described = self.disks[disk.number]
+        name, size, is_full = described["name"], described["size"], described["level"] == "full"
+        if is_full:
+            segment, number = sources[-1]
+            walk = Layers(name, layers, size, segment.disks[number]["size"]).pieces()
+        else:
+            walk = pieces(layers, 0, size)
+        for offset, length, layer, row in walk:
+            if row is None:
+                if is_full:
+                    disk.extent(offset, length, f.HOLE)  # in the tail of a disk that grew
+            elif not row[2]:
+                disk.extent(offset, length, row[3])
+            elif (offset, length) == row[:2]:
+                if len(self._buffer) < row[3]:
+                    self._buffer = bytearray(row[3])
+                data = self._read(sources[layer], name, row, self._buffer)
+                codec.check(data, _what(sources[layer], name))
+                disk.data(offset, length, data.codec, data.hash, data.payload)
+            else:
+                kind, whole = self._cut(sources[layer], name, row)
+                plain = whole[offset - row[0] : offset - row[0] + length]
+                packed_as, payload = self._compressor(kind)(plain)
+                disk.data(offset, length, packed_as, xxh3_64_intdigest(plain), payload)
+        disk.flush()
+
+    def _cut(self, source, name, row):
+        """(codec to pack the rest with, plain bytes (memoryview)) of a frame that is wanted in part."""
+        segment, _ = source
+
+        def load():
+            data = self._read(source, name, row, bytearray(row[3]))
+            plain = codec.plain(data, _what(source, name))
+            if data.codec != "none":
+                self._codecs[segment] = data.codec
+            return memoryview(plain)
+
+        plain = self._plain.get((segment, row[2]), load)
+        was_packed = row[3] != row[1] + f.DATA_HEADER_SIZES["none"]
+        return self._codecs[segment] if self.repack and was_packed else "none", plain
+
+    def _compressor(self, kind):
+        if kind not in self._compressors:
+            self._compressors[kind] = codec.compressor(kind)
+        return self._compressors[kind]
+
+    def _read(self, source, name, row, buffer):
+        """The frame (Data) that an index row points to, with a sound sum; its payload is in buffer (bytearray)."""
+        segment, number = source
+        offset, length, position, size = row
+        view = memoryview(buffer)[:size]
+        try:
+            count = os.preadv(segment.fd, [view], segment.start + position)
+        except OSError as error:
+            raise os_error(_what(source, name), error, f"offset {offset}") from None
+        try:
+            fields, _, header, payload = f.decode(view[: f.MAX_DATA_HEADER])
+            if fields[:4] != ["data", number, offset, length] or header + payload != size:
+                raise FrameError("not the frame that the index says is here")
+            if count != size:
+                raise FrameError("short record")
+        except (FrameError, f.Incomplete) as error:
+            raise StreamError(_what(source, name), error or "short record", f"offset {offset}") from None
+        return Data(number, offset, length, fields[4], fields[5], view[header:])
+
+
+class _Disk:
+    """Writes what is found of one disk, neighbours with one state as one extent."""
+
+    def __init__(self, out, index, number):
+        self.out = out
+        self.index = index
+        self.number = number
+        self._runs = []
+
+    def extent(self, offset, length, state):
+        runs = self._runs
+        if runs and runs[-1] == state and runs[-3] + runs[-2] == offset:
+            runs[-2] += length
+            return
+        if len(runs) == 3 * f.MAX_EXTENTS:
+            self.flush()
+            runs = self._runs
+        runs += (offset, length, state)
+
+    def data(self, offset, length, packed_as, hash_, payload):
+        self.flush()
+        place = self.out.data(self.number, offset, length, packed_as, hash_, payload)
+        if self.index is not None:
+            self.index.data(self.number, offset, length, *place)
+
+    def flush(self):
+        if self._runs:
+            self.out.extents(self.number, self._runs)
+            if self.index is not None:
+                self.index.extents(self.number, self._runs)
+            self._runs = []
+
+
+def _pass_files(segment, out):
+    """Write the files of a segment (vnb.format.stream.Segment)."""
+    for frame in segment:
+        if frame.__class__ is File:
+            out.file(frame.fields, frame.payload)
+        elif frame.__class__ is not Other:
+            return
+
+
+def _refuse_unknown(segment, rows):
+    """
+    Raise an error if a saved segment has frames that its index does not tell of, and that must not be left out.
+
+    Those are data, and frames of a required type that this version does not know. Only what stands between the
+    data frames is read.
+    """
+    places = [_places(each) for each in rows]
+    at = 0
+    for position, size in places[0] if len(places) == 1 else heapq.merge(*places):
+        if position < at:
+            raise _unsound(segment, "the index is not sound", position)
+        if position > at:
+            _check_between(segment, at, position)
+        at = position + size
+    _check_between(segment, at, segment.length - f.TAIL.size)
+
+
+def _places(rows):
+    """Yield (position, size) of the data frames that the rows of one disk (vnb.format.index.Rows) point to."""
+    for number in range(len(rows.firsts)):
+        words = rows.page(number).rows.cast("Q")
+        for position, size in zip(words[2::ROW_WORDS], words[3::ROW_WORDS]):
+            if position:
+                yield position, size
+
+
+def _check_between(segment, at, end):
+    while at < end:
+        want = WINDOW
+        while True:
+            window = memoryview(segment.frame_at(at, min(want, end - at)))
+            try:
+                fields, _, size, payload = f.decode(window)
+                break
+            except f.Incomplete:
+                if len(window) < want:
+                    raise _unsound(segment, "the index is not sound", at) from None
+                want *= 2
+            except FrameError as error:
+                raise _unsound(segment, error, at) from None
+        kind = fields[0]
+        if kind == "data":
+            raise _unsound(segment, "the index leaves out a frame", at)
+        if kind not in ("vnb", "disk", "file", "extent", "index", "end") and not kind.startswith("+"):
+            raise _unsound(segment, f'unknown frame type "{kind}"', at)
+        at += size + (payload or 0)
+
+
+def _unsound(segment, reason, position):
+    return StreamError(segment.name, reason, f"stream offset {segment.start + position}")
+
+
+def _allow_open_files():
+    """Each segment is an open file, and a chain may be longer than the usual 1024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _what(source, name):
+    return f"{source[0].name}: {name}"

@@ -1,0 +1,813 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""libvirt: connections, domains and their backup jobs. The only user of libvirt-python."""
+
+import contextlib
+import errno
+import functools
+import os
+import re
+import threading
+import time
+
+import libvirt
+
+from vnb.base import waiting
+from vnb.base.errors import Error, os_error
+from vnb.qemu import img
+from vnb.virt import domxml
+
+_UUID = re.compile(r"[0-9A-Fa-f]{8}(-?[0-9A-Fa-f]{4}){3}-?[0-9A-Fa-f]{12}")
+
+SETTLE_SECONDS = 90  # a guest that shuts down while a job runs stays in that state for 30 s
+PRESERVE_SHUTDOWN = 1 << 1  # VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN: a guest stays until the job ends
+PRESERVE_SHUTDOWN_SINCE = 11_010_000  # the daemon's version, not the client library's, has to know it
+SYSTEM_ROOT = "/var/lib/libvirt/qemu"  # of the directories that the system's daemon makes for domains
+SHORT_NAME = 20  # characters of a domain's name in these
+SEES_TO_DATA_FILES = 10_010_000  # version of libvirt
+KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 10, 3  # a line is down when nothing has come for so many times so long
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10  # seconds between two questions for what an event tells, too
+# libvirt's codes for what it cannot read from a QEMU that has ended: it says them in the language of its locale.
+MONITOR_GONE = (libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_ERR_OPERATION_FAILED, libvirt.VIR_ERR_SYSTEM_ERROR)
+JOBS = {
+    libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP: "backup",
+    libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT: "migration",
+    libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN: "migration",
+    libvirt.VIR_DOMAIN_JOB_OPERATION_SAVE: "save",
+    libvirt.VIR_DOMAIN_JOB_OPERATION_DUMP: "dump",
+    libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT: "snapshot",
+}
+BLOCK_JOBS = {
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_PULL: "pull",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY: "copy",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT: "commit",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: "active-commit",
+}
+JOB_END_SECONDS = 60  # ending a pull job takes milliseconds; a guest that is shutting down keeps it for 30 s
+STILL_THERE = f"the backup job is still there after {JOB_END_SECONDS} seconds"
+UNKNOWN = f"{STILL_THERE}, and libvirt knows nothing about it, as after a crash: it ends when the domain is shut down"
+MARK = "urn:vnb:started"  # the namespace of what we write into the live XML of a domain that we start
+# For the guest agent to answer; libvirt itself would wait for ever. A freeze writes back all that is dirty, and Windows
+# gives its writers a minute; no job runs yet that somebody would have to watch over. Thawing and asking is quick.
+FREEZE_SECONDS, THAW_SECONDS, INFO_SECONDS = 60, 5, 5
+AGENT_COMMAND_TIMEOUT = 112  # VIR_ERR_AGENT_COMMAND_TIMEOUT, which the binding may be too old for
+WAITS = {  # what libvirt's functions wait for
+    "backupBegin": "libvirt and QEMU to begin the job", "abortJob": "libvirt and QEMU to end the job",
+    "fsFreeze": "the guest agent to freeze the file systems", "fsThaw": "the guest agent to thaw the file systems",
+    "guestInfo": "the guest agent to describe the guest",
+}
+
+# libvirt prints each error on stderr itself, unless told not to: we say it, once.
+libvirt.registerErrorHandler(lambda _context, _error: None, None)
+
+
+def default_uri():
+    """libvirt's own default, but the system's daemon for root and the session's for others."""
+    return os.environ.get("LIBVIRT_DEFAULT_URI") or ("qemu:///system" if os.geteuid() == 0 else "qemu:///session")
+
+
+def short_names(name):
+    """
+    What libvirt may put of a domain's name into paths (set of bytes): virDomainDefGetShortName() takes 20 characters.
+
+    In the locale C characters are bytes.
+    """
+    return {os.fsencode(name[:SHORT_NAME]), os.fsencode(name)[:SHORT_NAME]}
+
+
+def dotted(version):
+    """A version (int) of libvirt or QEMU, as libvirt has it, in its usual form."""
+    return f"{version // 1000000}.{version // 1000 % 1000}.{version % 1000}"
+
+
+def error_of(what, error):
+    """A libvirtError as an Error, with libvirt's own words; NoDomain where it says that."""
+    kind = NoDomain if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN else Error
+    return kind(what, error.get_error_message() or str(error))
+
+
+def _is_local(uri):
+    import urllib.parse
+
+    return not urllib.parse.urlsplit(uri).netloc
+
+
+def _open(uri, user, password_file):
+    _run_events()
+    connection = _open_any(uri, user, password_file)
+    if _is_local(uri):
+        return connection
+    # Else a call on a line that is down would wait as long as TCP does, and the keeper would watch over nothing.
+    connection.setKeepAlive(KEEPALIVE_SECONDS, KEEPALIVE_COUNT)
+    return connection
+
+
+@functools.cache
+def _run_events():
+    """Run libvirt's event loop in a thread, once in a process: events and keepalive messages need it."""
+    libvirt.virEventRegisterDefaultImpl()
+
+    def run():
+        while libvirt.virEventRunDefaultImpl() == 0:
+            pass
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+def _open_any(uri, user, password_file):
+    if user is None and password_file is None:
+        return libvirt.open(uri)
+
+    failed = []  # what is raised in there libvirt prints, with a traceback
+
+    def answer(credentials, _data):
+        for credential in credentials:
+            if credential[0] in (libvirt.VIR_CRED_AUTHNAME, libvirt.VIR_CRED_USERNAME):
+                credential[4] = user
+            elif credential[0] in (libvirt.VIR_CRED_PASSPHRASE, libvirt.VIR_CRED_NOECHOPROMPT):
+                try:
+                    credential[4] = _password(password_file)
+                except Error as error:
+                    failed.append(error)
+                    return -1
+            else:
+                return -1
+        return 0
+
+    kinds = [
+        libvirt.VIR_CRED_AUTHNAME, libvirt.VIR_CRED_USERNAME, libvirt.VIR_CRED_PASSPHRASE,
+        libvirt.VIR_CRED_NOECHOPROMPT,
+    ]
+    try:
+        return libvirt.openAuth(uri, [kinds, answer, None], 0)
+    except libvirt.libvirtError:
+        if failed:
+            raise failed[0] from None
+        raise
+
+
+def _password(path):
+    """The first line of a file: a password has no place among the arguments, where everybody can read it."""
+    if path is None:
+        raise Error("--password-file", "libvirt asks for a password, and none is given")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.readline().rstrip("\n")
+    except OSError as error:
+        raise os_error(path, error) from None
+    except UnicodeDecodeError:
+        raise Error(path, "is not UTF-8") from None
+
+
+class Patience:
+    """How long to wait for something, with polls that become rare: each may be an error in a daemon's log."""
+
+    def __init__(self, seconds):
+        self._end = time.monotonic() + seconds
+        self._pause = FIRST_PAUSE
+
+    @property
+    def is_over(self):
+        return time.monotonic() > self._end
+
+    def next_pause(self):
+        """Seconds until the next question."""
+        pause, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+        return pause
+
+
+class Host:
+    """
+    A libvirt, for domains that are not there yet. uri, user, password_file: as Domain has them. Raises Error.
+    """
+
+    def __init__(self, uri, user=None, password_file=None):
+        self.uri = uri or default_uri()
+        try:
+            self._connection = _open(self.uri, user, password_file)
+        except libvirt.libvirtError as error:
+            raise error_of(self.uri, error) from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(libvirt.libvirtError):
+            self._connection.close()
+
+    @property
+    def is_local(self):
+        """Whether paths in a domain's XML are paths of this host."""
+        return _is_local(self.uri)
+
+    def refuse_to_replace(self, name, uuid):
+        """
+        Raise Error where a domain is in the way of a definition with this name and uuid (str, "" for a new one).
+
+        A domain with the same uuid is meant to be replaced, but not while it runs.
+        """
+        try:
+            for domain in self._connection.listAllDomains():
+                if uuid and domain.UUIDString() == uuid:
+                    if domain.isActive():
+                        raise Error(domain.name(), "is running: shut it down before it is replaced")
+                elif domain.name() == name:
+                    raise Error(name, f"there is such a domain at {self.uri} already: give another name with --name")
+        except libvirt.libvirtError as error:
+            raise error_of(self.uri, error) from None
+
+    def define(self, name, xml):
+        """Define a domain. name (str): for messages."""
+        try:
+            self._connection.defineXML(xml)
+        except libvirt.libvirtError as error:
+            raise error_of(name, error) from None
+
+    def user_for_data_files(self, xml):
+        """
+        (uid, gid) that QEMU runs as for a domain (its XML), where libvirt does not see to data files of qcow2 images.
+
+        It does so from version 10.10 on, and before it gives QEMU the qcow2 file alone: None then, and where libvirt
+        does not say who QEMU is.
+        """
+        try:
+            if self._connection.getLibVersion() >= SEES_TO_DATA_FILES:
+                return None
+            label = domxml.qemu_user(xml) or domxml.default_qemu_user(self._connection.getCapabilities())
+        except libvirt.libvirtError as error:
+            raise error_of(self.uri, error) from None
+        match = re.fullmatch(r"\+?(\d+):\+?(\d+)", label or "", re.ASCII)
+        return match and (int(match[1]), int(match[2]))
+
+    def refresh_pool(self, directory, say):
+        """Have the storage pools that are in a directory see what is new there. It is a favour: failures are said."""
+        try:
+            for pool in self._connection.listAllStoragePools(libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE):
+                path = domxml.pool_path(pool.XMLDesc())
+                if path and os.path.realpath(path) == os.path.realpath(directory):
+                    pool.refresh()
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:  # a libvirt without any storage driver
+                say(f"{directory}: cannot refresh the storage pool: {error.get_error_message()}")
+
+
+class Domain:
+    """
+    A domain, looked up anew: the daemon may have been restarted since the last time.
+
+    uri (str or None): None for the default. name (str): a name or a UUID. user (str or None), password_file
+    (str or None): what libvirt's authentication asks for. Raises Error, as all methods do.
+    """
+
+    def __init__(self, uri, name, user=None, password_file=None):
+        self.uri = uri or default_uri()
+        self.what = name
+        try:
+            with waiting.on(f"libvirt at {self.uri} to answer"):
+                self._connection = _open(self.uri, user, password_file)
+        except libvirt.libvirtError as error:
+            raise error_of(self.uri, error) from None
+        try:
+            with waiting.on(f"libvirt at {self.uri} to answer"):
+                self._domain = waiting.Told(self._look_up(name), WAITS, "libvirt to answer")
+            self.name = self._domain.name()
+            self.uuid = self._domain.UUIDString()
+        except libvirt.libvirtError as error:
+            raise error_of(name, error) from None
+
+    def _look_up(self, name):
+        """libvirt's domain of a name or a UUID; NoDomain only where libvirt says so: it may be away."""
+        looks = [self._connection.lookupByName]
+        if _UUID.fullmatch(name):
+            looks.append(self._connection.lookupByUUIDString)
+        for look in looks:
+            try:
+                return look(name)
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                    raise
+        raise NoDomain(name, f"no such domain at {self.uri} (virsh -c {self.uri} list --all shows those that are)")
+
+    def close(self):
+        """Let go of the connection, which the domain holds, too."""
+        self._domain = None
+        with contextlib.suppress(libvirt.libvirtError):  # the daemon was faster
+            self._connection.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def call(self, function, *args):
+        """function(*args) of libvirt's domain object, its error as an Error."""
+        try:
+            return getattr(self._domain, function)(*args)
+        except libvirt.libvirtError as error:
+            raise error_of(self.what, error) from None
+
+    @property
+    def is_active(self):
+        """Whether it runs; a transient one is not even known when it does not."""
+        try:
+            return bool(self.call("isActive"))
+        except NoDomain:
+            return False
+
+    @property
+    def id(self):
+        """libvirt's number of this run of the domain, as it was when the domain was looked up; -1 where it was off."""
+        return self.call("ID")
+
+    def refuse_managed_save(self):
+        """
+        Raise Error where the domain is off, and its memory is saved.
+
+        The disks alone are those of a machine whose plug was pulled, and to start it would use the saved memory up.
+        """
+        if not self.is_active and self.call("hasManagedSaveImage"):
+            raise Error(
+                self.name, f"is off with its memory saved by libvirt: virsh start {self.name} resumes it for a backup, "
+                f"virsh managedsave-remove {self.name} gives up the memory"
+            )
+
+    @property
+    def is_persistent(self):
+        return bool(self.call("isPersistent"))
+
+    def xml(self, inactive=False):
+        """The domain's XML, live or as it will be at the next start, without its secrets."""
+        return self.call("XMLDesc", libvirt.VIR_DOMAIN_XML_INACTIVE if inactive else 0)
+
+    def size_of(self, disk):
+        """The size in bytes of a disk (name) as the guest sees it."""
+        return self.call("blockInfo", disk)[0]
+
+    def block_job(self, disk):
+        """Why libvirt makes no backup job of a disk (name) now, for another block job of it, or None."""
+        kind = (self.call("blockJobInfo", disk) or {}).get("type")
+        return kind and f"has another block job ({BLOCK_JOBS.get(kind, kind)})"
+
+    def sharer(self, disk):
+        """The name of another domain that runs and has a disk (vnb.virt.domxml.Disk) of the same source, or None."""
+        ours = self._source_of(disk)
+        for other in self.call_connection("listAllDomains", libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+            try:
+                if other.UUIDString() == self.uuid:
+                    continue
+                xml = other.XMLDesc()
+            except libvirt.libvirtError as error:
+                if error.get_error_code() in (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID):
+                    continue  # it has gone
+                raise error_of(self.what, error) from None
+            if any(ours == self._source_of(disk) for disk in domxml.disks(xml) if disk.shareable):
+                return other.name()
+        return None
+
+    def _source_of(self, disk):
+        """What tells the source of a disk from others, whatever it is called, as far as that can be known here."""
+        path = disk.path or self._volume_path(disk)
+        if path is None or not self.is_local:
+            return path or disk.layers[:1]
+        try:
+            found = os.stat(path)
+        except OSError:
+            return path
+        return found.st_rdev or (found.st_dev, found.st_ino)
+
+    def _volume_path(self, disk):
+        """The path of a volume of a storage pool, or None for other disks."""
+        if disk.volume is None:
+            return None
+        try:
+            pool = self._connection.storagePoolLookupByName(disk.volume[0])
+            return pool.storageVolLookupByName(disk.volume[1]).path()
+        except libvirt.libvirtError:
+            return None  # a domain that runs may have outlived it
+
+    def private_directory(self, host=None):
+        """
+        The directory that libvirt made for this running domain, which only QEMU's user and root can enter.
+
+        host (vnb.base.ssh.Host or None): where it is.
+        """
+        import glob
+
+        session = self.uri.partition("?")[0].endswith("/session")
+        name = f"domain-{self.id}-*"
+        if host is not None:
+            root = '"${XDG_CONFIG_HOME:-$HOME/.config}"/libvirt/qemu/lib' if session else SYSTEM_ROOT
+            found = host.glob(self.what, f"{root}/{name}")
+        else:
+            root = SYSTEM_ROOT
+            if session:
+                config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+                root = os.path.join(config, "libvirt/qemu/lib")
+            found = [path for path in glob.glob(f"{glob.escape(root)}/{name}") if os.path.isdir(path)]
+        # A crash leaves the directories of other domains behind, and libvirt counts ids from 1 again.
+        names = short_names(self.name)
+        found = [path for path in found if os.fsencode(os.path.basename(path)).split(b"-", 2)[2] in names]
+        if len(found) != 1:
+            raise Error(self.what, f"no directory of this domain below {root}: name a socket with --socket")
+        return found[0]
+
+    def running_job(self):
+        """What kind of job runs, in words, or None. Never waits."""
+        return self._job()[0]
+
+    def _job(self):
+        """(kind of the job that runs, or None; whether libvirt knows anything about it)."""
+        try:
+            stats = self._domain.jobStats()
+        except libvirt.libvirtError as error:
+            # "backup job data missing": a backup job is beginning or ending at this moment, or libvirtd died then.
+            if error.get_error_code() == libvirt.VIR_ERR_INTERNAL_ERROR:
+                return "backup", False
+            raise error_of(self.what, error) from None
+        if stats["type"] == libvirt.VIR_DOMAIN_JOB_NONE:
+            return None, True
+        return JOBS.get(stats.get("operation"), "job"), True
+
+    def backup_endpoint(self):
+        """Where the running pull-mode backup job listens (see domxml), or None where there is no backup job."""
+        # What is not asked for in vain is no error in libvirtd's log.
+        if self._job() != ("backup", True):
+            return None
+        try:
+            return domxml.backup_endpoint(self._domain.backupGetXMLDesc())
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+                return None
+            raise error_of(self.what, error) from None
+
+    def begin_backup(self, backup_xml, checkpoint_xml, reuse=False):
+        """
+        Start a backup job. Raises BrokenBitmap where a bitmap is missing or inconsistent; nothing is left then.
+
+        reuse (bool): the scratch files are there already, empty images as large as the disks.
+        """
+        flags = libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL if reuse else 0
+        flags |= PRESERVE_SHUTDOWN if self.call_connection("getLibVersion") >= PRESERVE_SHUTDOWN_SINCE else 0
+        try:
+            self._domain.backupBegin(backup_xml, checkpoint_xml, flags)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_CHECKPOINT_INCONSISTENT:
+                raise BrokenBitmap(self.what, error.get_error_message()) from None
+            if error.get_error_code() in (libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_OPERATION_UNSUPPORTED):
+                raise Error(self.what, f"{error.get_error_message()} ({self._versions()})") from None
+            for kind in (Denied, AddressInUse):
+                if kind.is_meant(error):
+                    raise kind(self.what, error.get_error_message()) from None
+            raise error_of(self.what, error) from None
+
+    def _versions(self):
+        version, qemu = self.call_connection("getLibVersion"), self.call_connection("getVersion")
+        return f"libvirt {dotted(version)}, QEMU {dotted(qemu)}; incremental backup needs libvirt 7.6 and QEMU 5.2"
+
+    def call_connection(self, function, *args):
+        """function(*args) of libvirt's connection object, its error as an Error."""
+        try:
+            return getattr(self._connection, function)(*args)
+        except libvirt.libvirtError as error:
+            raise error_of(self.uri, error) from None
+
+    @property
+    def nvram_directory(self):
+        """Where libvirt keeps what UEFI remembers, unless a domain's XML says so itself."""
+        if not self.uri.partition("?")[0].endswith("/session"):
+            return "/var/lib/libvirt/qemu/nvram"
+        return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "libvirt/qemu/nvram")
+
+    @property
+    def is_local(self):
+        """Whether paths in the domain's XML are paths of this host."""
+        return _is_local(self.uri)
+
+    def end_backup(self, endpoint, get_ready):
+        """
+        End the backup job that listens at endpoint, and come back when it is gone. Returns whether it was there.
+
+        get_ready: a function to be called before it is ended, which may take its time. It raises Unready where the job
+        must not be ended now.
+
+        A pull job has no other end than abort. Another one may begin the moment that ours is gone: it is not ours to
+        end. A guest that is shutting down is waited for: libvirt answers nothing about its job until it is off.
+        """
+        ready = asked = False
+        with self._changes() as wait:
+            patience = Patience(JOB_END_SECONDS)
+            while True:
+                try:
+                    kind, is_known = self._job() if self.is_active else (None, True)
+                    if kind != "backup":
+                        return ready
+                    found = self.backup_endpoint() if is_known else None
+                    # None while a job begins or ends: which one, is not known yet.
+                    if found not in (None, endpoint):
+                        return ready
+                    if found == endpoint and not ready:
+                        get_ready()
+                        ready = True
+                        patience = Patience(JOB_END_SECONDS)
+                        continue  # meanwhile it may have ended, and another one begun
+                    if found == endpoint and not asked:
+                        self.call("abortJob")
+                        asked = True
+                    failure = Error(self.what, STILL_THERE if is_known else UNKNOWN)
+                except Unready:
+                    raise
+                except Error as error:
+                    failure = error
+                if patience.is_over or not self._connection.isAlive():
+                    raise failure
+                with waiting.on("libvirt and QEMU to end the job"):
+                    wait(patience.next_pause())  # the abort is answered before the block jobs are gone
+
+    @contextlib.contextmanager
+    def _changes(self):
+        """
+        A function that waits for some seconds, or until a job of this domain has ended or its state has changed.
+
+        What happens between two calls of it is not missed. It is for a poll, which may be rare then.
+        """
+        changed = threading.Event()
+        events = []
+        for event in (libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE):
+            with contextlib.suppress(libvirt.libvirtError):  # the poll has to do, where libvirt has no events
+                events.append(
+                    self._connection.domainEventRegisterAny(self._domain, event, lambda *_: changed.set(), None)
+                )
+
+        def wait(seconds):
+            changed.wait(seconds)
+            changed.clear()
+
+        try:
+            yield wait
+        finally:
+            for event in events:
+                with contextlib.suppress(libvirt.libvirtError):  # the daemon has gone
+                    self._connection.domainEventDeregisterAny(event)
+
+    def settle(self):
+        """Wait until a guest that is shutting down is off: libvirt says so a moment after QEMU's monitor is gone."""
+        if not self._is_going():
+            return
+        with self._changes() as wait, waiting.on("the guest, which is shutting down"):
+            patience = Patience(SETTLE_SECONDS)
+            while self._is_going():
+                if patience.is_over:
+                    raise Error(self.what, f"is still shutting down after {SETTLE_SECONDS} seconds")
+                wait(patience.next_pause())
+
+    def _is_going(self):
+        if not self.is_active:
+            return False
+        if self.call("state")[0] == libvirt.VIR_DOMAIN_SHUTDOWN:
+            return True
+        try:
+            self._domain.ioThreadInfo()  # any question to QEMU's monitor that every domain can answer will do
+        except libvirt.libvirtError as error:
+            return error.get_error_domain() == libvirt.VIR_FROM_QEMU and error.get_error_code() in MONITOR_GONE
+        return False
+
+    def is_paused_by_error(self):
+        """Whether QEMU stopped the guest because it could not write."""
+        state, reason = self.call("state")
+        return state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_IOERROR
+
+    @property
+    def is_paused(self):
+        return self.call("state")[0] == libvirt.VIR_DOMAIN_PAUSED
+
+    @property
+    def is_suspended(self):
+        """Whether somebody, as we, has paused it: not QEMU, and no snapshot or migration."""
+        state, reason = self.call("state")
+        return state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_USER
+
+    def resume(self):
+        """Have a paused guest run; harmless where somebody was faster."""
+        try:
+            self.call("resume")
+        except Error:
+            if self.is_paused:
+                raise
+
+    def start_paused(self):
+        """
+        Start the domain, paused, for as long as this connection lasts; returns what is_started() knows it by.
+
+        libvirt counts ids from 1 again when the host has booted. So a mark goes into the live XML, where it lasts as
+        long as this QEMU and longer than libvirtd.
+        """
+        self.call("createWithFlags", libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY)
+        mark = os.urandom(16).hex()
+        self.call(
+            "setMetadata", libvirt.VIR_DOMAIN_METADATA_ELEMENT, f'<started mark="{mark}"/>', "vnb", MARK,
+            libvirt.VIR_DOMAIN_AFFECT_LIVE,
+        )
+        return {"id": self.id, "mark": mark}
+
+    def is_started(self, started):
+        """Whether it runs in the very QEMU for which start_paused() returned this."""
+        try:
+            found = self._domain.metadata(
+                libvirt.VIR_DOMAIN_METADATA_ELEMENT, MARK, libvirt.VIR_DOMAIN_AFFECT_LIVE
+            )
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_METADATA or not self.is_active:
+                return False
+            raise error_of(self.what, error) from None
+        return self.id == started["id"] and started["mark"] in found
+
+    def destroy(self):
+        """Pull the plug; harmless where somebody was faster."""
+        try:
+            self.call("destroy")
+        except Error:
+            if self.is_active:
+                raise
+
+    @contextlib.contextmanager
+    def _agent_within(self, seconds):
+        """
+        Have the guest agent answer each question within some seconds. Raises libvirtError.
+
+        libvirt keeps that for all who ask the agent of this domain, and tells nobody what it was before: afterwards
+        it is libvirt's default again. A trim that others ask for may take its time.
+        """
+        self._domain.agentSetResponseTimeout(seconds)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(libvirt.libvirtError):
+                self._domain.agentSetResponseTimeout(libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK)
+
+    def freeze(self, mountpoints):
+        """
+        Freeze all file systems of the guest, or those at mountpoints (list); returns how many.
+
+        Raises Unanswered where the agent may do it later, Error where it was refused: then nothing is frozen by us.
+        """
+        return self._ask_agent(FREEZE_SECONDS, "fsFreeze", mountpoints or None)
+
+    def thaw(self):
+        """Thaw the guest's file systems; returns how many. Raises Unanswered or Error."""
+        return self._ask_agent(THAW_SECONDS, "fsThaw", None)
+
+    def _ask_agent(self, seconds, function, *args):
+        try:
+            with self._agent_within(seconds):
+                return getattr(self._domain, function)(*args)
+        except libvirt.libvirtError as error:
+            if _may_still_happen(error):
+                raise Unanswered(self.what, error.get_error_message()) from None
+            raise error_of(self.what, error) from None
+
+    def guest_info(self):
+        """What the guest agent says of the guest (dict), or None where there is no agent that answers."""
+        try:
+            with self._agent_within(INFO_SECONDS):
+                return self._domain.guestInfo(0)
+        except libvirt.libvirtError:
+            return None
+
+    def checkpoints(self):
+        """{name: XML without the domain's} of all checkpoints; a transient domain takes them along when it ends."""
+        flags = libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN
+        try:
+            found = self._domain.listAllCheckpoints()
+            return {checkpoint.getName(): checkpoint.getXMLDesc(flags) for checkpoint in found}
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return {}
+            raise error_of(self.what, error) from None
+
+    def checkpoint_xml(self, name, with_size=False, with_domain=False):
+        """
+        A checkpoint's XML.
+
+        with_size: and what an increment from it would have, which no job may hinder. with_domain: and the domain's
+        XML of that time.
+        """
+        flags = 0 if with_domain else libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN
+        if with_size:
+            flags |= libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE
+        try:
+            return self._domain.checkpointLookupByName(name).getXMLDesc(flags)
+        except libvirt.libvirtError as error:
+            raise error_of(self.what, error) from None
+
+    def redefine_checkpoint(self, xml, validate=False):
+        """Have libvirt know a checkpoint again. validate: its bitmaps too, which needs a running domain."""
+        flags = libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
+        if validate and self.is_active:
+            flags |= libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE
+        self.call("checkpointCreateXML", xml, flags)
+
+    def delete_checkpoint(self, name):
+        """
+        Delete a checkpoint and its bitmaps; harmless where it is gone already.
+
+        Where the domain is off, libvirt forgets the checkpoint and qemu-img removes the bitmaps. Where one disk
+        has no bitmap any more, libvirt refuses the whole: then it is done disk by disk.
+        """
+        self.settle()
+        try:
+            checkpoint = self._domain.checkpointLookupByName(name)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT:
+                return
+            raise error_of(self.what, error) from None
+        try:
+            if self.is_active:
+                try:
+                    checkpoint.delete(0)
+                except libvirt.libvirtError:
+                    self.settle()  # it may be going off while we ask
+                    if self.is_active:
+                        self._delete_by_disk(checkpoint)
+                        return
+                else:
+                    return
+            disks = domxml.bitmaps(checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN))
+            checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+        except libvirt.libvirtError as error:
+            raise error_of(f"{self.what}: checkpoint {name}", error) from None
+        for disk in domxml.disks(self.xml(inactive=True)):
+            if disk.name in disks and disk.path and disk.format == "qcow2":
+                img.remove_bitmap(disk.name, disk.path, disks[disk.name])
+
+    def _delete_by_disk(self, checkpoint):
+        xml = checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN)
+        checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+        present = {disk.name for disk in domxml.disks(self.xml())}
+        for disk in domxml.bitmaps(xml):
+            if disk not in present:
+                continue  # unplugged: its image keeps a bitmap that nobody reads
+            flags = libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
+            single = self._domain.checkpointCreateXML(domxml.checkpoint_of_one(xml, disk), flags)
+            try:
+                single.delete(0)
+            except libvirt.libvirtError:
+                single.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+
+
+def _may_still_happen(error):
+    """
+    Whether the agent may have been asked, or still be: also by a libvirtd that we have lost.
+
+    Not where libvirt says that others kept the agent busy: it was not asked, and who froze the guest is to thaw it.
+    """
+    return error.get_error_domain() == libvirt.VIR_FROM_RPC or error.get_error_code() in (
+        libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED, AGENT_COMMAND_TIMEOUT
+    )
+
+
+class NoDomain(Error):
+    """libvirt answers, and knows no such domain."""
+
+
+class BrokenBitmap(Error):
+    """A bitmap that a backup was to start from is missing or inconsistent."""
+
+
+class SystemRefusal(Error):
+    """
+    What the kernel refused to libvirt or QEMU.
+
+    libvirt's words are those of its locale, and it gives the number, too; QEMU's, within them, are English.
+    """
+
+    numbers = ()
+    words = None
+
+    @classmethod
+    def is_meant(cls, error):
+        """Whether this is what a libvirtError tells."""
+        if error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR:
+            return error.get_int1() in cls.numbers
+        return cls.words in error.get_error_message()
+
+
+class Denied(SystemRefusal):
+    """A right is lacking."""
+
+    numbers = (errno.EACCES, errno.EPERM)
+    words = "Permission denied"
+
+
+class AddressInUse(SystemRefusal):
+    """Somebody else listens there."""
+
+    numbers = (errno.EADDRINUSE,)
+    words = "Address already in use"
+
+
+class Unready(Error):
+    """The job must not be ended now."""
+
+
+class Unanswered(Error):
+    """The guest agent did not answer: what was asked may be done at any later time."""

@@ -1,0 +1,747 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A directory that virtnbdbackup wrote: its files, how they belong together, and their data as segments of ours."""
+
+import contextlib
+import dataclasses
+import datetime
+import io
+import json
+import os
+import re
+import stat
+import zlib
+
+from xxhash import xxh3_64_intdigest
+
+from vnb.base.errors import Error, os_error
+from vnb.format import frame as f
+from vnb.format import heads, stream
+from vnb.store import chain
+from vnb.virt import domxml
+
+# A stream of virtnbdbackup, as versions 1.9.15 and 2.x write it. Numbers are 16 hexadecimal digits, \r\n ends things:
+#
+#   meta 0 LENGTH \r\n JSON \r\n
+#   data OFFSET LENGTH \r\n plain bytes, or lz4 frames that give as many \r\n
+#   zero OFFSET LENGTH \r\n                                             only in a full one
+#   stop 0 0 \r\n
+#   JSON \r\n comp 0 LENGTH \r\n                                        only in a compressed one: sizes of lz4 frames
+FRAME = re.compile(rb"(meta|data|zero|stop|comp) ([0-9a-f]{16}) ([0-9a-f]{16})\r\n")
+FRAME_SIZE = 40
+END = b"\r\n"
+VERSIONS = (1, 2)  # of the stream; 1 is 2 without compression
+MAX_META = 1 << 20
+MAX_FILE = 64 << 20  # of a file that is taken along: firmware and kernels are smaller
+MAX_TEXT = 16 << 20  # of XML and JSON files
+PACKED = 64 * f.KiB  # of lz4 data, handed to its library at a time
+PACKED_FIRST = 4 * f.KiB  # of a frame, which may be a short one: what is behind it is copied
+PIECE = 512 * f.KiB  # plain bytes of a data frame, as vnb-read has it
+NAME = re.compile(r"([^.]+)\.(full|copy|inc|diff)(?:\.(.+))?\.data", re.DOTALL)
+CHAIN = "virtnbdbackup"
+RUN = re.compile(rb"Version: (\d+)\.(\d+)\S* Arguments: (.*)")  # a line of a log: a run of virtnbdbackup begins
+WROTE = re.compile(rb"target file: \[(?:.*/)?([^/]+)\.partial\]")  # another one: what this run writes
+LOSING = (2, 21)  # the first version that leaves out of an increment what is dirty and zero
+KEEPING = b"--no-sparse-detection"  # an option, which may be cut short, of a version that leaves nothing out
+MAX_LINE = 64 * f.KiB  # of a log: what is longer is taken for several lines
+FIRST_CHECKPOINT = "virtnbdbackup.0"
+_ZEROES = bytes(PIECE)
+
+
+class Directory:
+    """
+    What virtnbdbackup left in a directory. points (list of Point): those that can be restored, each after its parent.
+
+    lost (list of Error): why others cannot be. notes (list of str): what a user should know. Raises Error where the
+    directory has no backup of virtnbdbackup; data is not read.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.notes = []
+        self.lost = []
+        try:
+            self.names = sorted(os.listdir(path))
+        except OSError as error:
+            raise os_error(path, error) from None
+        matches = {name: match for name in self.names if (match := NAME.fullmatch(name))}
+        for name in self.names:
+            if name.endswith(".data.partial"):
+                self.notes.append(f"{name}: left out: a backup that was not finished")
+        if not matches:
+            raise Error(path, "no backup of virtnbdbackup here (no file named DISK.LEVEL.data)")
+        self.domain, self.uuid = self._domain()
+        self.runs = Runs(self)
+        self._understood = []  # Points, whether they can be restored or not
+        self._by_checkpoint = {}  # those that others may start from
+        self._replaced = set()  # checkpoints whose data was overwritten
+        self._unread = set()  # checkpoints whose data cannot be understood
+        self.points = self._points(matches)
+        self._compare_list()
+
+    def where(self, *names):
+        return os.path.join(self.path, *names)
+
+    def named(self, until):
+        """The point (str) of a name: a checkpoint's, or its own; None where no point has it. Raises Error if lost."""
+        for point in self.points:
+            if until in (point.checkpoint, point.head["point"]):
+                return point.head["point"]
+        for point in self._understood:
+            if point.error is not None and until in (point.checkpoint, point.files[0].ident):
+                raise point.error
+        return None
+
+    def text(self, *names):
+        """The text of a file, or None if there is none. Raises Error."""
+        path = self.where(*names)
+        if not os.path.lexists(path):
+            return None
+        try:
+            return read_file(path, MAX_TEXT)[1].decode()
+        except UnicodeDecodeError:
+            raise Error(path, "is not UTF-8") from None
+
+    def _domain(self):
+        """(name, UUID) of the domain, from its XML, else from the name of the list of checkpoints."""
+        for name in self.names:
+            if re.fullmatch(r"vmconfig\..+\.xml", name):
+                try:
+                    root = domxml.parse(self.text(name), self.where(name))
+                except Error:
+                    continue  # a point that needs it says so
+                domain, uuid = root.findtext("name"), root.findtext("uuid")
+                if stream.is_domain_name(domain) and f.is_name(uuid):
+                    return domain, uuid
+        lists = [name[: -len(".cpt")] for name in self.names if name.endswith(".cpt")]
+        domain = lists[0] if lists else os.path.basename(os.path.abspath(self.path))
+        self.notes.append(f"no configuration of the domain here: it is taken to be {domain}")
+        return domain, heads.uuid_of(domain)
+
+    def _points(self, matches):
+        groups, differentials, spoilt = {}, [], []
+        for name, match in matches.items():
+            disk, level, ident = match.groups()
+            # A file that cannot be understood spoils the point that it is a part of, and no other.
+            try:
+                file = DataFile(self.where(name), disk, level, ident)
+            except Error as error:
+                file = Spoilt(disk, ident, error)
+            if level == "diff":
+                (spoilt if isinstance(file, Spoilt) else differentials).append(file)
+            else:
+                groups.setdefault("base" if level in ("full", "copy") else ident, []).append(file)
+        points = []
+        for group in [*groups.values(), *differential(differentials, spoilt)]:
+            try:
+                for file in group:
+                    if isinstance(file, Spoilt):
+                        raise file.error
+                points.append(Point(self, group))
+            except Error as error:
+                self.lost.append(error)
+                self._unread.add(group[0].ident or FIRST_CHECKPOINT)
+        self._understood = points
+        self._by_checkpoint = {point.checkpoint: point for point in points if point.checkpoint is not None}
+        self._replaced = {point.since for point in points if point.is_of_off and point.since not in self._by_checkpoint}
+        found = []
+        for point in sorted(points, key=lambda point: point.made):
+            self._place(point, found)
+        return found
+
+    def _place(self, point, found):
+        """Give a point, and first those that it starts from, a head, and append them to found; or say why not."""
+        waiting = [point]
+        while waiting:
+            point = waiting[-1]
+            parent = self._by_checkpoint.get(point.since) if point.since else None
+            if point.is_open and parent is not None and parent.is_open and parent not in waiting:
+                waiting.append(parent)
+                continue
+            if point.is_open:
+                try:
+                    self._accept(point, parent, parent in waiting)
+                    found.append(point)
+                except Error as error:
+                    point.head, point.error = None, error
+                    self.lost.append(error)
+            waiting.pop()
+
+    def _accept(self, point, parent, circle):
+        if point.since in self._replaced:
+            why = "the data of that was overwritten by a backup of the machine when it was off"
+            raise Error(point.name, f"starts from {point.since}: {why}")
+        if circle:
+            raise Error(point.name, f"a circle of parents: it starts from {point.since}")
+        if point.since and parent is None and point.since not in self._unread:
+            raise Error(point.name, f"starts from {point.since}, of which nothing is here")
+        if point.since and (parent is None or parent.error is not None):
+            raise Error(point.name, f"starts from {point.since}, which cannot be restored")
+        point.set_head(parent)
+        follow = chain.Follow(point.name)
+        if parent is not None:
+            follow.begin(parent.head, parent.disks)
+        follow.accept(point.head, point.disks)
+
+    def _compare_list(self):
+        """Tell of checkpoints that the tool's own list has, and no data: it lists them before it copies."""
+        for name in self.names:
+            if name.endswith(".cpt"):
+                try:
+                    listed = _json(self.text(name))
+                except Error as error:
+                    self.notes.append(f"{name}: {error.reason}")
+                    continue
+                if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
+                    self.notes.append(f"{name}: is no list of checkpoints")
+                    continue
+                known = self._replaced.union(self._unread, self._by_checkpoint)
+                missing = [entry for entry in listed if entry not in known]
+                if missing:
+                    self.notes.append(f"no data of {', '.join(missing)}: a backup that failed, or was moved away")
+
+
+class Runs:
+    """What the logs in a Directory say of the runs of virtnbdbackup: which of them left zeroes out of its files."""
+
+    def __init__(self, directory):
+        self._all = set()  # of all runs: whether they may lose zeroes
+        self._of_file = {}  # {name of a data file: whether a run that wrote it may}
+        for name in directory.names:
+            if re.fullmatch(r"backup\..+\.log", name):
+                # Without a log it is not known, and that is said.
+                with contextlib.suppress(Error), open_file(directory.where(name)) as file:
+                    self._read(io.BufferedReader(file))
+
+    def _read(self, file):
+        loses = True
+        while line := file.readline(MAX_LINE):
+            if match := RUN.search(line):
+                words = match[3].split()
+                keeps = any(KEEPING.startswith(word) and len(word) > len(b"--no-s") for word in words)
+                loses = (int(match[1]), int(match[2])) >= LOSING and not keeps
+                self._all.add(loses)
+            elif match := WROTE.search(line):
+                name = os.fsdecode(match[1])
+                self._of_file[name] = loses or self._of_file.get(name, False)
+
+    def may_lose(self, name):
+        """Whether zeroes may be missing from a data file. One that no log names is judged by all runs."""
+        return self._of_file.get(name, True in self._all or not self._all)
+
+
+def differential(files, spoilt=()):
+    """
+    The files of each differential backup, as lists, oldest first.
+
+    Each is named after the second in which its disk was begun, so those of one backup differ. A new one starts
+    where a disk comes again, or where the changes are those since another checkpoint. A Spoilt file says neither
+    when it was begun nor since when: it is put into the backups before and after its second that lack its disk.
+    """
+    groups = []
+    for file in sorted(files, key=lambda file: (file.made, file.disk)):
+        last = groups[-1] if groups else []
+        if not last or file.since != last[0].since or any(other.disk == file.disk for other in last):
+            groups.append(last := [])
+        last.append(file)
+    alone = []
+    for file in spoilt:
+        before = [group for group in groups if group[0].second <= file.second][-1:]
+        after = [group for group in groups if group[0].second > file.second][:1]
+        lacking = [group for group in before + after if all(other.disk != file.disk for other in group)]
+        for group in lacking:
+            group.append(file)
+        if not lacking:
+            alone.append([file])
+    return groups + alone
+
+
+@dataclasses.dataclass
+class Spoilt:
+    """A data file that cannot be understood. disk, ident (str): as its name has them. error (Error): why."""
+
+    disk: str
+    ident: str
+    error: Error
+
+    @property
+    def second(self):
+        return _second(self.ident)
+
+
+def _second(ident):
+    """The Unix time that a differential backup's file is named after; the end of time where it is none."""
+    return int(ident) if re.fullmatch("[0-9]{1,11}", ident or "") else 10**11
+
+
+class DataFile:
+    """
+    The saved data of one disk at one point.
+
+    disk, level (str); ident (str or None): the last part of its name. is_raw (bool): an image, no stream.
+    size (int): bytes of the disk. made (datetime): when it was begun, in UTC. checkpoint, since (str): what it brings
+    one to, and what its changes are counted from ("" for a full one). incremental, compressed (bool).
+    """
+
+    def __init__(self, path, disk, level, ident):
+        self.path = path
+        self.disk = disk
+        self.level = level
+        self.ident = ident
+        if not stream.is_safe_name(disk):
+            raise Error(path, "its name has no disk that may be a part of a file name")
+        if (level in ("inc", "diff")) != (ident is not None):
+            raise Error(path, "its name is not that of a backup of this level")
+        with Input(path) as source:
+            self.is_raw = source.peek(5) != b"meta "
+            if self.is_raw:
+                if level in ("inc", "diff"):
+                    raise Error(path, "not a stream of virtnbdbackup")
+                self.size = source.size
+                self.made = self._time(source.modified)
+                self.checkpoint = self.since = ""
+                self.incremental = self.compressed = False
+                self.format = "raw"
+            else:
+                self._take(source.meta())
+
+    @property
+    def second(self):
+        return _second(self.ident)
+
+    def _time(self, seconds):
+        """A Unix time as a datetime. Raises Error for one that no calendar has: file systems hold more."""
+        try:
+            return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+        except (ValueError, OverflowError, OSError):
+            raise Error(self.path, "was last changed in a year that cannot be") from None
+
+    def _take(self, meta):
+        def field(name, kind, *others):
+            value = meta.get(name)
+            for other in others:
+                value = meta.get(other) if value is None else value
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise Error(self.path, f'the header has no sound "{name}"')
+            return value
+
+        version = field("streamVersion", int, "stream-version")
+        if version not in VERSIONS:
+            raise Error(self.path, f"stream version {version}, known are {', '.join(map(str, VERSIONS))}")
+        self.size = field("virtualSize", int, "virtual-size")
+        self.data_size = field("dataSize", int, "data-size")
+        if not 0 <= self.size <= f.MAX_OFFSET:
+            raise Error(self.path, f"a disk of {self.size} bytes")
+        if field("diskName", str) != self.disk:
+            raise Error(self.path, f'is of disk {meta["diskName"]}, not of {self.disk} as its name says')
+        self.checkpoint = field("checkpointName", str)
+        self.since = field("parentCheckpoint", (str, bool)) or ""
+        self.incremental = bool(meta.get("incremental"))
+        self.compressed = version > 1 and meta.get("compressed") not in (False, None)
+        if self.compressed and meta.get("compressionMethod", "lz4") != "lz4":
+            raise Error(self.path, f'compressed with {meta["compressionMethod"]}, known is lz4')
+        if self.incremental and not self.since:
+            raise Error(self.path, "an increment that does not say what it starts from")
+        if not self.incremental:
+            self.since = ""
+        self.format = meta.get("diskFormat") if f.is_name(meta.get("diskFormat")) else None
+        try:
+            # The time of that host, which does not say of what zone: most likely our own.
+            moment = datetime.datetime.fromisoformat(field("date", str))
+            self.made = moment.astimezone(datetime.timezone.utc)
+        except (ValueError, OverflowError):
+            raise Error(self.path, 'the header has no sound "date"') from None
+
+
+class Point:
+    """
+    One backup: the files (list of DataFile) of its disks.
+
+    head, disks, name: as chain wants them; head is None until set_head(). error (Error or None): why it never gets
+    one. checkpoint (str or None): the tool's own name for it, if later ones can start from it; since (str): the one it
+    starts from, or "". is_of_off (bool): an increment of a domain that was off, which has no checkpoint of its own.
+    """
+
+    def __init__(self, directory, files):
+        self.directory = directory
+        self.files = sorted(files, key=lambda file: file.disk)
+        self.name = self.files[0].path
+        self.head = self.error = None
+        streams = [file for file in self.files if not file.is_raw] or self.files
+        level = "copy" if {file.level for file in streams} == {"copy"} else streams[0].level
+        names = {(file.checkpoint, file.since, file.incremental) for file in streams}
+        if len(names) > 1:
+            raise Error(self.name, "the disks of one backup do not agree on its checkpoint")
+        ((checkpoint, self.since, incremental),) = names
+        twice = {file.disk for file in self.files if [other.disk for other in self.files].count(file.disk) > 1}
+        if twice:
+            raise Error(self.name, f"two backups of disk {', '.join(sorted(twice))}, and both are full")
+        if level == "inc" and checkpoint != self.files[0].ident:
+            raise Error(self.name, f"is of {checkpoint}, not of {self.files[0].ident} as its name says")
+        self.is_of_off = level == "inc" and checkpoint == self.since
+        if self.is_of_off:
+            level = "diff"  # what has changed since
+        elif not incremental:
+            level = "copy" if level == "copy" else "full"
+        self.level = level
+        if level == "full" and not checkpoint:
+            checkpoint = FIRST_CHECKPOINT  # only raw images, that do not say it
+        self.checkpoint = checkpoint if level in ("full", "inc") else None
+        self.made = self._made()
+
+    def _made(self):
+        """When: the checkpoint's own time is of no zone, the header's is of the host's."""
+        if self.checkpoint and not os.path.dirname(self.checkpoint):
+            text = self.directory.text("checkpoints", f"{self.checkpoint}.xml")
+            if text is not None:
+                seconds = domxml.parse(text, self.checkpoint).findtext("creationTime") or ""
+                if re.fullmatch(r"[0-9]{1,11}", seconds.strip()):
+                    return datetime.datetime.fromtimestamp(int(seconds), datetime.timezone.utc)
+        return min(file.made for file in self.files)
+
+    @property
+    def is_open(self):
+        """Whether it has neither a head nor a reason why it gets none."""
+        return self.head is None and self.error is None
+
+    @property
+    def may_lack_zeroes(self):
+        """Whether the version that wrote it may have left out what became zero."""
+        names = (os.path.basename(file.path) for file in self.files if file.incremental)
+        return any(map(self.directory.runs.may_lose, names))
+
+    @property
+    def ident(self):
+        """What the other files of this backup are named after."""
+        return "copy" if self.level == "copy" else self.files[0].ident or self.checkpoint
+
+    def set_head(self, parent):
+        """Make the head and disks. parent (Point or None): has its own already."""
+        if parent is not None and self.made <= parent.made:
+            try:
+                self.made = parent.made + datetime.timedelta(microseconds=1)
+            except OverflowError:
+                reason = f"nothing can come after {parent.made}, the time of {parent.checkpoint}"
+                raise Error(self.name, reason) from None
+        # Their names are used again after the next full backup; with the time they are not, and they sort.
+        self.head = {
+            **heads.new(self.directory.domain, self.directory.uuid, self.level, "data", chain=CHAIN),
+            "point": f'{self.made.strftime("%Y%m%dT%H%M%S")}.{self.checkpoint or self.level}',
+            "parent": parent.head["point"] if parent else None,
+            "created": self.made.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            "domain_xml": self._domain_xml(),
+            "checkpoint_xml": None,  # nor a checkpoint: its name may mean another moment in libvirt by now
+        }
+        stream.checked_head(["vnb", f.VERSION, self.head], None, lambda reason: Error(self.name, reason))
+        paths = {}
+        if self.head["domain_xml"]:
+            try:
+                paths = {disk.name: disk.path for disk in domxml.disks(self.head["domain_xml"])}
+            except AttributeError:  # a disk without a target: libvirt writes none
+                raise Error(self.name, "the domain's XML of this point has a disk without a name") from None
+        self.disks = [
+            {
+                "name": file.disk, "size": file.size, "level": "inc" if file.incremental else "full",
+                "image": {"format": file.format, "path": paths.get(file.disk)},
+            }
+            for file in self.files
+        ]
+
+    def _domain_xml(self):
+        """The XML of the domain at this point, or None."""
+        name = self._beside("vmconfig.", ".xml")
+        return name and self.directory.text(name)
+
+    def _beside(self, before, after=""):
+        """The name of a file of this point, or None; a differential backup's is named after a second, like its data."""
+        names = [f"{before}{self.ident}{after}"]
+        if self.level == "diff":
+            begun = [int(file.ident) for file in self.files if re.fullmatch("[0-9]{1,11}", file.ident)]
+            of_seconds = re.compile(rf"{re.escape(before)}([0-9]{{1,11}}){re.escape(after)}")
+            times = [int(match[1]) for name in self.directory.names if (match := of_seconds.fullmatch(name))]
+            if begun and times:
+                names.append(f"{before}{min(times, key=lambda time: abs(time - max(begun)))}{after}")
+        return next((name for name in names if name in self.directory.names), None)
+
+    def write(self, out, progress, after=None):
+        """
+        Write the segment of this point with a vnb.format.stream.Writer.
+
+        progress (vnb.cli.progress.Progress): is told of it. after (Point or None): follows in this stream.
+        """
+        head = self.head if after is None else {**self.head, "next": after.head["point"]}
+        with progress.segment(out.segment(head, self.disks)) as written:
+            for fields, payload in self._extra_files():
+                for offset in range(0, max(1, len(payload)), f.MAX_PAYLOAD):
+                    written.file({**fields, "size": len(payload), "offset": offset}, payload[offset:][: f.MAX_PAYLOAD])
+            for number, file in enumerate(self.files):
+                with Input(file.path) as source:
+                    Copy(file, source, written, number).run()
+            written.end()
+
+    def _extra_files(self):
+        """Yield (fields, bytes) of the files that were saved beside the disks."""
+        names = self.directory.names
+        for role, path in domxml.files(self.head["domain_xml"]) if self.head["domain_xml"] else ():
+            for name in (f"{os.path.basename(path)}.{self.ident}", os.path.basename(path)):
+                if name in names and os.path.basename(name):
+                    mode, payload = read_file(self.directory.where(name), MAX_FILE)
+                    yield {"role": role, "path": path, "mode": mode}, payload
+                    break
+        name = self._beside("osinfo.")
+        if name:  # what the guest's agent said, from version 2.46 on
+            mode, payload = read_file(self.directory.where(name), MAX_TEXT)
+            yield {"role": "guest-info", "path": "guest-info.json", "mode": mode}, payload
+        for file in self.files:
+            name = f"{file.disk}.{self.ident}.qcow.json"
+            if name in names:
+                yield {"role": "image-info", "path": file.disk, "mode": 0o600}, read_file(
+                    self.directory.where(name), MAX_TEXT
+                )[1]
+
+
+class Copy:
+    """The data of one file on its way into one disk of a segment. out: vnb.format.stream.SegmentWriter."""
+
+    def __init__(self, file, source, out, number):
+        self.file = file
+        self.source = source
+        self.out = out
+        self.number = number
+        self.at = 0  # where the next extent may begin
+        self._runs = []
+
+    def run(self):
+        if self.file.is_raw:
+            self._raw()
+        else:
+            self.source.meta()
+            self._stream()
+            self.source.check_adler()
+        if not self.file.incremental and self.at != self.file.size:
+            raise self.source.error(f"{self.file.size - self.at} bytes of a full disk are missing")
+        self._flush()
+
+    def _stream(self):
+        total = 0
+        while True:
+            kind, offset, length = self.source.frame()
+            if kind == "stop":
+                break
+            if kind not in ("data", "zero") or (kind == "zero" and self.file.incremental):
+                raise self.source.error(f'frame "{kind}" where none may be')
+            if not (self.at <= offset and length and offset + length <= self.file.size):
+                raise self.source.error(f"{length} bytes at offset {offset} overlap or are not in the disk")
+            if not self.file.incremental and offset != self.at:
+                raise self.source.error(f"nothing is said of {offset - self.at} bytes at offset {self.at}")
+            if kind == "zero":
+                self._extent(offset, length)
+            else:
+                total += length
+                unpack = self.source.unpacked if self.file.compressed else self.source.plain
+                for plain in unpack(length):
+                    self._data(offset, plain)
+                    offset += len(plain)
+                self.source.expect(END)
+        if total != self.file.data_size:
+            raise self.source.error(f"the header says {self.file.data_size} bytes of data, there were {total}")
+        if self.file.compressed:
+            self.source.trailer()
+        self.source.end()
+
+    def _raw(self):
+        """An image has zeroes and data alike."""
+        while self.at < self.file.size:
+            for plain in self.source.plain(min(PIECE, self.file.size - self.at)):
+                if plain == _ZEROES[: len(plain)]:
+                    self._extent(self.at, len(plain))
+                else:
+                    self._data(self.at, plain)
+        self.source.end()
+
+    def _data(self, offset, plain):
+        self._flush()
+        self.out.data(self.number, offset, len(plain), "none", xxh3_64_intdigest(plain), plain)
+        self.at = offset + len(plain)
+
+    def _extent(self, offset, length):
+        if self._runs and self._runs[-3] + self._runs[-2] == offset:
+            self._runs[-2] += length
+        else:
+            if len(self._runs) == 3 * f.MAX_EXTENTS:
+                self._flush()
+            self._runs += (offset, length, f.HOLE)
+        self.at = offset + length
+
+    def _flush(self):
+        if self._runs:
+            self.out.extents(self.number, self._runs)
+            self._runs = []
+
+
+class Input:
+    """
+    A file that virtnbdbackup wrote, read once from start to end.
+
+    size (int), modified (Unix time): of the file. offset (int): of the next byte.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self._file = open_file(path)
+        status = os.fstat(self._file.fileno())
+        self.size = status.st_size
+        self.modified = status.st_mtime
+        self.offset = 0
+        self._ahead = b""  # read from the file, and not yet from here
+        self._adler = 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+    def error(self, reason):
+        return Error(self.path, reason, f"stream offset {self.offset}")
+
+    def peek(self, size):
+        """Its next bytes, at most size of them, which stay to be read."""
+        self._fill(size)
+        return self._ahead[:size]
+
+    def read(self, size):
+        """Exactly size bytes."""
+        self._fill(size)
+        found = self._ahead[:size]
+        if len(found) < size:
+            raise self.error(f"short record: expected {size} bytes, got {len(found)}")
+        self._ahead = self._ahead[size:]
+        self.offset += size
+        return found
+
+    def _fill(self, size):
+        while len(self._ahead) < size:
+            try:
+                found = os.read(self._file.fileno(), size - len(self._ahead))
+            except OSError as error:
+                raise os_error(self.path, error, f"stream offset {self.offset}") from None
+            if not found:
+                break
+            self._adler = zlib.adler32(found, self._adler)
+            self._ahead = self._ahead + found if self._ahead else found
+
+    def expect(self, text):
+        if self.read(len(text)) != text:
+            raise self.error("not a stream of virtnbdbackup, or damaged")
+
+    def frame(self):
+        """(kind (str), offset, length) of the frame that comes next."""
+        match = FRAME.fullmatch(self.read(FRAME_SIZE))
+        if match is None:
+            raise self.error("not a stream of virtnbdbackup, or damaged")
+        return match[1].decode(), int(match[2], 16), int(match[3], 16)
+
+    def meta(self):
+        """The header (dict)."""
+        kind, _, length = self.frame()
+        if kind != "meta" or length > MAX_META:
+            raise self.error("not a stream of virtnbdbackup, or damaged")
+        meta = _json(self.read(length))
+        if not isinstance(meta, dict):
+            raise self.error("malformed header")
+        self.expect(END)
+        return meta
+
+    def plain(self, length):
+        """Yield length bytes in pieces."""
+        while length:
+            piece = self.read(min(PIECE, length))
+            yield piece
+            length -= len(piece)
+
+    def unpacked(self, length):
+        """
+        Yield length bytes in pieces, from as many lz4 frames as there are.
+
+        They say themselves where they end. Each may unpack to 32 MiB and more, so it is done in pieces.
+        """
+        from lz4.frame import LZ4FrameDecompressor
+
+        waiting = bytearray()
+        decompressor = LZ4FrameDecompressor()
+        size = PACKED_FIRST
+        while length or not decompressor.eof:
+            if decompressor.eof:
+                decompressor = LZ4FrameDecompressor()
+                size = PACKED_FIRST
+            packed = b""
+            if decompressor.needs_input:
+                packed = self.read(max(1, len(self.peek(size))))
+                size = min(2 * size, PACKED)
+            try:
+                found = decompressor.decompress(packed, max_length=PIECE)
+            except (RuntimeError, ValueError) as error:
+                raise self.error(f"damaged lz4 data ({error})") from None
+            if len(found) > length:
+                raise self.error("more lz4 data than its frame says")
+            length -= len(found)
+            waiting += found
+            if len(waiting) >= PIECE:
+                yield bytes(waiting[:PIECE])
+                del waiting[:PIECE]
+            if decompressor.eof and decompressor.unused_data:
+                self._ahead = decompressor.unused_data + self._ahead
+                self.offset -= len(decompressor.unused_data)
+        if waiting:
+            yield bytes(waiting)
+
+    def trailer(self):
+        """Pass over the list of sizes behind a compressed stream: the frames say it themselves."""
+        length = self.size - self.offset - len(END) - FRAME_SIZE
+        for _ in self.plain(max(0, length)):
+            pass
+        self.expect(END)
+        kind, _, said = self.frame()
+        if kind != "comp" or said != length:
+            raise self.error("the list of compressed sizes is damaged")
+
+    def end(self):
+        if self.peek(1):
+            raise self.error("there is more after the end of the stream")
+
+    def check_adler(self):
+        """Hold all that was read against the checksum that versions from 2 on leave beside the file."""
+        path = f"{self.path}.chksum"
+        if os.path.exists(path):
+            text = read_file(path, MAX_META)[1].strip()
+            if text.isdigit() and text != b"%d" % self._adler:  # one release wrote something else than a number
+                raise Error(self.path, f"is damaged: its checksum is {self._adler}, {path} says {text.decode()}")
+
+
+def _json(text):
+    """The value that a text (str or bytes) is in JSON, None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def open_file(path):
+    """A regular file (io.FileIO), open for reading. Raises Error."""
+    try:
+        # Not to wait for whoever may open the other end of a FIFO.
+        file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    except OSError as error:
+        raise os_error(path, error) from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise Error(path, "not a regular file")
+    return file
+
+
+def read_file(path, limit):
+    """(mode, bytes) of a small regular file. Raises Error for one of more than limit bytes."""
+    with Input(path) as source:
+        if source.size > limit:
+            raise Error(path, f"{source.size} bytes, expected at most {limit}")
+        return stat.S_IMODE(os.stat(path).st_mode), source.read(source.size)
