@@ -16,11 +16,11 @@ from machines import lab, linux, no_machines, vm  # noqa: F401 - fixtures; one l
 COMMANDS = Path(__file__).resolve().parents[1] / ".venv" / "bin"
 # Tests of these start no server and no pipeline: `make check` is these. All others beside them are stage tests.
 FAST = (
-    "test_backupset", "test_cache", "test_chain", "test_checkpoint_usage", "test_codec", "test_completion",
-    "test_config", "test_direct", "test_docs", "test_domxml", "test_dump", "test_endpoint", "test_block_status",
-    "test_fault_table", "test_frame", "test_index", "test_overlay", "test_log", "test_rooms",
-    "test_settings", "test_output",
-    "test_run", "test_scale", "test_source", "test_speed", "test_state", "test_stream", "test_vectors",
+    "test_backupset", "test_block_status", "test_buffers", "test_cache", "test_chain", "test_checkpoint_usage",
+    "test_codec", "test_completion", "test_config", "test_direct", "test_docs", "test_domxml", "test_dump",
+    "test_endpoint", "test_fault_table", "test_frame", "test_index", "test_log", "test_output", "test_overlay",
+    "test_rooms", "test_run", "test_scale", "test_settings", "test_source", "test_speed", "test_state", "test_stream",
+    "test_vectors",
 )
 # These wait for agents that hang and for scratch files that fill up, and leave the processors to others.
 PATIENT = ("test_checkpoint_freeze", "test_checkpoint_keeper", "test_from_virtnbdbackup")

@@ -98,10 +98,11 @@ class Ordered:
         return self
 
     def __exit__(self, *_):
-        """End the threads; what was called and not begun is dropped."""
+        """End the threads. Calls that no thread has begun are dropped."""
         self._ending = True
-        for _ in self._threads:
-            self._queue.put(None)
+        # One word for all, which each thread passes on. A count would be wrong: a signal may come out of start(), of a
+        # thread that runs by then, and that one must not take the word from another.
+        self._queue.put(None)
         for thread in self._threads:
             thread.join()
 
@@ -146,6 +147,7 @@ class Ordered:
         while (job := self._queue.get()) is not None and not self._ending:
             job.run(self._function)
             job.done.release()
+        self._queue.put(None)
 
 
 class _Job:

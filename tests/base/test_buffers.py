@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Buffers that are used again, and calls whose results come in order: nothing is lost, nothing is left."""
 
+import signal
 import threading
 import tracemalloc
 
 import pytest
 
 from vnb.base.buffers import SMALL, Ordered, Pool
+from vnb.base.errors import Interrupted
 
 
 def test_a_buffer_is_used_again():
@@ -110,3 +112,33 @@ def test_no_thread_starts_for_nothing():
         work.append(5)
         assert work.pop() == 5
         assert threading.active_count() == before
+
+
+def test_a_signal_while_a_thread_starts(monkeypatch):
+    """
+    The thread runs and the caller does not know of it: it must not take from another thread the word that ends that.
+
+    So vnb-pack hung for ever after Ctrl-C, about once in a thousand times on a busy machine.
+    """
+    start, started = threading.Thread.start, []
+    unknown = threading.Event()  # the second thread is there, and has begun to wait for calls
+
+    def interrupted(thread):
+        start(thread)
+        started.append(thread)
+        if len(started) == 2:
+            raise Interrupted(signal.SIGINT)
+
+    def function(argument):
+        if argument == "first":
+            unknown.wait()
+            started[1].join(60)  # it has been told to end
+        else:
+            unknown.set()
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(Interrupted), Ordered(function, threads=2) as work:
+        work.call("first")
+        work.call("second")
+    assert len(started) == 2
+    assert not any(thread.is_alive() for thread in started)
