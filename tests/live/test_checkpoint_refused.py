@@ -2,6 +2,7 @@
 """vnb-checkpoint: what it refuses before anything is frozen, started or saved, with what to do about it."""
 
 import os
+import signal
 import subprocess
 
 import libvirt
@@ -127,3 +128,21 @@ def test_a_disk_that_another_running_domain_has_too(lab, directory):
     backup(lab, vm, "full", directory, "--raw")
     assert lab.leftovers() == []
     vm.remove()
+
+
+def test_another_domain_whose_qemu_hangs_is_waited_for(lab, directory):
+    """libvirt 11.0 to 11.4 asks QEMU before it describes a domain, for half a minute at most; others know it."""
+    vm = lab.domain(Disk("vda"), extra_xml=other_disk(lab, "vdb", inside="<shareable/>"))
+    other = lab.domain(Disk("vda"))
+    os.kill(other.qemu_pid(), signal.SIGSTOP)
+    try:
+        question = subprocess.Popen(["virsh", "domblkstat", other.name, "vda"], env=lab.env, stdout=subprocess.DEVNULL)
+        wait_for(lambda: other.handle.controlInfo()[0] == libvirt.VIR_DOMAIN_CONTROL_OCCUPIED, "the question")
+        said = backup(lab, vm, "full", directory, "--raw --no-freeze").stderr.splitlines()
+    finally:
+        os.kill(other.qemu_pid(), signal.SIGCONT)
+    assert question.wait(60) == 0
+    waited = f"vnb-checkpoint: waiting for libvirt to describe the domain {other.name}, 5 seconds by now"
+    assert said[:1] == [waited] * (11_000_000 <= lab.connection.getLibVersion() < 11_005_000)
+    vm.remove()
+    other.remove()

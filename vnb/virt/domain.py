@@ -349,13 +349,18 @@ class Domain:
         return kind and f"has another block job ({BLOCK_JOBS.get(kind, kind)})"
 
     def sharer(self, disk):
-        """The name of another domain that runs and has a disk (vnb.virt.domxml.Disk) of the same source, or None."""
+        """
+        The name of another domain that runs and has a disk (vnb.virt.domxml.Disk) of the same source, or None.
+
+        libvirt 11.0 to 11.4 asks QEMU before it describes a domain. If QEMU hangs, this takes half a minute.
+        """
         ours = self._source_of(disk)
         for other in self.call_connection("listAllDomains", libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
             try:
                 if other.UUIDString() == self.uuid:
                     continue
-                xml = other.XMLDesc()
+                with waiting.on(f"libvirt to describe the domain {other.name()}"):
+                    xml = other.XMLDesc()
             except libvirt.libvirtError as error:
                 if error.get_error_code() in (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID):
                     continue  # it has gone
