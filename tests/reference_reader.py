@@ -5,13 +5,14 @@ A reader of the extent stream that is slow and simple: formats/extent-stream.md 
 It is there to be compared with: what this one and the fast one say of a stream must be the same.
 """
 
+import hashlib
 import re
 
 import msgpack
 from xxhash import xxh3_64_intdigest as xxh3
 
 KiB, MiB = 1 << 10, 1 << 20
-TYPES = ("vnb", "disk", "file", "extent", "data", "index", "end", "tail")
+TYPES = ("vnb", "disk", "file", "same", "extent", "data", "index", "end", "tail")
 
 
 class Refused(Exception):
@@ -107,7 +108,7 @@ def segments(content):
 def segment(source, start):
     sums, cursors, covered, found = [], {}, {}, []
     counts = {"frames": 0, "data": 0, "zero": 0, "hole": 0, "stored": 0}
-    head, disks, last_index, part, places = None, [], 0, None, set()
+    head, disks, last_index, part, places, described = None, [], 0, None, set(), {}
     for at, elements, sum_, payload in source:
         kind, *rest = elements
         need((head is None) == (kind == "vnb"), "no head, or a second one")
@@ -116,6 +117,8 @@ def segment(source, start):
             need(len(rest) == 2 and payload is None and type(rest[0]) is int and rest[0] == 1, "version")
             head = rest[1]
             check_head(head)
+            described = {(file["role"], file["path"]): file for file in head.get("files", [])}
+            whole = b""
         elif kind == "disk":
             need(not places and len(rest) == 2 and payload is None and type(rest[0]) is int, "malformed disk")
             need(rest[0] == len(disks) < 1024, "number of a disk")
@@ -124,6 +127,14 @@ def segment(source, start):
         elif kind == "file":
             need("extent" not in places and len(rest) == 1 and payload is not None, "malformed file")
             part = check_file(rest[0], payload, part)
+            whole += payload
+            if part is None:
+                check_content(rest[0], whole, described)
+                whole = b""
+        elif kind == "same":
+            need("extent" not in places and len(rest) == 1 and payload is None and isinstance(rest[0], dict), "same")
+            need(names_a_file(rest[0]) and is_integer(rest[0].get("mode")), "malformed same")
+            need("base" in described.get((rest[0]["role"], rest[0]["path"]), {}), "a file that the base does not have")
         elif kind in ("extent", "data"):
             if kind == "data":
                 number, offset, length, codec, _hash = rest
@@ -186,6 +197,13 @@ def check_head(head):
     created = head.get("created")
     time = r"[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}\.[0-9]{6}Z"
     need(isinstance(created, str) and re.fullmatch(time, created), "created")
+    files = head.get("files", [])
+    need(isinstance(files, list) and all(isinstance(file, dict) and names_a_file(file) for file in files), "files")
+    need(len({(file["role"], file["path"]) for file in files}) == len(files), "a file that is described twice")
+    for file in files:
+        need(is_integer(file.get("size")) and isinstance(file.get("sha256"), str), "files")
+        need(re.fullmatch("[0-9a-f]{64}", file["sha256"]), "files")
+        need("base" not in file or (file["base"] is True and head["parent"] is not None), "files")
     need(head.get("stage") in ("disks", "extents", "data"), "stage")
     need(head.get("level") in (("inc", "diff") if head["parent"] is not None else ("full", "copy")), "level")
     need(head["parent"] != head["point"], "its own parent")
@@ -198,6 +216,17 @@ def check_disk(disk, head, before):
     need(isinstance(disk.get("image", {}), dict) and isinstance(disk.get("source", {}), dict), "image or source")
     need(disk["level"] == "full" or head["parent"] is not None, "changes in a full segment")
     need("source" not in disk or head["stage"] != "data", "a source with data")
+
+
+def names_a_file(fields):
+    return is_name(fields.get("role")) and isinstance(fields.get("path"), str) and len(fields["path"]) <= 4096
+
+
+def check_content(file, whole, described):
+    found = described.get((file["role"], file["path"]))
+    if found is not None:
+        need("base" not in found and found["size"] == file["size"], "another file than the head describes")
+        need(found["sha256"] == hashlib.sha256(whole).hexdigest(), "another file than the head describes")
 
 
 def check_file(file, payload, part):

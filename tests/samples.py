@@ -219,13 +219,13 @@ def disks_stream(*sources, **fields):
     return segment(head("p1", parent, stage="disks"), disks)
 
 
-def with_extents(*disks, **head):
+def with_extents(*disks, **fields):
     """A stream as vnb-extents makes it. disks: (uri, size, runs), named vda, vdb, ..."""
     described = [
         disk(f"vd{chr(97 + number)}", size, source={"uri": uri}) for number, (uri, size, _) in enumerate(disks)
     ]
     return segment(
-        head(stage="extents", **head), described,
+        head(stage="extents", **fields), described,
         *(["extent", number, runs] for number, (_, _, runs) in enumerate(disks) if runs),
     )
 

@@ -5,6 +5,7 @@ What the files in formats/vectors are made of.
     PYTHONPATH=. python3 tests/vectors.py      writes those that are not there; to change one is to change the format
 """
 
+import hashlib
 import os
 import sys
 
@@ -101,6 +102,22 @@ def files(writer):
     out.end()
 
 
+KERNEL = {
+    "role": "kernel", "path": "/boot/vmlinuz", "size": 6,
+    "sha256": hashlib.sha256(b"kernel").hexdigest(),
+}
+
+
+def file_unchanged(writer):
+    """A full with a kernel, and an increment whose kernel has not changed: its head says so, and a frame names it."""
+    out = writer.segment(head(0, files=[KERNEL]), [])
+    out.file(part("kernel", "/boot/vmlinuz", 6), b"kernel")
+    out.end()
+    out = writer.segment(head(1, files=[{**KERNEL, "base": True}]), [])
+    out.same({"role": "kernel", "path": "/boot/vmlinuz", "mode": 0o600})
+    out.end()
+
+
 def domain_name(writer):
     """A domain whose name has a tab, a no-break space and the joiner of an emoji, as libvirt takes them."""
     name = "a tab\there, a no-break\u00a0space, a joiner: \U0001f469\u200d\U0001f52c"
@@ -140,9 +157,9 @@ def stage_extents(writer):
 
 VECTORS = {
     "minimal": minimal, "full-none": full_none, "full-lz4": full_lz4, "inc": inc, "chain": chain,
-    "disks-interleaved": disks_interleaved, "files": files, "domain-name": domain_name,
-    "unknown-optional": unknown_optional, "unknown-required": unknown_required, "stage-disks": stage_disks,
-    "stage-extents": stage_extents,
+    "disks-interleaved": disks_interleaved, "files": files, "file-unchanged": file_unchanged,
+    "domain-name": domain_name, "unknown-optional": unknown_optional, "unknown-required": unknown_required,
+    "stage-disks": stage_disks, "stage-extents": stage_extents,
 }
 
 
@@ -188,13 +205,31 @@ def refused():
         "next-missing": (made(lambda writer: full_none(writer, next="vnb.main.1")), "a segment was to follow"),
         "domain-line-feed": (made(lambda writer: full_none(writer, domain="two\nlines")),
                              "a domain's name with a line feed"),
+        "same-in-a-full": (made(lambda writer: _with_same(writer, 0, [{**KERNEL, "base": True}])),
+                           "a full backup that has a file of its base"),
+        "same-unknown": (made(lambda writer: _with_same(writer, 1, [KERNEL])),
+                         "a file of the base, of which the head does not say so"),
+        "file-differs": (made(lambda writer: _with_file(writer, [KERNEL])),
+                         "a file that is not the one that the head describes"),
         "text": (b"This is not a stream.\n", "text"),
         "empty": (b"", "nothing at all"),
     }
 
 
+def _with_same(writer, number, files):
+    out = writer.segment(head(number, files=files), [])
+    out.same({"role": "kernel", "path": "/boot/vmlinuz", "mode": 0o600})
+    out.end()
+
+
+def _with_file(writer, files):
+    out = writer.segment(head(0, files=files), [])
+    out.file(part("kernel", "/boot/vmlinuz", 6), b"Kernel")
+    out.end()
+
+
 def write():
-    from test_dump_json import to_lines
+    from json_lines import to_lines
 
     for name, function in VECTORS.items():
         path = os.path.join(DIRECTORY, name)

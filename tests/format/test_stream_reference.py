@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The fast reader and the slow one agree on every stream: sound, damaged, or against a rule."""
 
+import hashlib
+
 import pytest
 import reference_reader
 import samples
@@ -72,7 +74,11 @@ def test_damaged():
 
 NUMBERS = st.sampled_from([0, 1, 2, 3, 5, 50, 99, 100, 101, f.MAX_OFFSET, f.MAX_OFFSET + 1, f.MAX_INTEGER])
 ODD = st.sampled_from([None, True, "", "x", "full", "inc", "a/b", ".a", "a\nb", [], {}, [5], {"a": 5}]) | NUMBERS
+SHA256 = hashlib.sha256(b"abc").hexdigest()
+DESCRIBED = {"role": "nvram", "path": "/v", "size": 3, "sha256": SHA256}
 HEADS = st.sampled_from([
+    head("p1", "p0", files=[{**DESCRIBED, "base": True}]), head("p1", "p0", files=[DESCRIBED]),
+    head(files=[DESCRIBED]), head(files=[DESCRIBED, DESCRIBED]), head(files=[{**DESCRIBED, "base": True}]),
     head("p1", "p0"), head("p2", "p0", level="diff"), head(), head(stage="extents"), head(stage="disks"),
 ])
 
@@ -98,15 +104,16 @@ FRAMES = st.one_of(
     st.sampled_from([(["file", part(size=3)], b"ab"), (["file", part(size=3, offset=2)], b"c"), (["+x", 5], b"abc")]),
     st.tuples(st.just("index"), NUMBERS, NUMBERS, NUMBERS).map(lambda fields: (list(fields), bytes(32))),
     st.just((["index", 0, 1, 0], bytes(32))),
+    changed({"role": "nvram", "path": "/v", "mode": 0o600}).map(lambda fields: ["same", fields]),
     st.sampled_from([["+x", 5], ["x", {}], ["end", {}], ["tail", 5, 5, 5], ["vnb", 1, head()]]),
-    st.tuples(st.sampled_from(["disk", "file", "extent", "index", "end", "vnb"]), ODD, ODD).map(list),
+    st.tuples(st.sampled_from(["disk", "file", "same", "extent", "index", "end", "vnb"]), ODD, ODD).map(list),
 )
 
 
 INC = [disk(size=100, level="inc")]
 SOUND = st.sampled_from([
     ["+x", 5], (["+x", 5], b"abc"), ["x", {}], (["file", part(size=3)], b"abc"), ["extent", 0, [3, 2, 3]],
-    ["extent", 0, [50, 5, 2, 99, 1, 3]],
+    ["extent", 0, [50, 5, 2, 99, 1, 3]], ["same", {"role": "nvram", "path": "/v", "mode": 0o600}],
 ])
 
 

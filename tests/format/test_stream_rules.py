@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Streams whose sums are all sound and that break a rule of the format."""
 
+import hashlib
 import os
 import resource
 import struct
@@ -232,6 +233,53 @@ def test_parts_of_files():
         refused(segment(head(), DISKS, *frames), "a part is missing")
     refused(segment(head(), DISKS, WHOLE, other), 'frame "file" after the first extent')
     refused(segment(head(), DISKS, WHOLE, ["+x", 5], other), 'frame "file" after the first extent')
+
+
+SAME = {"role": "kernel", "path": "/k", "mode": 0o600}
+DESCRIBED = {"role": "kernel", "path": "/k", "size": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
+IN_BASE = {**DESCRIBED, "base": True}
+
+
+def test_a_file_of_the_base():
+    """It stands where files stand, and the head says which one it is."""
+    inc = head("p1", "p0", files=[IN_BASE])
+    found = samples.read(segment(inc, DISKS, ["same", SAME], (["file", part()], b"abc"), WHOLE))
+    assert found[0][0]["files"] == [IN_BASE]
+    refused(segment(inc, DISKS, WHOLE, ["same", SAME]), 'frame "same" after the first extent')
+    refused(segment(inc, DISKS, ["same", {**SAME, "path": "/other"}], WHOLE), "does not say that the base has it")
+    refused(segment(head("p1", "p0", files=[DESCRIBED]), DISKS, ["same", SAME], WHOLE), "does not say that the base")
+    refused(segment(head("p1", "p0"), DISKS, ["same", SAME], WHOLE), "does not say that the base has it")
+    one = (["file", part(size=4)], b"ab")
+    refused(segment(inc, DISKS, one, ["same", SAME], WHOLE), "a part is missing")
+
+
+@pytest.mark.parametrize("frame", [
+    ["same"], ["same", 5], ["same", {}], ["same", SAME, 5], (["same", SAME], b""), ["same", {**SAME, "mode": "x"}],
+    ["same", {**SAME, "role": ""}], ["same", {**SAME, "path": "x" * 4097}], ["same", {**SAME, "mode": True}],
+])
+def test_wrong_same(frame):
+    with pytest.raises((StreamError, f.FrameError, Error)):
+        samples.read(segment(head("p1", "p0", files=[IN_BASE]), DISKS, frame, WHOLE))
+
+
+@pytest.mark.parametrize("files, base", [
+    (None, "p0"), ({}, "p0"), ([5], "p0"), ([{}], "p0"), ([{**DESCRIBED, "sha256": "ab"}], "p0"),
+    ([{**DESCRIBED, "sha256": DESCRIBED["sha256"].upper()}], "p0"), ([{**DESCRIBED, "size": True}], "p0"),
+    ([{**DESCRIBED, "base": False}], "p0"), ([{**DESCRIBED, "base": 1}], "p0"), ([IN_BASE], None),
+    ([DESCRIBED, IN_BASE], "p0"), ([{**DESCRIBED, "role": 5}], "p0"), ([{**DESCRIBED, "path": "x" * 4097}], "p0"),
+])
+def test_wrong_list_of_files(files, base):
+    refused(segment(head("p1", base, files=files), DISKS, WHOLE), 'malformed head: "files"')
+
+
+@pytest.mark.parametrize("payload", [b"abd", b"ab", b"abcd"])
+def test_a_file_is_the_one_that_the_head_describes(payload):
+    frames = (["file", part("kernel", "/k", size=len(payload))], payload), WHOLE
+    refused(segment(head(files=[DESCRIBED]), DISKS, *frames), "is not the one that the head describes")
+    refused(segment(head("p1", "p0", files=[IN_BASE]), DISKS, (["file", part("kernel", "/k")], b"abc"), WHOLE),
+            "is not the one that the head describes")
+    two = (["file", part("kernel", "/k")], b"ab"), (["file", part("kernel", "/k", offset=2)], b"c"), WHOLE
+    assert samples.read(segment(head(files=[DESCRIBED]), DISKS, *two))
 
 
 @pytest.mark.parametrize("fields, payload", [

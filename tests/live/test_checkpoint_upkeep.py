@@ -12,6 +12,8 @@ import pytest
 from backups import backup, levels, listed, record, restores, snapshot, tip
 from lab import Disk, MiB, run
 
+from vnb.store.backupset import segments
+
 
 @pytest.fixture
 def directory(lab):
@@ -291,6 +293,42 @@ def test_the_domains_files_and_what_qemu_img_says_are_in_the_stream(lab, directo
     assert "<domain " in text
     assert "inactive_xml" in text
     lab.sh(f"vnb-checkpoint abort {vm.name}")
+    vm.remove()
+
+
+def test_a_kernel_that_has_not_changed_is_stored_once(lab, directory, tmp_path):
+    """In a set and for a destination; a new one is stored again, and each restore point has its own."""
+    contents = [os.urandom(3 * MiB), os.urandom(2 * MiB)]
+    kernel = lab.path("kernel")
+
+    def install(content):
+        with open(f"{kernel}.new", "wb") as file:
+            file.write(content)
+        os.chmod(file.name, 0o644)  # noqa: S103 - QEMU's user reads it
+        os.rename(file.name, kernel)
+
+    install(contents[0])
+    vm = lab.domain(Disk("vda"), os_xml=f"<kernel>{kernel}</kernel>")
+    other = lab.new_directory("other")
+    to_other = f"--destination elsewhere -- 'vnb-extents | vnb-read | vnb-pack -o {other}'"
+    expected = []
+    for number, level in enumerate(["full", "inc", "inc", "inc", "diff"]):
+        if number == 3:
+            install(contents[1])
+        backup(lab, vm, level, directory)
+        lab.sh(f"vnb-checkpoint run {vm.name} --chain other --level {level} --no-freeze {to_other}")
+        expected.append(contents[number >= 3])
+    for set_ in (directory, other):
+        points = [segment.head["point"] for segment in sorted(segments([set_]), key=lambda one: one.head["created"])]
+        sizes = [segment.length > len(contents[1]) for segment in
+                 sorted(segments([set_]), key=lambda one: one.head["created"])]
+        assert sizes == [True, False, False, True, False]
+        for point, content in zip(points, expected):
+            target = lab.new_directory("restored")
+            lab.sh(f"vnb-cat --head --until {point} {set_} | vnb-config --name x --disk-dir {target} > {target}/xml")
+            with open(os.path.join(target, "kernel"), "rb") as file:
+                assert file.read() == content
+        lab.sh(f"vnb-verify {set_}")
     vm.remove()
 
 

@@ -79,6 +79,12 @@ class Host:
         found = run(what, *self.argv(f"for path in {pattern}; do printf '%s\\0' \"$path\"; done"))
         return [path for path in found.decode(errors="surrogateescape").split("\0") if path and path != pattern]
 
+    def describe(self, path):
+        """(mode, size, SHA-256 as hexadecimal digits) of a regular file there. Raises Error."""
+        name = shlex.quote(path)
+        found = run(path, *self.argv(f"test -f {name} && stat -L -c '%a %s' -- {name} && sha256sum < {name}")).split()
+        return int(found[0], 8) & 0o777, int(found[1]), found[2].decode()
+
     def read(self, path, limit):
         """(mode, bytes) of a regular file or a block device there of at most limit bytes. Raises Error."""
         name = shlex.quote(path)

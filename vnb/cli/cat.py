@@ -40,6 +40,7 @@ from vnb.cli.progress import Progress
 from vnb.cli.runner import show
 from vnb.format import codec, heads, stream
 from vnb.store import backupset, chain
+from vnb.store.domain_files import files_of, merged_files
 from vnb.store.merge import Merge
 
 NOTHING_TO_DO = 4  # exit status
@@ -82,7 +83,7 @@ def main(args):
     wanted = set(args["--disk"]) or held
     out = output.stdout()
     if args["--head"]:
-        _copy_head(path[-1], out, wanted)
+        _copy_head(path, out, wanted)
         return 0
     log.take_run(path[-1].head)
     with Progress(args["--progress"]) as progress:
@@ -166,18 +167,18 @@ def _copy(saved, out, wanted, after, more, progress, share):
     saved.close()
 
 
-def _copy_head(saved, out, wanted):
-    """Write what a saved segment has before its extents, as a segment of disks alone."""
-    segment = saved.open()
+def _copy_head(path, out, wanted):
+    """Write what the last segment of a path has before its extents: a segment of disks alone, with all files."""
+    segment = path[-1].open()
     head = {**heads.alone(segment.head), "stage": "disks", "id": _id(segment.head, "head")}
+    if "files" in head:
+        head["files"] = merged_files(path)
     written = out.segment(head, [disk for disk in segment.disks if disk["name"] in wanted])
-    for frame in segment:
-        if frame.__class__ is stream.File:
-            written.frame(frame)
-        elif frame.__class__ in (stream.Data, stream.Extents):
-            break
+    for frame in files_of(path):
+        written.frame(frame)
     written.end()
-    saved.close()
+    for saved in path:
+        saved.close()
 
 
 def _id(head, *words):

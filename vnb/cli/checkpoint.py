@@ -25,13 +25,12 @@ import shlex
 import sys
 
 from vnb.base import log
-from vnb.base.errors import Error, Mistyped, Saved, UsageError, os_error
+from vnb.base.errors import Error, Mistyped, Saved, UsageError
 from vnb.cli import arguments, output
 from vnb.cli.checkpoint_usage import SUBCOMMANDS
 from vnb.cli.usage import Usage
 from vnb.format import stream
-from vnb.format.frame import MiB
-from vnb.job import proof
+from vnb.job import domain_files, proof
 from vnb.job.pipeline import CommandFailed, Pipeline, leaves_by_stdout, readers_of_stdout
 from vnb.job.state import JobDirectory
 from vnb.job.statedir import default_directory
@@ -41,7 +40,6 @@ from vnb.store.backupset import is_missing
 LEVELS = ("full", "copy", "inc", "diff", "auto")
 NEEDS_CATALOG = "needs --set DIR, or for what is no directory of this host --destination NAME, as s3://bucket/vm1"
 MAX_SIZE = 1 << 60
-FILE_PART = MiB  # of one file frame
 NOTHING_TO_DO = 4  # exit status
 
 
@@ -286,19 +284,30 @@ class _Feed(stream.Writer):
 
 
 def _write(out, keeper, options):
-    """The stream: head, disks, files. A file that cannot be read is a warning, not the end of the backup."""
-    read = _reader(options)
+    """
+    The stream: head, disks, files. A file that cannot be read is a warning, not the end of the backup.
+
+    But one that the head describes is: a later increment would take it from here.
+    """
+    host = _host_of(options)
     segment = out.segment(keeper.begun["head"], keeper.begun["disks"])
     for file in keeper.begun["files"]:
+        if "same" in file:
+            segment.same({"role": file["role"], "path": file["path"], "mode": file["same"]})
+            continue
         if "text" in file:
             parts = [file["text"].encode()]
             mode = 0o600
         else:
             try:
-                mode, parts = read(file["path"])
+                mode, parts = domain_files.read(file["path"], host)
             except Error as error:
+                if "sha256" in file:
+                    raise
                 keeper.warned(f"{error}: {file['role']} is not in the backup")
                 continue
+            if "sha256" in file and not domain_files.is_content(parts, file["sha256"]):
+                raise Error(file["path"], f"the {file['role']} was replaced while the backup began: try again")
         size, offset = sum(map(len, parts)), 0
         for part in parts:
             fields = {"role": file["role"], "path": file["path"], "mode": mode, "size": size, "offset": offset}
@@ -307,47 +316,14 @@ def _write(out, keeper, options):
     segment.end()
 
 
-def _reader(options):
-    """A function (path) -> (mode, parts): firmware and kernels, of some MiB, from the host of the domain."""
+def _host_of(options):
+    """The host (Host) of the domain, None where it is this one."""
     if options["images"]:
-        return _read_file
+        return None
     from vnb.base.ssh import Host
     from vnb.virt.domain import default_uri
 
-    host = Host.of_uri(options["uri"] or default_uri(), **options["ssh"])
-    if host is None:
-        return _read_file
-
-    def read(path):
-        mode, content = host.read(path, MAX_FILE_PARTS * FILE_PART)
-        return mode, [content[at : at + FILE_PART] for at in range(0, len(content), FILE_PART)] or [b""]
-
-    return read
-
-
-def _read_file(path):
-    try:
-        return _read_parts(path)
-    except OSError as error:
-        raise os_error(path, error) from None
-
-
-def _read_parts(path):
-    import stat
-
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        status = os.fstat(file.fileno())
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):  # an nvram may be a block device
-            raise OSError(22, "neither a regular file nor a block device", path)
-        parts = []
-        while part := file.read(FILE_PART):
-            parts.append(part)
-            if len(parts) > MAX_FILE_PARTS:
-                raise OSError(27, "too large", path)
-        return stat.S_IMODE(status.st_mode), parts or [b""]
-
-
-MAX_FILE_PARTS = 64  # 64 MiB: they are held in memory, and no firmware or kernel is larger
+    return Host.of_uri(options["uri"] or default_uri(), **options["ssh"])
 
 
 def _finish(args, what):

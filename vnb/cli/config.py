@@ -39,12 +39,12 @@ import stat
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from vnb.base import log
-from vnb.base.errors import Error, UsageError
+from vnb.base.errors import Error, UsageError, os_error
 from vnb.cli.runner import show
 from vnb.cli.stdio import stdin
 from vnb.format import stream
 from vnb.nbd.endpoint import NBD_PORT
-from vnb.restore.domain_files import Files, check_path, destinations, originals
+from vnb.restore.domain_files import Earlier, Files, check_path, destinations, originals
 from vnb.restore.imagedir import EXISTS
 from vnb.virt import domxml
 from vnb.virt.domain_rewrite import Domain, Place, Wishes, is_name
@@ -56,13 +56,15 @@ def main(args):
     chosen = _check(args)
     restored = None
     try:
-        for segment in stdin(consumer=True):
-            if restored is not None:
-                restored.files.close()
-            restored = Restored(segment, args)
-            for frame in segment:
-                if frame.__class__ is stream.File:
-                    restored.add(frame)
+        with Earlier() as earlier:
+            for segment in stdin(consumer=True):
+                if restored is not None:
+                    restored.files.close()
+                restored = Restored(segment, args)
+                earlier.begin()
+                for frame in segment:
+                    if frame.__class__ in (stream.File, stream.Same):
+                        restored.take(frame, earlier)
         domain = restored.adjusted(args, chosen)
         try:
             xml = domain.xml()
@@ -176,6 +178,23 @@ class Restored:
             self._destinations.update(originals(wanted))
         else:
             self._destinations.update(destinations(wanted, os.path.abspath(self._args["--disk-dir"])))
+
+    def take(self, frame, earlier):
+        """Take a part of a file, or all of one that the segment before had. earlier (Earlier)."""
+        try:
+            parts = earlier.parts(frame)
+            if parts is not None:
+                for part in parts:
+                    self.add(part)
+                return
+        except OSError as error:
+            raise os_error("temporary file", error) from None
+        role, path = frame.fields["role"], frame.fields["path"]
+        if self.files.wants(role, path):
+            raise Error(
+                "file", f"the {role} is in an earlier segment, which is not in this stream (vnb-cat --head SET has it)",
+                path,
+            )
 
     def add(self, frame):
         """Take a part of a file."""

@@ -163,8 +163,8 @@ class _TextDump(_Dump):
         self.totals = {}
         self.index_frames = self.index_rows = 0
         self.printers = {
-            "vnb": self._vnb, "disk": self._disk, "file": self._file, "extent": self._extent, "data": self._data,
-            "index": self._index, "end": self._pass, "tail": self._pass,
+            "vnb": self._vnb, "disk": self._disk, "file": self._file, "same": self._same,
+            "extent": self._extent, "data": self._data, "index": self._index, "end": self._pass, "tail": self._pass,
         }
 
     def passed(self, raw):
@@ -221,6 +221,9 @@ class _TextDump(_Dump):
     def _file(self, raw, file):
         if file["offset"] + len(raw.payload) == file["size"]:
             show(f'file {file["role"]} {one_line(file["path"])}: {file["size"]} bytes, mode {file["mode"]:o}\n')
+
+    def _same(self, _raw, same):
+        show(f'file {same["role"]} {one_line(same["path"])}: not changed since the base, mode {same["mode"]:o}\n')
 
     def _extent(self, _raw, disk, runs):
         for offset, length, state in zip(runs[0::3], runs[1::3], runs[2::3]):

@@ -19,6 +19,7 @@ KEYS = {
     "vnb": ("version", "fields"),
     "disk": ("disk", "fields"),
     "file": ("fields",),
+    "same": ("fields",),
     "extent": ("disk", "runs"),
     "data": ("disk", "offset", "length", "codec", "hash"),
     "index": ("disk", "rows", "back"),

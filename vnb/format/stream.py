@@ -14,6 +14,7 @@ check is the hash of a data frame: that is for whoever uses the bytes (vnb.forma
 """
 
 import functools
+import hashlib
 import os
 import re
 import select
@@ -34,6 +35,7 @@ STAGES = ("disks", "extents", "data")
 LEVELS = ("full", "copy", "inc", "diff")
 DISK_LEVELS = ("full", "inc")  # all of the disk, or what changed since the parent
 LONGEST_PATH = 4096  # characters of a file's path: Linux's PATH_MAX
+_SHA256 = re.compile("[0-9a-f]{64}")
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)  # so it sorts as text
 
 
@@ -63,6 +65,16 @@ class File:
     def __init__(self, fields, payload):
         self.fields = fields
         self.payload = payload
+
+
+class Same:
+    """A file that has not changed since the base, which has it. fields (dict): role, path, mode."""
+
+    __slots__ = ("fields",)
+    payload = None
+
+    def __init__(self, fields):
+        self.fields = fields
 
 
 class Extents:
@@ -318,7 +330,9 @@ class Segment:
         self.length = None
         self.last_index = 0  # where the last index frame starts, in the stream; 0: there was none
         self._file = None  # the file of which a part was seen, and more are to come
+        self._sha256 = None  # of what was seen of it, where the head says what it is
         self.head = self._read_head()
+        self._described = {(file["role"], file["path"]): file for file in self.head.get("files", ())}
         self.disks = []
         self._pending = self._read_disks()
         self.positions = [0] * len(self.disks)
@@ -345,6 +359,10 @@ class Segment:
                 if not in_files:
                     raise self.reader.error('frame "file" after the first extent', raw.start)
                 frame = self._part_of_file(raw)
+            elif kind == "same":
+                if not in_files:
+                    raise self.reader.error('frame "same" after the first extent', raw.start)
+                frame = self._same(raw)
             elif kind == "index":
                 self._index(raw)
             elif kind == "end":
@@ -472,7 +490,28 @@ class Segment:
         if not fits or (end < file["size"] and not raw.payload):
             raise self.reader.error(f'file {file["path"]}: a part is missing', raw.start)
         self._file = {**file, "end": end} if end < file["size"] else None
+        self._check_content(file, raw)
         return File(file, raw.payload)
+
+    def _check_content(self, file, raw):
+        """Check a part of a file against what the head says of all of it."""
+        described = self._described.get((file["role"], file["path"]))
+        if described is None:
+            return
+        if file["offset"] == 0:
+            self._sha256 = hashlib.sha256()
+        self._sha256.update(raw.payload)
+        whole = self._file is None
+        differs = whole and self._sha256.hexdigest() != described["sha256"]
+        if "base" in described or file["size"] != described["size"] or differs:
+            raise self.reader.error(f'file {file["path"]}: is not the one that the head describes', raw.start)
+
+    def _same(self, raw):
+        same = checked_same(raw.fields, raw.payload, lambda reason: self.reader.error(reason, raw.start))
+        described = self._described.get((same["role"], same["path"]), {})
+        if "base" not in described:
+            raise self.reader.error(f'file {same["path"]}: the head does not say that the base has it', raw.start)
+        return Same(same)
 
     def _index(self, raw):
         fields, start = raw.fields, raw.start
@@ -615,6 +654,10 @@ class SegmentWriter:
         """A part of a file, at most MAX_PAYLOAD bytes of it. fields: role, path, mode, size, offset."""
         self._frame(["file", fields], payload)
 
+    def same(self, fields):
+        """A file that the base has, as the head says. fields: role, path, mode."""
+        self._frame(["same", fields])
+
     def extents(self, disk, runs):
         """Extents of a disk, at most MAX_EXTENTS. runs: flat list of offset, length, state."""
         for length, state in zip(runs[1::3], runs[2::3]):
@@ -646,8 +689,8 @@ class SegmentWriter:
         elif frame.__class__ is Extents:
             self.extents(frame.disk, frame.runs)
         else:
-            fields = ["file", frame.fields] if frame.__class__ is File else frame.fields
-            self._frame(fields, frame.payload)
+            kind = {File: ["file"], Same: ["same"]}.get(frame.__class__)
+            self._frame([*kind, frame.fields] if kind else frame.fields, frame.payload)
 
     def end(self):
         """All went well: write end and tail, and finish."""
@@ -706,6 +749,8 @@ def checked_head(fields, payload, error):
         raise error(f"malformed head: a stage is one of {stages}, a level one of {levels}")
     if (head["level"] in ("inc", "diff")) != (head["parent"] is not None):
         raise error(f'malformed head: level {head["level"]} and parent {head["parent"]}')
+    if not is_list_of_files(head.get("files", []), head["parent"]):
+        raise error('malformed head: "files"')
     if head["parent"] == head["point"]:
         raise error("malformed head: the segment is its own parent")
     return head
@@ -739,12 +784,40 @@ def checked_file(fields, payload, error):
         raise error('malformed frame "file"')
     file = fields[1]
     path = file.get("path")
-    if not (f.is_name(file.get("role")) and isinstance(path, str) and len(path) <= LONGEST_PATH):
+    if not _names_a_file(file):
         raise error('malformed frame "file"')
     numbers = [file.get(key) for key in ("size", "offset", "mode")]
     if any(type(number) is not int for number in numbers) or file["offset"] + len(payload) > file["size"]:
         raise error(f'malformed frame "file": {path}')
     return file
+
+
+def checked_same(fields, payload, error):
+    """The fields of a "same" frame, or raise error(reason)."""
+    if len(fields) != 2 or payload is not None or not isinstance(fields[1], dict):
+        raise error('malformed frame "same"')
+    same = fields[1]
+    if not _names_a_file(same) or type(same.get("mode")) is not int:
+        raise error('malformed frame "same"')
+    return same
+
+
+def is_list_of_files(files, parent):
+    """Whether a value may be "files" of a head whose base is parent (str or None)."""
+    if not (isinstance(files, list) and all(isinstance(file, dict) and _names_a_file(file) for file in files)):
+        return False
+    for file in files:
+        sha256 = file.get("sha256")
+        if type(file.get("size")) is not int or not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
+            return False
+        if "base" in file and (file["base"] is not True or parent is None):
+            return False
+    return len({(file["role"], file["path"]) for file in files}) == len(files)
+
+
+def _names_a_file(fields):
+    path = fields.get("path")
+    return f.is_name(fields.get("role")) and isinstance(path, str) and len(path) <= LONGEST_PATH
 
 
 def is_domain_name(name):

@@ -274,6 +274,7 @@ def begin(directory, source, options, note, warn):
         estimate = sum(plan.estimate().values())
         if estimate < options["threshold"]:
             raise BelowThreshold(f"{source.name}: {estimate} bytes to back up, less than {options['threshold']}")
+    plan.describe_files()  # before the head is stored anywhere, and before the guest is frozen
     job = Job(directory, plan.record(), note, warn)
     job.held = source
     job.reserve()
@@ -305,15 +306,21 @@ def with_domain(error, source):
 
 def _files(source, plan, job):
     """
-    What goes into file frames: [{role, path}] or [{role, path, text}].
+    What goes into file frames, [{role, path}] or [{role, path, text}], and into frames "same": [{role, path, same}].
 
-    Guest information and what qemu-img says are made here; other files are read by whoever writes the stream.
+    Guest information and what qemu-img says are made here; other files are read by whoever writes the stream. same is
+    the mode of a file that the base has. sha256, where a file has it, is what the head says of its content.
     """
     found = []
     if source.kind != "images":
         xml = plan.head["domain_xml"]
+        described = {(file["role"], file["path"]): file for file in plan.head.get("files", ())}
         for role, path in domxml.files(xml):
-            found.append({"role": role, "path": path})
+            file = described.get((role, path))
+            more = {} if file is None else {"same": plan.modes[role, path]} if "base" in file else {
+                "sha256": file["sha256"]
+            }
+            found.append({"role": role, "path": path, **more})
         if source.kind == "stopped" and (path := source.nvram_of_libvirt(xml)) is not None:
             found.append({"role": "nvram", "path": path})
         for what in domxml.remote_firmware(xml):

@@ -80,6 +80,31 @@ class Plan:
                 "(metadata that nobody needs can be removed: virsh metadata, virsh desc)"
             ) from None
 
+    def describe_files(self):
+        """
+        Have the head say what is in the files that the guest never writes to, and which of them the base has.
+
+        What cannot be read here is left to whoever writes the stream.
+        """
+        self.modes = {}  # of each file that the head describes, by its role and path
+        if self.source.kind == "images":
+            return
+        before = [] if self.known is None else self.known.head.get("files", ())
+        held = {(file["role"], file["path"], file["size"], file["sha256"]) for file in before}
+        files = []
+        for role, path in domxml.files(self.head["domain_xml"]):
+            if role not in domxml.STABLE_ROLES or (role, path) in self.modes:
+                continue
+            try:
+                self.modes[role, path], size, sha256 = self.source.describe(path)
+            except Error:
+                if not self.source.is_local:
+                    return  # ssh does not get there: each try would take as long
+                continue
+            base = {"base": True} if (role, path, size, sha256) in held else {}
+            files.append({"role": role, "path": path, "size": size, "sha256": sha256, **base})
+            self.head["files"] = files
+
     def record(self):
         """The job's record: all that is needed to end it."""
         options = self.options

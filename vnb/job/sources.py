@@ -18,6 +18,7 @@ from vnb.base.buffers import AT_ONCE, Ordered
 from vnb.base.errors import Error
 from vnb.base.tempdir import temporary_directory
 from vnb.format import heads
+from vnb.job import domain_files
 from vnb.job.state import start_of
 from vnb.nbd import block_status
 from vnb.nbd.connections import Connections
@@ -363,6 +364,10 @@ class Running:
         with contextlib.suppress(NoDomain):  # libvirt forgot it with a transient domain
             self.domain.delete_checkpoint(name)
 
+    def describe(self, path):
+        """(mode, size, SHA-256 as hexadecimal digits) of a regular file on the domain's host. Raises Error."""
+        return domain_files.describe(path, self.host)
+
     def room(self, directory):
         """Free bytes where a directory is, or None if that is not known. Raises OSError."""
         if self.host is None:
@@ -574,6 +579,10 @@ class Stopped(_Offline):
             what = "a disk with other images below it in the domain's XML than in its own header"
         if what is not None:
             raise Error(disk.name, f"{what} can be read while its domain runs only (--start-paused)")
+
+    def describe(self, path):
+        """See Running."""
+        return domain_files.describe(path)
 
     def nvram_of_libvirt(self, xml):
         """

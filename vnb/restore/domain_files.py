@@ -3,12 +3,15 @@
 
 import errno
 import os
+import tempfile
 
 from vnb.base.errors import Error, os_error
 from vnb.format import stream
+from vnb.format.frame import MiB
 from vnb.restore.imagedir import EXISTS, ImageDirectory
 from vnb.virt import domxml
 
+PART = MiB  # bytes of a file that are read at a time
 _SYSTEM = ("/dev", "/proc", "/run", "/sys")  # nothing that is found there after a restart
 
 
@@ -48,6 +51,66 @@ def check_path(role, path):
         raise Error("file", f"{role}: is no absolute path, or leads upwards", path)
     if not stream.is_safe_name(os.path.basename(path)) or not path.isprintable():
         raise Error("file", f"{role}: is no name for a file", path)
+
+
+class Earlier:
+    """
+    The files of one segment of a stream, for the next one, which may name them as unchanged.
+
+        with Earlier() as earlier:
+            for segment in reader:
+                earlier.begin()
+                for frame in segment: for part in earlier.parts(frame): ...
+
+    They lie in temporary files without a name.
+    """
+
+    def __init__(self):
+        self._before = {}  # (role, path): file of the segment before
+        self._now = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for file in (*self._before.values(), *self._now.values()):
+            file.close()
+
+    def begin(self):
+        """Another segment begins."""
+        for file in self._before.values():
+            file.close()
+        self._before, self._now = self._now, {}
+
+    def parts(self, frame):
+        """
+        The frames File of a frame File, or Same: itself, or those of the segment before.
+
+        None where nothing before has the file. Raises OSError.
+        """
+        key = frame.fields["role"], frame.fields["path"]
+        if frame.__class__ is stream.File:
+            if key[0] in domxml.STABLE_ROLES:
+                if key not in self._now:
+                    self._now[key] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by begin() or __exit__()
+                self._now[key].write(frame.payload)
+            return [frame]
+        file = self._before.pop(key, None)
+        if file is None:
+            return None
+        self._now[key] = file
+        return self._again(file, {**frame.fields, "size": file.seek(0, os.SEEK_END)})
+
+    def _again(self, file, fields):
+        offset = file.seek(0)
+        while True:
+            payload = file.read(PART)
+            if not payload and (offset or fields["size"]):
+                return
+            yield stream.File({**fields, "offset": offset}, payload)
+            offset += len(payload)
+            if offset == fields["size"]:
+                return
 
 
 class Files:
@@ -97,6 +160,10 @@ class Files:
             self._write(key, final, fields, frame.payload)
         except OSError as error:
             raise os_error(final, error) from None
+
+    def wants(self, role, path):
+        """Whether a file goes anywhere."""
+        return self._destinations.get((role, path)) is not None
 
     def add_text(self, final, text):
         """Make one more file, private, of a text of ours."""

@@ -514,6 +514,7 @@ def admit(directory, head, disks):
         for segment in chain.path(held, directory, parent, damaged):
             follow.accept(segment.head, segment.disks)
         follow.accept(head, disks)
+        chain.check_files(head, [segment.head for segment in held if segment.head["point"] == parent], directory)
 
 
 def identity(found):

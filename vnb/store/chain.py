@@ -11,7 +11,9 @@ import contextlib
 from vnb.base.errors import Error
 from vnb.store.damage import NOTHING
 
-HEAD_KEYS = ("id", "stage", "level", "point", "parent", "checkpoint", "chain", "domain", "uuid", "created", "run")
+HEAD_KEYS = (
+    "id", "stage", "level", "point", "parent", "checkpoint", "chain", "domain", "uuid", "created", "run", "files",
+)
 DISK_KEYS = ("name", "size", "level")
 NAMED = 3  # files that a message has room for
 
@@ -108,8 +110,24 @@ def faults(segments, name, whole=True):
         follow.begin(parent.head, parent.disks)
         try:
             follow.accept(head, segment.disks)
+            check_files(head, [other.head for other in segments if other.head["point"] == head["parent"]], name)
         except Error as error:
             yield error
+
+
+def check_files(head, bases, name):
+    """Raise Error unless a base has each file that a head says it has. bases (list of dict): heads with that point."""
+    for file in head.get("files", ()):
+        if "base" in file and not any(_has_file(base, file) for base in bases):
+            raise Error(
+                name, f'{head["point"]} has the {file["role"]} of {head["parent"]}, which has another one, or none',
+                file["path"],
+            )
+
+
+def _has_file(head, file):
+    keys = ("role", "path", "size", "sha256")
+    return any(all(other[key] == file[key] for key in keys) for other in head.get("files", ()))
 
 
 def _faults_of_identity(segments, name):

@@ -29,7 +29,8 @@ from vnb.format import codec, heads
 from vnb.format import frame as f
 from vnb.format.frame import FrameError
 from vnb.format.index import ROW_WORDS
-from vnb.format.stream import Data, File, Other
+from vnb.format.stream import Data
+from vnb.store.domain_files import files_of, merged_files
 from vnb.store.overlay import Layers, pieces
 
 PLAIN_CACHE = 16 * f.MiB  # of frames that are cut: their pieces are wanted one soon after the other
@@ -60,6 +61,8 @@ class Merge:
         self.head = {**heads.alone(last), "id": secrets.token_hex(16), "parent": first["parent"]}
         if first["parent"] is None:
             self.head["level"] = "full"
+        if "files" in last:
+            self.head["files"] = merged_files(path)
         self.disks = []
         self._sources = []  # of each disk: [(segment, number of the disk in it)], newest first
         for disk in path[-1].disks:
@@ -105,11 +108,11 @@ class Merge:
             pages = Cache(INDEX_CACHE)
             rows = {}
             for segment in self.path:
-                opened = segment.open()  # the file is held from here on, and is still the one whose head was read
-                if segment is self.path[-1]:
-                    _pass_files(opened, out)
+                segment.open()  # the file is held from here on, and is still the one whose head was read
                 rows[segment] = segment.rows(pages)
                 _refuse_unknown(segment, rows[segment])
+            for frame in files_of(self.path):
+                out.frame(frame)
             for number, sources in enumerate(self._sources):
                 layers = [rows[segment][disk] for segment, disk in sources]
                 self._write_disk(_Disk(out, index, number), sources, layers)
@@ -217,15 +220,6 @@ class _Disk:
             self._runs = []
 
 
-def _pass_files(segment, out):
-    """Write the files of a segment (vnb.format.stream.Segment)."""
-    for frame in segment:
-        if frame.__class__ is File:
-            out.file(frame.fields, frame.payload)
-        elif frame.__class__ is not Other:
-            return
-
-
 def _refuse_unknown(segment, rows):
     """
     Raise an error if a saved segment has frames that its index does not tell of, and that must not be left out.
@@ -270,7 +264,7 @@ def _check_between(segment, at, end):
         kind = fields[0]
         if kind == "data":
             raise _unsound(segment, "the index leaves out a frame", at)
-        if kind not in ("vnb", "disk", "file", "extent", "index", "end") and not kind.startswith("+"):
+        if kind not in ("vnb", "disk", "file", "same", "extent", "index", "end") and not kind.startswith("+"):
             raise _unsound(segment, f'unknown frame type "{kind}"', at)
         at += size + (payload or 0)
 

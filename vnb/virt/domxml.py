@@ -269,6 +269,7 @@ def sizes(checkpoint_xml):
 
 FILE_ROLES = ("loader", "nvram", "varstore", "kernel", "initrd", "dtb", "shim")
 WRITTEN_ROLES = ("nvram", "varstore")  # by the firmware, while the guest runs
+STABLE_ROLES = tuple(role for role in FILE_ROLES if role not in WRITTEN_ROLES)  # the guest never writes to them
 
 
 def files(domain_xml):
