@@ -109,6 +109,7 @@ def segment(source, start):
     sums, cursors, covered, found = [], {}, {}, []
     counts = {"frames": 0, "data": 0, "zero": 0, "hole": 0, "stored": 0}
     head, disks, last_index, part, places, described = None, [], 0, None, set(), {}
+    came = []
     for at, elements, sum_, payload in source:
         kind, *rest = elements
         need((head is None) == (kind == "vnb"), "no head, or a second one")
@@ -126,6 +127,8 @@ def segment(source, start):
             disks.append(rest[1])
         elif kind == "file":
             need("extent" not in places and len(rest) == 1 and payload is not None, "malformed file")
+            if part is None and isinstance(rest[0], dict):
+                came.append((rest[0].get("role"), rest[0].get("path")))
             part = check_file(rest[0], payload, part)
             whole += payload
             if part is None:
@@ -135,6 +138,7 @@ def segment(source, start):
             need("extent" not in places and len(rest) == 1 and payload is None and isinstance(rest[0], dict), "same")
             need(names_a_file(rest[0]) and is_integer(rest[0].get("mode")), "malformed same")
             need("base" in described.get((rest[0]["role"], rest[0]["path"]), {}), "a file that the base does not have")
+            came.append((rest[0]["role"], rest[0]["path"]))
         elif kind in ("extent", "data"):
             if kind == "data":
                 number, offset, length, codec, _hash = rest
@@ -163,6 +167,8 @@ def segment(source, start):
         elif kind == "end":
             counts["digest"] = xxh3(b"".join(one.to_bytes(8, "big") for one in sums))
             counts["frames"] = len(sums)
+            need(all(came.count(file) < 2 for file in described), "a file that is there twice")
+            need(head["stage"] == "disks" or all(file in came for file in described), "a file that is not there")
             need(len(rest) == 1 and payload is None and isinstance(rest[0], dict), "malformed end")
             need(all(type(rest[0].get(key)) is int and rest[0][key] == counts[key] for key in counts), "counts")
             for number, disk in enumerate(disks):

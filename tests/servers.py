@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from vnb.cli import runner
+from vnb.format.stream import FAILED
 
 DEADLINE = 60  # seconds that anything may take before a test fails instead of hanging
 TESTS = Path(__file__).resolve().parent
@@ -117,7 +118,7 @@ class Done:
 def command(*argv, stdin=b""):
     """Run a command as a process of its own; a Done."""
     done = subprocess.run(list(map(str, argv)), input=stdin, capture_output=True, timeout=DEADLINE, check=False)
-    return Done(done.returncode, done.stdout, done.stderr.decode())
+    return Done(done.returncode, done.stdout.removesuffix(FAILED), done.stderr.decode())
 
 
 @contextlib.contextmanager

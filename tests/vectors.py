@@ -211,6 +211,8 @@ def refused():
                          "a file of the base, of which the head does not say so"),
         "file-differs": (made(lambda writer: _with_file(writer, [KERNEL])),
                          "a file that is not the one that the head describes"),
+        "file-missing": (made(lambda writer: writer.segment(head(0, files=[KERNEL]), []).end()),
+                         "a file that the head describes and that is not there"),
         "text": (b"This is not a stream.\n", "text"),
         "empty": (b"", "nothing at all"),
     }

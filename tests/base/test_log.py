@@ -13,6 +13,8 @@ import pytest
 import samples
 from makers import head, make_set, point
 
+from vnb.format.stream import FAILED
+
 PLAN = [{"vda": "64k:A"}, {"vda": "32k:B"}]
 MISSING = "/none/here: No such file or directory"
 # Runs a command where the journal is a socket of our own, and prints what it was sent.
@@ -141,7 +143,7 @@ def test_a_log_file_that_cannot_be_written(tmp_path):
     status, _, err = run("vnb-cat", "/none/here", VNB_LOG_FILE=f"{tmp_path}/none/log")
     assert status == 2
     assert err.startswith(f"vnb-cat: VNB_LOG_FILE: {tmp_path}/none/log: No such file or directory\n")
-    assert run("vnb-cat", "/none/here", VNB_LOG_FILE="/dev/full") == (1, b"", f"vnb-cat: {MISSING}\n")
+    assert run("vnb-cat", "/none/here", VNB_LOG_FILE="/dev/full") == (1, FAILED, f"vnb-cat: {MISSING}\n")
 
 
 def test_all_stages_say_the_run_of_the_head(tmp_path):
@@ -199,6 +201,6 @@ def test_journal(tmp_path):
 def test_libnbd_says_what_it_does_where_it_is_asked_to():
     """On standard error, which no stream goes to."""
     _, out, err = run("vnb-extents", "nbd+unix:///?socket=/none/here", LIBNBD_DEBUG="1")
-    assert out == b""
+    assert out == FAILED
     assert "libnbd: debug: " in err
     assert "libnbd: debug: " not in run("vnb-extents", "nbd+unix:///?socket=/none/here")[2]

@@ -12,7 +12,7 @@ PROGRAM = 'from vnb.cli.runner import command; command("vnb-checkpoint", "vnb.cl
 def checkpoint(*words, tmp_path=None):
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, *words],
-        capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL,
         env={"PATH": "/usr/bin:/bin", "VNB_STATE_DIR": str(tmp_path or "/nonexistent")},
     )
 

@@ -13,6 +13,7 @@ import samples
 from samples import disk, head, segment
 
 from vnb.format import frame as f
+from vnb.format.stream import FAILED
 
 STREAM = samples.every_kind()
 DUMP = [sys.executable, os.path.join(samples.ROOT, "bin", "vnb-dump")]
@@ -23,7 +24,7 @@ PLAN = [{"vda": "64k:A 64k:- 32k:0", "vdb": "128k:? 64k:0"}, {"vda": "96k:. 64k:
 def dump(*arguments, stdin=b""):
     """(status, stdout, stderr)"""
     done = subprocess.run([*DUMP, *map(str, arguments)], input=stdin, capture_output=True, env=ENV, timeout=60)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+    return done.returncode, done.stdout.removesuffix(FAILED).decode(), done.stderr.decode()
 
 
 def test_for_people():

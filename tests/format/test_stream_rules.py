@@ -245,12 +245,24 @@ def test_a_file_of_the_base():
     inc = head("p1", "p0", files=[IN_BASE])
     found = samples.read(segment(inc, DISKS, ["same", SAME], (["file", part()], b"abc"), WHOLE))
     assert found[0][0]["files"] == [IN_BASE]
-    refused(segment(inc, DISKS, WHOLE, ["same", SAME]), 'frame "same" after the first extent')
+    refused(segment(inc, DISKS, ["same", SAME], WHOLE, ["same", SAME]), 'frame "same" after the first extent')
     refused(segment(inc, DISKS, ["same", {**SAME, "path": "/other"}], WHOLE), "does not say that the base has it")
     refused(segment(head("p1", "p0", files=[DESCRIBED]), DISKS, ["same", SAME], WHOLE), "does not say that the base")
     refused(segment(head("p1", "p0"), DISKS, ["same", SAME], WHOLE), "does not say that the base has it")
     one = (["file", part(size=4)], b"ab")
     refused(segment(inc, DISKS, one, ["same", SAME], WHOLE), "a part is missing")
+
+
+def test_what_the_head_describes_is_there_once():
+    """But in a catalog, which keeps heads alone."""
+    kernel = (["file", part("kernel", "/k")], b"abc")
+    full, inc = head(files=[DESCRIBED]), head("p1", "p0", files=[IN_BASE])
+    for fields in (full, inc):
+        refused(segment(fields, DISKS, WHOLE), "file /k: the head describes this kernel, and the segment lacks it")
+        refused(segment(fields, []), "file /k: the head describes this kernel, and the segment lacks it")
+        assert samples.read(segment({**fields, "stage": "disks"}, DISKS))
+    refused(segment(full, DISKS, kernel, kernel, WHOLE), "file /k: is there twice")
+    refused(segment(inc, DISKS, ["same", SAME], ["same", SAME], WHOLE), "file /k: is there twice")
 
 
 @pytest.mark.parametrize("frame", [

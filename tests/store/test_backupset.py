@@ -16,6 +16,7 @@ import samples
 from vnb.base.errors import Error, StreamError
 from vnb.format import frame, stream
 from vnb.store import backupset, chain
+from vnb.store.catalog import Catalog
 
 PLAN = [{"vda": "64k:A 64k:- 32k:0"}, {"vda": "96k:. 64k:B"}, {"vda": "8k:C"}]
 DISKS = [samples.disk(size=100)]
@@ -426,3 +427,21 @@ def test_a_directory_of_virtnbdbackup_is_named(tmp_path):
             backupset.paths(directory)
         (directory / "segment.vnb").write_bytes(b"")
         assert len(backupset.paths(directory)) == 1
+
+
+@pytest.mark.parametrize("place, reason", [
+    ("/proc/vnb/set", "No such file or directory"), ("{file}/set", "Not a directory"),
+    ("{tmp}/" + "x" * 300, "File name too long"),
+])
+def test_a_set_that_can_never_be_is_refused_before_a_job_begins(tmp_path, place, reason):
+    (tmp_path / "file").touch()
+    place = place.format(file=tmp_path / "file", tmp=tmp_path)
+    with pytest.raises(Error, match=f"no directory can be made there: {reason}"):
+        Catalog(place).refuse_impossible()
+
+
+def test_a_set_that_can_be_is_not_made_yet(tmp_path):
+    """The directories above it neither; one that is there stays."""
+    Catalog(str(tmp_path / "new" / "set")).refuse_impossible()
+    Catalog(str(tmp_path)).refuse_impossible()
+    assert list(tmp_path.iterdir()) == []

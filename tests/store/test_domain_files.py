@@ -157,3 +157,12 @@ def test_any_base_with_the_file_will_do():
         chain.check_files({"point": "p1", "parent": "p0", "files": [file]}, heads[:1], "set")
     with pytest.raises(Error, match="which has another one, or none"):
         chain.check_files({"point": "p1", "parent": "p0", "files": [file]}, [{}], "set")
+
+
+def test_a_standby_takes_an_increment_that_names_a_file(full, tmp_path):
+    """The files of a domain are not for it: only that nothing is in the way."""
+    first = servers.command("vnb-cat", "--until", "p0", full).ok()
+    servers.command("vnb-apply", "--update", "--format", "raw", tmp_path / "standby", stdin=first)
+    later = servers.command("vnb-cat", "--merge", "--from", "p0", "--until", "p2", full).ok()
+    done = servers.command("vnb-apply", "--update", "--format", "raw", tmp_path / "standby", stdin=later)
+    assert (done.status, "Error" in done.err) == (0, False)

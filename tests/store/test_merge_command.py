@@ -10,6 +10,7 @@ import pytest
 import samples
 from samples import applied
 
+from vnb.format.stream import FAILED
 from vnb.store import backupset, chain
 
 PLAN = [
@@ -97,7 +98,7 @@ def test_some_disks(set_):
 def test_what_is_refused(set_, words, reason):
     points = [makers.point(number) for number in range(4)]
     done = sh(f"vnb-cat --merge {words.format(*points)} {set_}", check=False)
-    assert (done.returncode, done.stdout) == (1, b"")
+    assert (done.returncode, done.stdout) == (1, FAILED)
     assert done.stderr == reason.format(*points, set=set_) + "\n"
 
 

@@ -19,6 +19,7 @@ from vnb.cli import verify
 from vnb.cli.progress import Progress
 from vnb.format import frame as f
 from vnb.format import index, stream
+from vnb.format.stream import FAILED
 
 STREAM = samples.every_kind()
 VERIFY = [sys.executable, os.path.join(samples.ROOT, "bin", "vnb-verify")]
@@ -137,9 +138,9 @@ def test_damaged_stream_on_the_command_line():
             "40 bytes differ from what was read from the source\n")
     assert run(stdin=bytes(damaged)) == (1, STREAM[:frame], line)
     assert run("--threads", 0, stdin=bytes(damaged)) == (1, STREAM[:frame], line)
-    assert run() == (1, b"", f"vnb-verify: stdin: {NOTHING}\n")
+    assert run() == (1, FAILED, f"vnb-verify: stdin: {NOTHING}\n")
     assert run(stdin=b"text\n") == (
-        1, b"", "vnb-verify: stdin: stream offset 0: not a stream of vnb (it starts with 74 65 78 74 0a)\n"
+        1, FAILED, "vnb-verify: stdin: stream offset 0: not a stream of vnb (it starts with 74 65 78 74 0a)\n"
     )
 
 

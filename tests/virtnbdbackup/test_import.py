@@ -15,6 +15,7 @@ from samples import applied
 
 from vnb.base.errors import Error
 from vnb.cli.progress import Progress
+from vnb.format.stream import FAILED
 from vnb.virtnbdbackup import directory as peer
 
 pytestmark = pytest.mark.usefixtures("utc")
@@ -293,7 +294,7 @@ def test_an_increment_that_an_off_machine_wrote_over(tmp_path):
     assert "not imported" not in done.stderr
     assert command(tmp_path, "--until", "2026-01-31").returncode == 3
     done = command(tmp_path, "--until", f"{CPT}.2")
-    assert (done.returncode, done.stdout) == (1, b"")
+    assert (done.returncode, done.stdout) == (1, FAILED)
     assert done.stderr == f"vnb-import: {tmp_path}/vda.inc.{CPT}.2.data: {reason}\n"
 
 
@@ -306,7 +307,7 @@ def test_a_damaged_header_spoils_its_point_and_no_other(tmp_path, number, left):
     done = command(tmp_path)
     assert done.returncode == (3 if left else 1)
     assert f"vdb.{level}.data: " in done.stderr
-    assert len(samples.read(done.stdout)) == left if left else done.stdout == b""
+    assert len(samples.read(done.stdout)) == left if left else done.stdout == FAILED
 
 
 def test_a_damaged_differential_file_spoils_all_that_it_may_belong_to(tmp_path):

@@ -36,6 +36,10 @@ class StreamError(Error):
     is_damage = True
 
 
+class Followed(StreamError):
+    """The command that was to write the input has failed before it wrote anything, and has said why."""
+
+
 class NotInstalled(Error):
     """What the input needs is not here: nothing is wrong with the input."""
 

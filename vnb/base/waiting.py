@@ -39,6 +39,11 @@ def told_to(tell):
         _Now.tell = before
 
 
+def is_told():
+    """Whether anybody is told of what this process waits for."""
+    return _Now.tell is not None
+
+
 class Told:
     """An object whose methods wait for others. words (dict): for what, by the method's name. other (str): else."""
 

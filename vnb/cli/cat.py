@@ -46,6 +46,11 @@ from vnb.store.merge import Merge
 NOTHING_TO_DO = 4  # exit status
 
 
+def writes_stream(args):
+    """Whether standard output gets a stream."""
+    return not (args["--point"] or args["--base"])
+
+
 def main(args):
     operands, until = args["SET_OR_FILE"], args["--until"]
     name = operands[0] if len(operands) == 1 else "the chain"

@@ -43,6 +43,11 @@ MAX_SIZE = 1 << 60
 NOTHING_TO_DO = 4  # exit status
 
 
+def writes_stream(args):
+    """Whether standard output gets a stream."""
+    return bool(args.get("begin"))
+
+
 def main(args):
     subcommand = next(name for name in SUBCOMMANDS if args.get(name))
     if args.get("COMMAND", ())[:1] == [""]:

@@ -33,7 +33,7 @@ from vnb.base import log
 from vnb.base.errors import Error, StreamError, one_line
 from vnb.cli import arguments, output, state_map
 from vnb.cli.runner import show
-from vnb.cli.stdio import stdin
+from vnb.cli.stdio import said_by_another, stdin
 from vnb.format import codec, stream
 from vnb.format.frame import DATA, STATE_NAMES
 from vnb.format.jsonlines import JsonReader, line_of
@@ -41,6 +41,11 @@ from vnb.store import backupset, chain
 
 SHOWN_HEAD = ("point", "level", "stage", "parent", "created", "checkpoint", "chain", "id", "run")
 SHOWN_TEXT = 200  # characters of what nobody knows
+
+
+def writes_stream(args):
+    """Whether standard output gets a stream."""
+    return args["--from-json"]
 
 
 def main(args):
@@ -104,7 +109,7 @@ class _Dump:
 
     def fault(self, error):
         sys.stdout.flush()
-        log.error(error)
+        (log.detail if said_by_another(error) else log.error)(error)
         self.status = 1
 
     def check(self, raw):

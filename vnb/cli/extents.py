@@ -30,6 +30,11 @@ from vnb.nbd import block_status
 from vnb.nbd.connections import MOST_OF_EXTENTS, Connections
 
 
+def writes_stream(_args):
+    """Whether standard output gets a stream."""
+    return True
+
+
 def main(args):
     # Output that the next stage has not taken yet is work for that stage. It may need the connection that we wait for.
     connections = Connections(MOST_OF_EXTENTS, is_used=lambda: output.unread(1) > 0)

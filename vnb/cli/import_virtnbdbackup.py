@@ -29,6 +29,11 @@ DOUBT = (
 INCOMPLETE = 3  # exit status: the stream is whole, but not all points of the directory are in it
 
 
+def writes_stream(_args):
+    """Whether standard output gets a stream."""
+    return True
+
+
 def main(args):
     log.name_run()
     backup = Directory(args["DIRECTORY"])

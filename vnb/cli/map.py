@@ -41,7 +41,6 @@ Options:
 """
 
 import contextlib
-import fcntl
 import os
 import re
 import signal
@@ -49,7 +48,7 @@ import stat
 import subprocess
 import syslog
 
-from vnb.base import log
+from vnb.base import locks, log
 from vnb.base.errors import Error, Interrupted, UsageError, os_error
 from vnb.base.processes import wait_for
 from vnb.cli import arguments
@@ -314,7 +313,7 @@ def pid_file(path):
             fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             stack.callback(os.close, fd)
             check_pid_file(path, fd)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks.take(fd)
             stack.callback(os.unlink, path)
             os.ftruncate(fd, 0)
             os.write(fd, f"{os.getpid()}\n".encode())
@@ -345,11 +344,11 @@ def stop(path):
         said = os.read(fd, 20).strip()
         if not re.fullmatch(rb"[1-9][0-9]*", said):
             raise Error(path, "has no process id in it, so no vnb-map wrote it with --daemon")
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        locks.take(fd, shared=True)
     except BlockingIOError:
         # Its lock says that it lives. It may have taken the file over since it was read.
         os.kill(int(os.pread(fd, 20, 0).strip() or said), signal.SIGTERM)
-        fcntl.flock(fd, fcntl.LOCK_SH)
+        locks.wait_for(fd, path, shared=True)
     else:
         raise Error(path, "the vnb-map that wrote this has ended")
     finally:

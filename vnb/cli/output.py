@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Standard output, as a Writer that suits what it is."""
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -17,6 +18,7 @@ from vnb.cli.stdio import set_pipe_size
 from vnb.format import stream
 from vnb.job import proof
 
+_made = []  # the Writer to standard output, once there is one
 _MEMORY_DEVICES = 1  # the major number of /dev/null and its like, which never block
 
 
@@ -35,7 +37,23 @@ def stdout(wait=None):
         set_pipe_size(1)
         writer = stream.Writer(1, wait=wait, put=None if wait is None else _put(wait))
     writer.report = proof.ReportOfStdout
+    _made.append(writer)
     return writer
+
+
+def tell_of_failure():
+    """
+    Tell the command that reads our stream that we have failed, and said why: it need not say that there is no stream.
+
+    Nothing is told where a part of a stream has been written, or where a file would keep it.
+    """
+    if is_last() or any(writer.offset for writer in _made):
+        return
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        poll = select.poll()
+        poll.register(1, select.POLLOUT)
+        if poll.poll(0):
+            os.write(1, stream.FAILED)
 
 
 def unread(fd):

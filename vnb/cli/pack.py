@@ -37,6 +37,11 @@ from vnb.job import proof
 from vnb.store.backupset import Store, is_missing
 
 
+def writes_stream(args):
+    """Whether standard output gets a stream."""
+    return not args["-o"]
+
+
 def main(args):
     spec = ("lz4", None) if args["-z"] else codec.parse(args["--compress"] or "none")
     compress = None if spec[0] == "none" else codec.compressor(*spec)

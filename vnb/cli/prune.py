@@ -24,10 +24,9 @@ Options:
 import contextlib
 import datetime
 import errno
-import fcntl
 import os
 
-from vnb.base import log
+from vnb.base import locks, log
 from vnb.base.errors import Error, UsageError, os_error
 from vnb.cli import arguments
 from vnb.cli.progress import Progress
@@ -333,7 +332,7 @@ def only_one(directory):
     try:
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks.take(fd)
             if os.fstat(fd).st_nlink:
                 break
             os.close(fd)  # the one before us removed it between open and flock

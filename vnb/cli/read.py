@@ -42,6 +42,11 @@ MAX_ZEROES = 1 * GiB  # one extent of zeroes that were read
 LIST = 16  # numbers that take as much memory as a list with none
 
 
+def writes_stream(_args):
+    """Whether standard output gets a stream."""
+    return True
+
+
 def main(args):
     requests = arguments.integer(args, "--requests", 1, 1024)
     request_size = arguments.size(args, "--request-size", 4096, MAX_DATA)

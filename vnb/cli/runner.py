@@ -10,6 +10,7 @@ from vnb import __version__
 from vnb.base import log, signals
 from vnb.base.errors import Error, Interrupted, Mistyped, OutputClosed, Saved, UsageError, lack, os_error
 from vnb.cli import arguments
+from vnb.cli.stdio import said_by_another
 
 SAVED_BUT = 3  # exit status: saved, but something after it has failed
 
@@ -27,7 +28,7 @@ def outcome(name, module, argv):
     module (module or str): imported here where it is a name, since that takes long enough to be interrupted.
     """
     debug = "--debug" in argv[: argv.index("--") if "--" in argv else None]
-    usage = None
+    usage = args = None
     try:
         log.begin(name)
         for signum in signals.SIGNALS:
@@ -65,7 +66,7 @@ def outcome(name, module, argv):
     except Saved as error:
         return _fail(error, debug, SAVED_BUT)
     except Error as error:
-        return _fail(error, debug)
+        return _fail(error, debug, module=module, args=args)
     except OutputClosed:
         _die(signal.SIGPIPE)
     except BrokenPipeError as error:
@@ -74,12 +75,12 @@ def outcome(name, module, argv):
             _die(signal.SIGPIPE)
         return _fail(Error(None, error.strerror), debug)
     except OSError as error:
-        return _fail(Error(error.filename, error.strerror or str(error)), debug)
+        return _fail(Error(error.filename, error.strerror or str(error)), debug, module=module, args=args)
     except (ImportError, MemoryError, RuntimeError) as error:
         lacking = lack(error)
         if lacking is None:
             raise
-        return _fail(lacking, debug)
+        return _fail(lacking, debug, module=module, args=args)
     except Interrupted as interrupted:
         if interrupted.signum != signal.SIGINT:
             log.error(f"ended by {signal.Signals(interrupted.signum).name}")
@@ -141,7 +142,7 @@ def show(text, flush=False):
         raise os_error("stdout", error) from None
 
 
-def _fail(error, debug, status=1):
+def _fail(error, debug, status=1, module=None, args=None):
     if debug:
         import traceback
 
@@ -150,7 +151,11 @@ def _fail(error, debug, status=1):
         sys.stdout.flush()  # what was printed before it failed comes first
     except OSError:
         _discard_stdout()
-    log.error(error)
+    (log.detail if said_by_another(error) else log.error)(error)
+    if args is not None and getattr(module, "writes_stream", lambda _: False)(args):
+        from vnb.cli import output
+
+        output.tell_of_failure()
     return status
 
 

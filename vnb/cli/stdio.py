@@ -3,9 +3,10 @@
 
 import fcntl
 import os
+import stat
 
 from vnb.base import log
-from vnb.base.errors import Error
+from vnb.base.errors import Error, Followed
 from vnb.format.stream import Reader
 
 PIPE_SIZE = 1 << 20  # the most that a user may ask for (fs.pipe-max-size); see formats/extent-stream.md
@@ -30,3 +31,8 @@ def set_pipe_size(fd):
             fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
     except OSError:
         return
+
+
+def said_by_another(error):
+    """Whether the command that writes our standard input has failed, and so has said why: we need not say it again."""
+    return isinstance(error, Followed) and not stat.S_ISREG(os.fstat(0).st_mode)

@@ -39,6 +39,11 @@ from vnb.store import backupset, chain
 from vnb.store.index_check import RowCheck
 
 
+def writes_stream(args):
+    """Whether standard output gets a stream."""
+    return not args["SET_OR_FILE"]
+
+
 def main(args):
     threads = arguments.integer(args, "--threads", 0, 64)
     with Progress(args["--progress"]) as progress:

@@ -52,6 +52,7 @@ MAX_DATA_HEADER = max(DATA_HEADER_SIZES.values())
 TAIL = struct.Struct(">6sBQBQBQ")
 _TAIL_MAGIC = b"\x94\xa4tail"
 HEAD_MAGIC = b"\x94\xa3vnb"
+FAILED = "+failed"  # the type of the frame that stands for a stream, see formats/extent-stream.md
 
 
 class FrameError(ValueError):

@@ -22,7 +22,7 @@ import stat
 
 from xxhash import xxh3_64
 
-from vnb.base.errors import Error, OutputClosed, StreamError, os_error
+from vnb.base.errors import Error, Followed, OutputClosed, StreamError, os_error
 from vnb.format import frame as f
 from vnb.format.frame import DATA, HOLE, STATE_NAMES, ZERO, FrameError, Incomplete
 from vnb.format.index import ROW_SIZE
@@ -37,6 +37,9 @@ DISK_LEVELS = ("full", "inc")  # all of the disk, or what changed since the pare
 LONGEST_PATH = 4096  # characters of a file's path: Linux's PATH_MAX
 _SHA256 = re.compile("[0-9a-f]{64}")
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)  # so it sorts as text
+
+
+FAILED, _ = f.encode([f.FAILED, None])  # what a command writes that fails before it has written anything
 
 
 class Raw:
@@ -254,6 +257,8 @@ class Reader:
                 raise self.error(f'the input ends at {head["point"]}, but {head["next"]} was to follow')
             return False
         if window[: len(f.HEAD_MAGIC)] != f.HEAD_MAGIC:
+            if first == 0 and self.input.fill(len(FAILED)) == FAILED:
+                raise Followed(self.input.name, "the command that was to write this has failed")
             expected = "a stream" if first == 0 else "another segment"
             raise self.error(f"not {expected} of vnb (it starts with {bytes(window[:5]).hex(' ')})")
         return True
@@ -333,6 +338,7 @@ class Segment:
         self._sha256 = None  # of what was seen of it, where the head says what it is
         self.head = self._read_head()
         self._described = {(file["role"], file["path"]): file for file in self.head.get("files", ())}
+        self._came = set()  # of these, what was stored or named
         self.disks = []
         self._pending = self._read_disks()
         self.positions = [0] * len(self.disks)
@@ -366,6 +372,7 @@ class Segment:
             elif kind == "index":
                 self._index(raw)
             elif kind == "end":
+                self._check_files(raw)
                 self._end(raw)
                 return
             elif kind in ("vnb", "disk", "tail"):
@@ -375,7 +382,9 @@ class Segment:
                 if self.reader.consumer and not frame.optional:
                     raise self.reader.error(f'unknown frame type "{kind}"', raw.start)
             self._accept(raw)
-            in_files = in_files and kind not in ("extent", "data")
+            if in_files and kind in ("extent", "data"):
+                in_files = False
+                self._check_files(raw)
             if frame is not None:
                 yield frame
             elif raw.payload is not None and self.reader.pool is not None and self.reader.passed is None:
@@ -500,6 +509,7 @@ class Segment:
             return
         if file["offset"] == 0:
             self._sha256 = hashlib.sha256()
+            self._comes(file, raw)
         self._sha256.update(raw.payload)
         whole = self._file is None
         differs = whole and self._sha256.hexdigest() != described["sha256"]
@@ -511,7 +521,21 @@ class Segment:
         described = self._described.get((same["role"], same["path"]), {})
         if "base" not in described:
             raise self.reader.error(f'file {same["path"]}: the head does not say that the base has it', raw.start)
+        self._comes(same, raw)
         return Same(same)
+
+    def _comes(self, file, raw):
+        key = file["role"], file["path"]
+        if key in self._came:
+            raise self.reader.error(f'file {file["path"]}: is there twice', raw.start)
+        self._came.add(key)
+
+    def _check_files(self, raw):
+        """All files have come, but where a catalog keeps the head alone: those that the head describes are there."""
+        missing = set(self._described) - self._came
+        if missing and self.head["stage"] != "disks":
+            role, path = min(missing)
+            raise self.reader.error(f"file {path}: the head describes this {role}, and the segment lacks it", raw.start)
 
     def _index(self, raw):
         fields, start = raw.fields, raw.start

@@ -458,7 +458,9 @@ def who_runs(directory):
             "the guest"
         )
     trouble = f", and its job does not end: {record['trouble']}" if record.get("trouble") else ""
-    return f"a backup runs already, begun {record['head']['created']} (process {who['pid']} on {who['host']}){trouble}"
+    advice = "" if trouble else ": wait for its end, or end it by vnb-checkpoint abort"
+    begun = record["head"]["created"]
+    return f"a backup runs already, begun {begun} (process {who['pid']} on {who['host']}){trouble}{advice}"
 
 
 def _redirect(log):

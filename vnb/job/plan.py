@@ -36,6 +36,7 @@ class Plan:
         self.catalog = Catalog.of(options["state"], source.uuid, options["set"], options["destination"])
         self.have = source.have()
         # What the set will refuse is refused before the guest is frozen.
+        self.catalog.refuse_impossible()
         self.held = self.catalog.of_domain(source.uuid, source.name)
         for file in self.catalog.damaged:
             self.warn(file.line)

@@ -13,12 +13,12 @@ Of a domain without a job nothing is left in DIR/jobs, unless its keeper had som
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
 import time
 
+from vnb.base import locks
 from vnb.base.durable import make_private_directory, sync_directory
 from vnb.base.errors import Error, os_error
 from vnb.base.processes import wait_for
@@ -139,7 +139,7 @@ class JobDirectory:
             with _explained(path), contextlib.suppress(FileNotFoundError):  # it was removed: there is another, or none
                 fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
                 try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                    locks.wait_for(fd, path) if wait else locks.take(fd)
                     if os.path.samestat(os.fstat(fd), os.stat(path)):
                         fd, locked = None, fd
                         return locked

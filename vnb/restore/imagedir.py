@@ -18,12 +18,12 @@ links they are moved, and told by their sizes and times.
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import secrets
 import shutil
 
+from vnb.base import locks
 from vnb.base.durable import make_directories, sync_directory
 from vnb.base.errors import Error, os_error
 
@@ -256,7 +256,7 @@ def lock_file(path, flags=0, directory=None):
     """
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600, dir_fd=directory)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locks.take(fd)
         if os.path.samestat(os.fstat(fd), os.stat(path, dir_fd=directory, follow_symlinks=False)):
             return fd
     except (BlockingIOError, FileNotFoundError):

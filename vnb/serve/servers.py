@@ -15,6 +15,7 @@ import sys
 import tempfile
 from urllib.parse import quote, unquote, urlsplit
 
+from vnb.base import locks
 from vnb.base.errors import Error, os_error
 from vnb.base.processes import PATIENCE, Child, wait_for
 from vnb.base.tempdir import runtime_directory
@@ -35,7 +36,7 @@ def private_directory():
         while True:
             path = tempfile.mkdtemp(prefix=PREFIX, dir=above)
             lock = os.open(os.path.join(path, LOCK), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_EX)  # says that we live, see _remove_directories()
+            locks.wait_for(lock, path)  # says that we live, see _remove_directories()
             if os.fstat(lock).st_nlink:
                 break
             os.close(lock)  # another came between open and flock, and took it for abandoned
@@ -61,7 +62,7 @@ def _remove_directories(above):
             continue  # another's, or gone, or something else
         try:
             if os.fstat(lock).st_uid == os.geteuid():
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locks.take(lock)
                 shutil.rmtree(path, ignore_errors=True)  # it refuses a symbolic link
         except BlockingIOError:
             pass

@@ -3,12 +3,12 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import secrets
 import stat
 
+from vnb.base import locks
 from vnb.base.durable import make_private_directory, sync_directory
 from vnb.base.errors import Error, StreamError, os_error
 from vnb.format import frame as f
@@ -557,7 +557,7 @@ def locked(directory):
     except OSError as error:
         raise os_error(directory, error) from None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        locks.wait_for(fd, directory)
         yield fd
     finally:
         os.close(fd)
@@ -598,7 +598,7 @@ class Store:
                 self.fd = os.open(self.partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
             except OSError as error:
                 raise os_error(self.partial, error) from None
-            fcntl.flock(self.fd, fcntl.LOCK_EX)  # says that somebody still writes it, see remove_abandoned()
+            locks.wait_for(self.fd, self.partial)  # says that somebody still writes it, see remove_abandoned()
             if os.fstat(self.fd).st_nlink:
                 self.writer = DirectWriter(self.fd, self.path)
                 return
@@ -656,7 +656,7 @@ def remove_abandoned(directory):
         except OSError:
             continue  # its writer was faster
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks.take(fd)
             # Between open and flock its writer may have given it a final name: then it is not at path any more.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(fd), os.lstat(path)):

@@ -6,12 +6,13 @@ A set is its own catalog. For a destination, the heads of what was committed to 
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import socket
 
-from vnb.base.durable import make_private_directory, sync_directory
-from vnb.base.errors import os_error
+from vnb.base.durable import make_directories, make_private_directory, sync_directory
+from vnb.base.errors import Error, os_error
 from vnb.store import backupset
 
 NAME = "name"  # a file beside the heads: the destination's name, which need be no name for a directory
@@ -97,6 +98,21 @@ class Catalog:
             raise os_error(self.directory, error) from None
         found, self.damaged = backupset.readable([self.directory])
         return found
+
+    def refuse_impossible(self):
+        """Raise Error where the directory of a set is not there and can never be, as below /proc."""
+        if not self.is_set or os.path.isdir(self.directory):
+            return
+        try:
+            made = make_directories(self.directory, 0o700)
+        except OSError as error:
+            # Whoever stores the segment may have other rights than we have, but no other names.
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+                raise Error(self.directory, f"no directory can be made there: {error.strerror}") from None
+            return
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # somebody has put something into it meanwhile
+                os.rmdir(path)
 
     def of_domain(self, uuid, domain):
         """The segments of this domain that can be read. Raises Error for a set of another one."""
