@@ -16,7 +16,7 @@ from makers import make_set
 from xxhash import xxh3_64_intdigest
 
 from vnb.format import frame as f
-from vnb.virtnbdbackup import directory as peer
+from vnb.virtnbdbackup import datafile
 
 MiB = 1 << 20
 PYTHON = 26 * MiB  # what it takes itself
@@ -178,7 +178,7 @@ def test_imported_lz4_bomb(tmp_path, said, status):
     content = peer_files.data_file(tmp_path / "backup" / "vda.full.data", header, [(0, b"x" * said)], chunk=said)
     if said < 64 * MiB:
         start, end = (content.index(word) for word in (b"data ", b"\r\nstop "))
-        content = content[: start + peer.FRAME_SIZE] + compress(bytes(64 * MiB)) + content[end:]
+        content = content[: start + datafile.FRAME_SIZE] + compress(bytes(64 * MiB)) + content[end:]
         (tmp_path / "backup" / "vda.full.data").write_bytes(content)
     done = run(tmp_path, "vnb-import", "backup")
     assert done.status == status

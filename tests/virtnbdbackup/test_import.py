@@ -16,6 +16,7 @@ from samples import applied
 from vnb.base.errors import Error
 from vnb.cli.progress import Progress
 from vnb.format.stream import FAILED
+from vnb.virtnbdbackup import conversion, datafile
 from vnb.virtnbdbackup import directory as peer
 
 pytestmark = pytest.mark.usefixtures("utc")
@@ -90,8 +91,8 @@ def test_extents_of_any_length(tmp_path_factory, runs, chunk, compressed):
     ((source,),) = [point.files for point in peer.Directory(str(directory)).points]
     with samples.written() as (writer, content):
         out = writer.segment(samples.head(), [samples.disk("vda", len(image))])
-        with peer.Input(source.path) as file:
-            peer.Copy(source, file, out, 0).run()
+        with datafile.Input(source.path) as file:
+            conversion.Copy(source, file, out, 0).run()
         out.end()
         assert applied(content())["vda"] == image
 
@@ -102,7 +103,7 @@ def test_a_long_lz4_frame_is_unpacked_in_pieces(tmp_path):
     data_file(tmp_path / "vda.full.data", meta(virtualSize=len(content), compressed=2), [(0, content)], 32 << 20)
     ((_, _, frames, _, _),) = samples.read(imported(tmp_path))
     assert b"".join(frame[7] for frame in frames) == content
-    assert max(frame[3] for frame in frames) == peer.PIECE
+    assert max(frame[3] for frame in frames) == datafile.PIECE
 
 
 def test_what_was_saved_beside_the_disks(tmp_path):
@@ -163,7 +164,7 @@ def test_no_time_after_the_last_one(tmp_path):
 def test_a_file_of_no_year(monkeypatch, tmp_path):
     """A file system may hold times that no calendar has; the one here may not, so stat(2) is told what to say."""
     (tmp_path / "vda.full.data").write_bytes(bytes(SIZE))
-    monkeypatch.setattr(peer.Input, "modified", property(lambda _: 1 << 60, lambda *_: None), raising=False)
+    monkeypatch.setattr(datafile.Input, "modified", property(lambda _: 1 << 60, lambda *_: None), raising=False)
     (lost,) = peer.Directory(str(tmp_path)).lost
     assert "was last changed in a year that cannot be" in str(lost)
 

@@ -1,50 +1,25 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A directory that virtnbdbackup wrote: its files, how they belong together, and their data as segments of ours."""
 
-import contextlib
 import dataclasses
 import datetime
-import io
-import json
 import os
 import re
-import stat
-import zlib
-
-from xxhash import xxh3_64_intdigest
 
 from vnb.base.errors import Error, os_error
 from vnb.format import frame as f
 from vnb.format import heads, stream
 from vnb.store import chain
 from vnb.virt import domxml
+from vnb.virtnbdbackup.conversion import Copy
+from vnb.virtnbdbackup.datafile import VERSIONS, Input, _json, read_file
+from vnb.virtnbdbackup.runs import Runs
 
-# A stream of virtnbdbackup, as versions 1.9.15 and 2.x write it. Numbers are 16 hexadecimal digits, \r\n ends things:
-#
-#   meta 0 LENGTH \r\n JSON \r\n
-#   data OFFSET LENGTH \r\n plain bytes, or lz4 frames that give as many \r\n
-#   zero OFFSET LENGTH \r\n                                             only in a full one
-#   stop 0 0 \r\n
-#   JSON \r\n comp 0 LENGTH \r\n                                        only in a compressed one: sizes of lz4 frames
-FRAME = re.compile(rb"(meta|data|zero|stop|comp) ([0-9a-f]{16}) ([0-9a-f]{16})\r\n")
-FRAME_SIZE = 40
-END = b"\r\n"
-VERSIONS = (1, 2)  # of the stream; 1 is 2 without compression
-MAX_META = 1 << 20
 MAX_FILE = 64 << 20  # of a file that is taken along: firmware and kernels are smaller
 MAX_TEXT = 16 << 20  # of XML and JSON files
-PACKED = 64 * f.KiB  # of lz4 data, handed to its library at a time
-PACKED_FIRST = 4 * f.KiB  # of a frame, which may be a short one: what is behind it is copied
-PIECE = 512 * f.KiB  # plain bytes of a data frame, as vnb-read has it
 NAME = re.compile(r"([^.]+)\.(full|copy|inc|diff)(?:\.(.+))?\.data", re.DOTALL)
 CHAIN = "virtnbdbackup"
-RUN = re.compile(rb"Version: (\d+)\.(\d+)\S* Arguments: (.*)")  # a line of a log: a run of virtnbdbackup begins
-WROTE = re.compile(rb"target file: \[(?:.*/)?([^/]+)\.partial\]")  # another one: what this run writes
-LOSING = (2, 21)  # the first version that leaves out of an increment what is dirty and zero
-KEEPING = b"--no-sparse-detection"  # an option, which may be cut short, of a version that leaves nothing out
-MAX_LINE = 64 * f.KiB  # of a log: what is longer is taken for several lines
 FIRST_CHECKPOINT = "virtnbdbackup.0"
-_ZEROES = bytes(PIECE)
 
 
 class Directory:
@@ -198,35 +173,6 @@ class Directory:
                 missing = [entry for entry in listed if entry not in known]
                 if missing:
                     self.notes.append(f"no data of {', '.join(missing)}: a backup that failed, or was moved away")
-
-
-class Runs:
-    """What the logs in a Directory say of the runs of virtnbdbackup: which of them left zeroes out of its files."""
-
-    def __init__(self, directory):
-        self._all = set()  # of all runs: whether they may lose zeroes
-        self._of_file = {}  # {name of a data file: whether a run that wrote it may}
-        for name in directory.names:
-            if re.fullmatch(r"backup\..+\.log", name):
-                # Without a log it is not known, and that is said.
-                with contextlib.suppress(Error), open_file(directory.where(name)) as file:
-                    self._read(io.BufferedReader(file))
-
-    def _read(self, file):
-        loses = True
-        while line := file.readline(MAX_LINE):
-            if match := RUN.search(line):
-                words = match[3].split()
-                keeps = any(KEEPING.startswith(word) and len(word) > len(b"--no-s") for word in words)
-                loses = (int(match[1]), int(match[2])) >= LOSING and not keeps
-                self._all.add(loses)
-            elif match := WROTE.search(line):
-                name = os.fsdecode(match[1])
-                self._of_file[name] = loses or self._of_file.get(name, False)
-
-    def may_lose(self, name):
-        """Whether zeroes may be missing from a data file. One that no log names is judged by all runs."""
-        return self._of_file.get(name, True in self._all or not self._all)
 
 
 def differential(files, spoilt=()):
@@ -497,251 +443,3 @@ class Point:
                 yield {"role": "image-info", "path": file.disk, "mode": 0o600}, read_file(
                     self.directory.where(name), MAX_TEXT
                 )[1]
-
-
-class Copy:
-    """The data of one file on its way into one disk of a segment. out: vnb.format.stream.SegmentWriter."""
-
-    def __init__(self, file, source, out, number):
-        self.file = file
-        self.source = source
-        self.out = out
-        self.number = number
-        self.at = 0  # where the next extent may begin
-        self._runs = []
-
-    def run(self):
-        if self.file.is_raw:
-            self._raw()
-        else:
-            self.source.meta()
-            self._stream()
-            self.source.check_adler()
-        if not self.file.incremental and self.at != self.file.size:
-            raise self.source.error(f"{self.file.size - self.at} bytes of a full disk are missing")
-        self._flush()
-
-    def _stream(self):
-        total = 0
-        while True:
-            kind, offset, length = self.source.frame()
-            if kind == "stop":
-                break
-            if kind not in ("data", "zero") or (kind == "zero" and self.file.incremental):
-                raise self.source.error(f'frame "{kind}" where none may be')
-            if not (self.at <= offset and length and offset + length <= self.file.size):
-                raise self.source.error(f"{length} bytes at offset {offset} overlap or are not in the disk")
-            if not self.file.incremental and offset != self.at:
-                raise self.source.error(f"nothing is said of {offset - self.at} bytes at offset {self.at}")
-            if kind == "zero":
-                self._extent(offset, length)
-            else:
-                total += length
-                unpack = self.source.unpacked if self.file.compressed else self.source.plain
-                for plain in unpack(length):
-                    self._data(offset, plain)
-                    offset += len(plain)
-                self.source.expect(END)
-        if total != self.file.data_size:
-            raise self.source.error(f"the header says {self.file.data_size} bytes of data, there were {total}")
-        if self.file.compressed:
-            self.source.trailer()
-        self.source.end()
-
-    def _raw(self):
-        """An image has zeroes and data alike."""
-        while self.at < self.file.size:
-            for plain in self.source.plain(min(PIECE, self.file.size - self.at)):
-                if plain == _ZEROES[: len(plain)]:
-                    self._extent(self.at, len(plain))
-                else:
-                    self._data(self.at, plain)
-        self.source.end()
-
-    def _data(self, offset, plain):
-        self._flush()
-        self.out.data(self.number, offset, len(plain), "none", xxh3_64_intdigest(plain), plain)
-        self.at = offset + len(plain)
-
-    def _extent(self, offset, length):
-        if self._runs and self._runs[-3] + self._runs[-2] == offset:
-            self._runs[-2] += length
-        else:
-            if len(self._runs) == 3 * f.MAX_EXTENTS:
-                self._flush()
-            self._runs += (offset, length, f.HOLE)
-        self.at = offset + length
-
-    def _flush(self):
-        if self._runs:
-            self.out.extents(self.number, self._runs)
-            self._runs = []
-
-
-class Input:
-    """
-    A file that virtnbdbackup wrote, read once from start to end.
-
-    size (int), modified (Unix time): of the file. offset (int): of the next byte.
-    """
-
-    def __init__(self, path):
-        self.path = path
-        self._file = open_file(path)
-        status = os.fstat(self._file.fileno())
-        self.size = status.st_size
-        self.modified = status.st_mtime
-        self.offset = 0
-        self._ahead = b""  # read from the file, and not yet from here
-        self._adler = 1
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._file.close()
-
-    def error(self, reason):
-        return Error(self.path, reason, f"stream offset {self.offset}")
-
-    def peek(self, size):
-        """Its next bytes, at most size of them, which stay to be read."""
-        self._fill(size)
-        return self._ahead[:size]
-
-    def read(self, size):
-        """Exactly size bytes."""
-        self._fill(size)
-        found = self._ahead[:size]
-        if len(found) < size:
-            raise self.error(f"short record: expected {size} bytes, got {len(found)}")
-        self._ahead = self._ahead[size:]
-        self.offset += size
-        return found
-
-    def _fill(self, size):
-        while len(self._ahead) < size:
-            try:
-                found = os.read(self._file.fileno(), size - len(self._ahead))
-            except OSError as error:
-                raise os_error(self.path, error, f"stream offset {self.offset}") from None
-            if not found:
-                break
-            self._adler = zlib.adler32(found, self._adler)
-            self._ahead = self._ahead + found if self._ahead else found
-
-    def expect(self, text):
-        if self.read(len(text)) != text:
-            raise self.error("not a stream of virtnbdbackup, or damaged")
-
-    def frame(self):
-        """(kind (str), offset, length) of the frame that comes next."""
-        match = FRAME.fullmatch(self.read(FRAME_SIZE))
-        if match is None:
-            raise self.error("not a stream of virtnbdbackup, or damaged")
-        return match[1].decode(), int(match[2], 16), int(match[3], 16)
-
-    def meta(self):
-        """The header (dict)."""
-        kind, _, length = self.frame()
-        if kind != "meta" or length > MAX_META:
-            raise self.error("not a stream of virtnbdbackup, or damaged")
-        meta = _json(self.read(length))
-        if not isinstance(meta, dict):
-            raise self.error("malformed header")
-        self.expect(END)
-        return meta
-
-    def plain(self, length):
-        """Yield length bytes in pieces."""
-        while length:
-            piece = self.read(min(PIECE, length))
-            yield piece
-            length -= len(piece)
-
-    def unpacked(self, length):
-        """
-        Yield length bytes in pieces, from as many lz4 frames as there are.
-
-        They say themselves where they end. Each may unpack to 32 MiB and more, so it is done in pieces.
-        """
-        from lz4.frame import LZ4FrameDecompressor
-
-        waiting = bytearray()
-        decompressor = LZ4FrameDecompressor()
-        size = PACKED_FIRST
-        while length or not decompressor.eof:
-            if decompressor.eof:
-                decompressor = LZ4FrameDecompressor()
-                size = PACKED_FIRST
-            packed = b""
-            if decompressor.needs_input:
-                packed = self.read(max(1, len(self.peek(size))))
-                size = min(2 * size, PACKED)
-            try:
-                found = decompressor.decompress(packed, max_length=PIECE)
-            except (RuntimeError, ValueError) as error:
-                raise self.error(f"damaged lz4 data ({error})") from None
-            if len(found) > length:
-                raise self.error("more lz4 data than its frame says")
-            length -= len(found)
-            waiting += found
-            if len(waiting) >= PIECE:
-                yield bytes(waiting[:PIECE])
-                del waiting[:PIECE]
-            if decompressor.eof and decompressor.unused_data:
-                self._ahead = decompressor.unused_data + self._ahead
-                self.offset -= len(decompressor.unused_data)
-        if waiting:
-            yield bytes(waiting)
-
-    def trailer(self):
-        """Pass over the list of sizes behind a compressed stream: the frames say it themselves."""
-        length = self.size - self.offset - len(END) - FRAME_SIZE
-        for _ in self.plain(max(0, length)):
-            pass
-        self.expect(END)
-        kind, _, said = self.frame()
-        if kind != "comp" or said != length:
-            raise self.error("the list of compressed sizes is damaged")
-
-    def end(self):
-        if self.peek(1):
-            raise self.error("there is more after the end of the stream")
-
-    def check_adler(self):
-        """Hold all that was read against the checksum that versions from 2 on leave beside the file."""
-        path = f"{self.path}.chksum"
-        if os.path.exists(path):
-            text = read_file(path, MAX_META)[1].strip()
-            if text.isdigit() and text != b"%d" % self._adler:  # one release wrote something else than a number
-                raise Error(self.path, f"is damaged: its checksum is {self._adler}, {path} says {text.decode()}")
-
-
-def _json(text):
-    """The value that a text (str or bytes) is in JSON, None where it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def open_file(path):
-    """A regular file (io.FileIO), open for reading. Raises Error."""
-    try:
-        # Not to wait for whoever may open the other end of a FIFO.
-        file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    except OSError as error:
-        raise os_error(path, error) from None
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise Error(path, "not a regular file")
-    return file
-
-
-def read_file(path, limit):
-    """(mode, bytes) of a small regular file. Raises Error for one of more than limit bytes."""
-    with Input(path) as source:
-        if source.size > limit:
-            raise Error(path, f"{source.size} bytes, expected at most {limit}")
-        return stat.S_IMODE(os.stat(path).st_mode), source.read(source.size)
