@@ -11,7 +11,7 @@ import time
 import makers
 import pytest
 
-from vnb.format import stream
+from vnb.format import writing
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COMMAND = [sys.executable, os.path.join(ROOT, "bin", "vnb-apply")]
@@ -30,7 +30,7 @@ def segments_of(plan, known=None, **options):
     for number, (disks, image) in enumerate(zip(plan, makers.images(plan))):
         fd = os.memfd_create("segment")
         try:
-            writer = stream.Writer(fd, "sample")
+            writer = writing.Writer(fd, "sample")
             sizes = {name: len(image[name]) for name in disks}
             makers.write_segment(
                 writer, number, disks, sizes, known=before if known is None or not number else known, **options

@@ -15,7 +15,7 @@ import random
 
 from xxhash import xxh3_64_intdigest
 
-from vnb.format import codec, frame, stream
+from vnb.format import codec, frame, writing
 from vnb.format.index import Builder
 from vnb.store import backupset
 
@@ -106,7 +106,7 @@ def head(number, **changes):
 
 
 def write_segment(writer, number, disks, sizes, spec="none", frame_size=64 << 10, index=True, known=()):
-    """Write one segment of a plan with a vnb.format.stream.Writer. known: the disks that are increments in it."""
+    """Write one segment of a plan with a vnb.format.writing.Writer. known: the disks that are increments in it."""
     compress = codec.compressor(*codec.parse(spec))
     described = [
         {"name": name, "size": sizes[name], "level": "inc" if name in known else "full", "image": {}} for name in disks
@@ -139,7 +139,7 @@ def make_set(directory, plan, **options):
         path = os.path.join(directory, backupset.file_name(head(number)))
         with open(path, "wb") as file:
             sizes = {name: len(image[name]) for name in disks}
-            write_segment(stream.Writer(file.fileno(), path), number, disks, sizes, known=before, **options)
+            write_segment(writing.Writer(file.fileno(), path), number, disks, sizes, known=before, **options)
         before = image
         paths.append(path)
     return paths

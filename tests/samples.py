@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
-from vnb.format import codec, index, stream
+from vnb.format import codec, index, stream, values, writing
 from vnb.format import frame as f
 from vnb.format.frame import DATA, HOLE, ZERO
 
@@ -37,7 +37,7 @@ def memory(content=b""):
 def written():
     """(writer, function that returns the bytes written so far)."""
     with memory() as fd:
-        writer = stream.Writer(fd, "sample")
+        writer = writing.Writer(fd, "sample")
 
         def content():
             writer.flush()
@@ -84,16 +84,16 @@ def every_kind(required=True):
         out.file(part(offset=2), b"c")
         index_ = index.Builder(out)
         data(out, 0, 0, b"xyz" * 33 + b"x", "lz4", index_)
-        out.frame(stream.Other(["+x", {"k": [1, None, True]}], None))
+        out.frame(values.Other(["+x", {"k": [1, None, True]}], None))
         extents(out, 1, [0, 64, HOLE], index_)
         data(out, 0, 100, b"12345678" * 5, "none", index_)
         extents(out, 0, [140, 100, ZERO, 240, 60, HOLE], index_)
         index_.finish()
-        out.frame(stream.Other(["+y", 7], b"payload"))
+        out.frame(values.Other(["+y", 7], b"payload"))
         out.end()
         out = writer.segment(head("p1", "p0"), [disk("a", 300, "inc")])
         if required:
-            out.frame(stream.Other(["x", "q"], None))
+            out.frame(values.Other(["x", "q"], None))
         data(out, 0, 10, b"q" * 20)
         out.end()
         return content()
@@ -124,12 +124,12 @@ def read(content, check_plain=True, **options):
             frames = []
             for frame in segment_:
                 kind = frame.__class__
-                if kind is stream.Data:
+                if kind is values.Data:
                     name = segment_.disks[frame.disk]["name"]
                     plain = bytes(codec.plain(frame, name)) if check_plain else None
                     frames.append(("data", frame.disk, frame.offset, frame.length, frame.codec, frame.hash,
                                    bytes(frame.payload), plain))
-                elif kind is stream.Extents:
+                elif kind is values.Extents:
                     frames.append(("extent", frame.disk, frame.runs))
                 else:
                     payload = None if frame.payload is None else bytes(frame.payload)
@@ -178,7 +178,7 @@ def written_from(segments):
                 if frame[0] == "File":
                     out.file(*frame[1:])
                 elif frame[0] == "Other":
-                    out.frame(stream.Other(*frame[1:]))
+                    out.frame(values.Other(*frame[1:]))
                 elif frame[0] == "extent":
                     extents(out, *frame[1:], builder)
                 else:

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from vnb.cli import runner
-from vnb.format.stream import FAILED
+from vnb.format.values import FAILED
 
 DEADLINE = 60  # seconds that anything may take before a test fails instead of hanging
 TESTS = Path(__file__).resolve().parent

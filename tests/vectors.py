@@ -13,7 +13,7 @@ import samples
 from samples import data, disk, extents, part
 
 from vnb.format import frame as f
-from vnb.format import index, stream
+from vnb.format import index, values
 from vnb.format.frame import DATA, HOLE, ZERO
 
 DIRECTORY = os.path.join(samples.ROOT, "formats", "vectors")
@@ -127,9 +127,9 @@ def domain_name(writer):
 def unknown_optional(writer):
     """Frames of types that nobody knows, which consumers skip."""
     out = writer.segment(head(0), [disk("vda", 512)])
-    out.frame(stream.Other(["+note", "text", {"any": [1, None, True]}], None))
+    out.frame(values.Other(["+note", "text", {"any": [1, None, True]}], None))
     extents(out, 0, [0, 512, HOLE])
-    out.frame(stream.Other(["+blob", 5], b"payload"))
+    out.frame(values.Other(["+blob", 5], b"payload"))
     out.end()
 
 
@@ -137,7 +137,7 @@ def unknown_required(writer):
     """A frame of a type that nobody knows, which filters pass on and consumers refuse."""
     out = writer.segment(head(0), [disk("vda", 512)])
     extents(out, 0, [0, 512, HOLE])
-    out.frame(stream.Other(["note", "text"], None))
+    out.frame(values.Other(["note", "text"], None))
     out.end()
 
 

@@ -13,7 +13,7 @@ import pytest
 import samples
 from makers import head, make_set, point
 
-from vnb.format.stream import FAILED
+from vnb.format.values import FAILED
 
 PLAN = [{"vda": "64k:A"}, {"vda": "32k:B"}]
 MISSING = "/none/here: No such file or directory"

@@ -19,7 +19,7 @@ from peaks import LIMIT, peaks
 from turns import ROOT, Group, python, script, timed
 from xxhash import xxh3_64_intdigest
 
-from vnb.format import stream
+from vnb.format import writing
 from vnb.format.frame import MiB
 from vnb.format.index import Builder
 from vnb.store import backupset
@@ -59,7 +59,7 @@ def make(directory, size, increments):
             head = makers.head(number)
             disk = {"name": "vda", "size": size, "level": "inc" if number else "full", "image": {}}
             with open(os.path.join(directory, backupset.file_name(head)), "wb") as file:
-                out = stream.Writer(file.fileno(), "set").segment(head, [disk])
+                out = writing.Writer(file.fileno(), "set").segment(head, [disk])
                 index = Builder(out)
                 step = PIECE if number else FRAME
                 places = range(0, size, step)
@@ -128,7 +128,7 @@ def make_index(path, rows):
     """Make a segment whose index has this many rows, of holes and zeroes."""
     with open(path, "wb") as file:
         head = makers.head(0)
-        out = stream.Writer(file.fileno(), path).segment(
+        out = writing.Writer(file.fileno(), path).segment(
             head, [{"name": "vda", "size": 65536 * rows, "level": "full", "image": {}}]
         )
         index = Builder(out)

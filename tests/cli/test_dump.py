@@ -13,7 +13,7 @@ import samples
 from samples import disk, head, segment
 
 from vnb.format import frame as f
-from vnb.format.stream import FAILED
+from vnb.format.values import FAILED
 
 STREAM = samples.every_kind()
 DUMP = [sys.executable, os.path.join(samples.ROOT, "bin", "vnb-dump")]
@@ -246,9 +246,9 @@ def test_memory_stays_small():
     """A stream of 128 MiB, both ways, in less."""
     program = (
         "import sys; sys.path[:0] = ['tests']; import samples\n"
-        "from vnb.format import stream\n"
+        "from vnb.format.writing import Writer\n"
         "from xxhash import xxh3_64_intdigest\n"
-        "out = stream.Writer(1).segment(samples.head(), [samples.disk(size=1 << 27)])\n"
+        "out = Writer(1).segment(samples.head(), [samples.disk(size=1 << 27)])\n"
         "plain = bytes(1 << 20); digest = xxh3_64_intdigest(plain)\n"
         "for n in range(128): out.data(0, n << 20, 1 << 20, 'none', digest, plain)\n"
         "out.end()\n"

@@ -23,6 +23,7 @@ sys.path.insert(0, sys.argv[1])
 import samples
 from vnb.store import direct_writer
 from vnb.cli import output
+from vnb.format import writing
 from vnb.format import stream
 {before}
 def wait(fd, event):
@@ -160,13 +161,13 @@ def test_segment_that_is_not_finished(tmp_path):
     """Its start is in the file, so that nobody takes it for a whole stream, whatever ends the command."""
     path = tmp_path / "out"
     before = """
-real, begun = stream.SegmentWriter.data, []
+real, begun = writing.SegmentWriter.data, []
 def data(self, disk, offset, *arguments):
     begun.append(offset)
     if begun.count(0) == 2:
         os.kill(os.getpid(), 9)
     return real(self, disk, offset, *arguments)
-stream.SegmentWriter.data = data
+writing.SegmentWriter.data = data
 """
     with path.open("wb") as file, pytest.raises(subprocess.CalledProcessError) as raised:
         run(file, before)

@@ -17,7 +17,7 @@ from servers import DEADLINE, command, nbdkit, needs_nbdkit, planned, serve, sta
 
 from vnb.cli import read
 from vnb.format import frame as f
-from vnb.format import stream
+from vnb.format import stream, values
 from vnb.format.frame import DATA, HOLE, ZERO
 
 KiB, MiB = 1 << 10, 1 << 20
@@ -140,16 +140,16 @@ def test_extents_that_wait_behind_a_read_are_bounded(length):
         return made
 
     made = pipeline(requests=4)
-    made.add(stream.Extents(0, [0, 4096, DATA]))
+    made.add(values.Extents(0, [0, 4096, DATA]))
     with pytest.raises(Blocked):
         for number in range(1, 1_000_000, length):
             runs = [value for at in range(number, number + length) for value in (4096 * at, 4096, ZERO)]
-            made.add(stream.Extents(0, runs))
+            made.add(values.Extents(0, runs))
     assert (3 * length + read.LIST) * (len(made.queue) - 1) <= read.MAX_WAITING
     assert len(made.queue) > 4
     made = pipeline(requests=1000)
     with pytest.raises(Blocked):
-        made.add(stream.Extents(0, [0, 1 << 40, DATA]))
+        made.add(values.Extents(0, [0, 1 << 40, DATA]))
     assert made.bytes_in_flight <= read.MAX_IN_FLIGHT
 
 
@@ -175,7 +175,7 @@ def test_zeroes_without_end_are_told_of_now_and_then(monkeypatch):
     out = mock.Mock()
     pipeline = read.Pipeline(mock.Mock(), requests=1)
     pipeline.begin(out, [mock.Mock(request_size=MiB)])
-    pipeline.add(stream.Extents(0, [0, 5 * MiB, DATA]))
+    pipeline.add(values.Extents(0, [0, 5 * MiB, DATA]))
     pipeline.drain()
     assert [call.args for call in out.extents.call_args_list] == [
         (0, [0, 2 * MiB, ZERO]), (0, [2 * MiB, 2 * MiB, ZERO]), (0, [4 * MiB, MiB, ZERO]),

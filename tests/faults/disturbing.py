@@ -23,7 +23,7 @@ from pathlib import Path
 
 from lab import KiB, clear, marked, wait_for
 
-from vnb.format import stream
+from vnb.format import stream, writing
 
 SIGNALS = ("KILL", "TERM", "INT")
 # What changes something that others see: the order of these is what a crash may come between.
@@ -350,7 +350,7 @@ def rewrite(path, **changes):
     """Change fields of the head of a segment in a file."""
     with open(path, "rb") as old, open(path.with_suffix(".new"), "wb") as new:
         for segment in stream.Reader(old.fileno(), str(path)):
-            writer = stream.Writer(new.fileno(), str(path))
+            writer = writing.Writer(new.fileno(), str(path))
             out = writer.segment({**segment.head, **changes}, segment.disks)
             for frame in segment:
                 out.frame(frame)

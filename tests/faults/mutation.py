@@ -13,7 +13,7 @@ import struct
 import msgpack
 from xxhash import xxh3_64_intdigest
 
-from vnb.format import codec, stream
+from vnb.format import codec, values
 from vnb.format import frame as f
 
 NUMBERS = [
@@ -86,7 +86,7 @@ def stream_of(frames, spared=None):
     spared (int or None): the number of the frame that stays as it is.
     """
     out = bytearray()
-    counts, start, last_index = stream.Counts(), 0, 0
+    counts, start, last_index = values.Counts(), 0, 0
     moved = {}  # position of a data frame as the index has it: as it is now
     for number, (fields, payload) in enumerate(frames):
         kind = fields[0] if fields else None
@@ -116,7 +116,7 @@ def stream_of(frames, spared=None):
                     counts.bytes[state] += length
         out += bytes_
         if kind == "tail":
-            counts, start, last_index, moved = stream.Counts(), len(out), 0, {}
+            counts, start, last_index, moved = values.Counts(), len(out), 0, {}
         elif kind != "end":
             counts.add(sum_)
     return bytes(out)

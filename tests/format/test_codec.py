@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from vnb.base.errors import Error, UsageError
-from vnb.format import codec, stream
+from vnb.format import codec, values
 from vnb.format.frame import MAX_DATA
 
 zstandard = pytest.importorskip("zstandard")
@@ -22,7 +22,7 @@ COMPRESSIBLE = b"some words, " * 400
 
 def frame(plain, spec):
     name, payload = codec.compressor(*codec.parse(spec))(plain)
-    return stream.Data(0, 512, len(plain), name, xxh3_64_intdigest(plain), payload)
+    return values.Data(0, 512, len(plain), name, xxh3_64_intdigest(plain), payload)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -66,7 +66,7 @@ def test_each_bit_matters(spec):
     for at in range(8 * len(good.payload)):
         payload = bytearray(good.payload)
         payload[at // 8] ^= 1 << at % 8
-        data = stream.Data(0, 512, len(plain), good.codec, good.hash, payload)
+        data = values.Data(0, 512, len(plain), good.codec, good.hash, payload)
         reason = "differ from what was read" if spec == "none" else f"damaged {spec} data .its checksum differs"
         for function in (codec.plain, codec.check):
             with pytest.raises(Error, match=f"^vdb: offset 512: .*{reason}"):
@@ -79,14 +79,14 @@ def test_payloads_made_to_deceive(spec, payload, length):
     """The checksum of the packed bytes is right, and what it covers is anything."""
     payload = xxh3_64_intdigest(payload).to_bytes(8, "big") + payload
     with pytest.raises(Error, match="vda: offset 512: "):
-        codec.plain(stream.Data(0, 512, length, spec, 5, payload), "vda")
+        codec.plain(values.Data(0, 512, length, spec, 5, payload), "vda")
 
 
 @pytest.mark.parametrize("spec", ["lz4", "zstd"])
 @pytest.mark.parametrize("size", [1, 7, 8])
 def test_payloads_too_short_for_their_checksum(spec, size):
     with pytest.raises(Error, match="checksum differs"):
-        codec.check(stream.Data(0, 512, 100, spec, 5, b"\0" * size), "vda")
+        codec.check(values.Data(0, 512, 100, spec, 5, b"\0" * size), "vda")
 
 
 @pytest.mark.parametrize("spec", ["lz4", "zstd"])
@@ -94,13 +94,13 @@ def test_a_frame_that_unpacks_to_another_length(spec):
     data = frame(COMPRESSIBLE, spec)
     for length in (len(COMPRESSIBLE) - 1, len(COMPRESSIBLE) + 1, MAX_DATA):
         with pytest.raises(Error):
-            codec.plain(stream.Data(0, 0, length, spec, data.hash, data.payload), "vda")
+            codec.plain(values.Data(0, 0, length, spec, data.hash, data.payload), "vda")
 
 
 def test_zstd_that_does_not_say_how_long_it_is():
     packed = zstandard.ZstdCompressor(write_content_size=False).compress(COMPRESSIBLE)
     payload = xxh3_64_intdigest(packed).to_bytes(8, "big") + packed
-    data = stream.Data(0, 0, len(COMPRESSIBLE), "zstd", xxh3_64_intdigest(COMPRESSIBLE), payload)
+    data = values.Data(0, 0, len(COMPRESSIBLE), "zstd", xxh3_64_intdigest(COMPRESSIBLE), payload)
     with pytest.raises(Error, match="damaged zstd data"):
         codec.plain(data, "vda")
 
@@ -108,7 +108,7 @@ def test_zstd_that_does_not_say_how_long_it_is():
 def test_other_bytes_with_a_right_checksum():
     """As a broken compressor would make them."""
     name, payload = codec.compressor("lz4")(COMPRESSIBLE)
-    data = stream.Data(0, 4096, len(COMPRESSIBLE), name, xxh3_64_intdigest(b"other"), payload)
+    data = values.Data(0, 4096, len(COMPRESSIBLE), name, xxh3_64_intdigest(b"other"), payload)
     codec.check(data, "vda")
     with pytest.raises(Error, match="^vda: offset 4096: 4800 bytes differ from what was read from the source$"):
         codec.plain(data, "vda")
@@ -123,7 +123,7 @@ def test_several_threads_at_once(spec):
         plain = bytes([number]) * 100_000
         for _ in range(20):
             name, payload = compress(plain)
-            data = stream.Data(0, 0, len(plain), name, xxh3_64_intdigest(plain), payload)
+            data = values.Data(0, 0, len(plain), name, xxh3_64_intdigest(plain), payload)
             assert codec.plain(data, "vda") == plain
         found.append(number)
 
@@ -149,4 +149,4 @@ def test_zstd_that_is_not_installed(monkeypatch):
     packed = b"x"
     payload = xxh3_64_intdigest(packed).to_bytes(8, "big") + packed
     with pytest.raises(Error, match=reason):
-        codec.plain(stream.Data(0, 0, 50, "zstd", 5, payload), "vda")
+        codec.plain(values.Data(0, 0, 50, "zstd", 5, payload), "vda")

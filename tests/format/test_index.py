@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vnb.base.cache import Cache
 from vnb.base.errors import StreamError
 from vnb.format import frame as f
-from vnb.format import index, stream
+from vnb.format import index, writing
 from vnb.format.frame import HOLE, ZERO
 from vnb.store import backupset
 
@@ -158,7 +158,7 @@ def large(tmp_path, rows):
     """A segment whose index has several frames: rows data frames of one byte each."""
     path = tmp_path / "large.vnb"
     with open(path, "wb") as file:
-        writer = stream.Writer(file.fileno(), str(path))
+        writer = writing.Writer(file.fileno(), str(path))
         out = writer.segment(makers.head(0), [{"name": "vda", "size": 2 * rows, "level": "full", "image": {}}])
         builder = index.Builder(out)
         for number in range(rows):

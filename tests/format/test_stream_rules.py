@@ -16,7 +16,7 @@ from samples import disk, head, part, segment
 
 from vnb.base.errors import Error, StreamError
 from vnb.format import frame as f
-from vnb.format import stream
+from vnb.format import stream, writing
 from vnb.format.frame import HOLE, ZERO
 
 DISKS = [disk(size=100)]
@@ -432,7 +432,7 @@ def test_descriptors_that_do_not_block():
     os.set_blocking(write_end, False)
 
     def feed():
-        writer = stream.Writer(write_end, "pipe")
+        writer = writing.Writer(write_end, "pipe")
         for _ in range(500):
             writer.write(content)
         writer.flush()

@@ -15,7 +15,7 @@ import vectors
 from json_lines import from_lines, to_lines
 
 from vnb.base.errors import Error
-from vnb.format import codec, stream
+from vnb.format import codec, rules, stream, values
 from vnb.format import frame as f
 from vnb.store import chain
 
@@ -40,7 +40,7 @@ def use(content):
             else:
                 follow.accept(segment.head, segment.disks)
             for frame in segment:
-                if frame.__class__ is stream.Data:
+                if frame.__class__ is values.Data:
                     codec.plain(frame, segment.disks[frame.disk]["name"])
 
 
@@ -125,11 +125,11 @@ def test_limits_of_the_page():
     }.items() <= limits.items()
     assert f"3 to {f.MAX_ELEMENTS} elements" in PAGE
     assert f"The version is {f.VERSION}." in PAGE
-    assert f"at most {stream.LONGEST_PATH} characters" in PAGE
+    assert f"at most {rules.LONGEST_PATH} characters" in PAGE
 
 
 def test_stages_levels_and_codecs_of_the_page():
-    for word in (*stream.STAGES, *stream.LEVELS, *f.CODECS):
+    for word in (*rules.STAGES, *rules.LEVELS, *f.CODECS):
         assert f"`{word}`" in PAGE
 
 

@@ -12,7 +12,7 @@ import samples
 from applied import qemu_img, qemu_nbd, refused, restored, same, segments_of
 from xxhash import xxh3_64_intdigest
 
-from vnb.format import stream
+from vnb.format import writing
 from vnb.format.frame import ZERO
 
 PLAN = [{"vda": "64k:A 64k:- 64k:0 64k:? 512:B 1M:- 512:-"}, {"vda": "32k:0 64k:C 32k:- 64k:0 4k:. 4k:D 200k:."}]
@@ -152,7 +152,7 @@ def samples_of(magic, disk):
         (full, 8192, [(0, magic)]), (increment, 12288, [(8192, b"\2" * 4096)]),
     ):
         fd = os.memfd_create("segment")
-        out = stream.Writer(fd).segment(head, [{**disk, "size": size, "level": "inc" if found else "full"}])
+        out = writing.Writer(fd).segment(head, [{**disk, "size": size, "level": "inc" if found else "full"}])
         for offset, content in frames:
             out.data(0, offset, len(content), "none", xxh3_64_intdigest(content), content)
         if not found:

@@ -13,7 +13,7 @@ from applied import nbdkit, refused, restored, segments_of
 from xxhash import xxh3_64_intdigest
 
 from vnb.base.errors import Error
-from vnb.format import stream
+from vnb.format import writing
 from vnb.nbd import sinks
 from vnb.restore import targets
 
@@ -224,7 +224,7 @@ def test_memory_does_not_grow_with_the_requests(tmp_path):
     """libnbd's own Buffer, once it was written from, is never freed."""
     count = 100_000
     with nbdkit(tmp_path, "null", count * 4096) as (uri, _), open(tmp_path / "stream", "w+b") as file:
-        out = stream.Writer(file.fileno()).segment(
+        out = writing.Writer(file.fileno()).segment(
             makers.head(0), [{"name": "vda", "size": count * 4096, "level": "full"}])
         block = b"A" * 4096
         for number in range(count):

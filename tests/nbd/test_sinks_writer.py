@@ -8,7 +8,7 @@ import pytest
 from xxhash import xxh3_64_intdigest
 
 from vnb.base.errors import Error
-from vnb.format import stream
+from vnb.format import values
 from vnb.format.frame import KiB, MiB
 from vnb.nbd.sinks import Raw
 from vnb.restore.writer import Buffers, Writer
@@ -81,7 +81,7 @@ def test_failure_reaches_who_reads_and_who_waits(tmp_path):
         for at in range(100):
             view = buffers.take(len(plain))
             view[:] = plain
-            data = stream.Data(0, at * len(plain), len(plain), "none", xxh3_64_intdigest(plain), view)
+            data = values.Data(0, at * len(plain), len(plain), "none", xxh3_64_intdigest(plain), view)
             writer.put(data, True)
     writer.start_finish()
     with pytest.raises(Error, match="broken"):
@@ -97,7 +97,7 @@ def test_zeroes_are_bounded_too(tmp_path):
     writer = Writer(Raw(fd, "vda"), "vda", buffers)
     runs = [word for at in range(1000) for word in (at * 1024, 512, 3)]
     for _ in range(20):
-        writer.put(stream.Extents(0, runs), False)
+        writer.put(values.Extents(0, runs), False)
         assert buffers._used <= 1 * MiB
     writer.start_finish()
     writer.finish()

@@ -282,10 +282,10 @@ from vnb.base.errors import Error
 import samples
 try:
     with Store(sys.argv[1], samples.head(), []) as store:
-        writer = stream.Writer(store.fd, store.path)
+        writer = writing.Writer(store.fd, store.path)
         out = writer.segment(samples.head(), [])
         for _ in range(99):
-            out.frame(stream.Other(["+x", 5], bytes(100000)))
+            out.frame(values.Other(["+x", 5], bytes(100000)))
         out.end()
         store.commit()
 except Error as error:

@@ -13,7 +13,7 @@ from samples import applied
 from xxhash import xxh3_64_intdigest
 
 from vnb.base.errors import Error, StreamError
-from vnb.format import index, stream
+from vnb.format import index, values
 from vnb.format.frame import HOLE, ZERO
 from vnb.store import backupset, chain
 from vnb.store.merge import Merge
@@ -245,7 +245,7 @@ def with_unknown(kind, with_index=True):
         out = writer.segment(samples.head(), [samples.disk("a", 64)])
         builder = index.Builder(out)
         samples.data(out, 0, 0, b"x" * 32, "none", builder)
-        out.frame(stream.Other([kind, 1], b"payload"))
+        out.frame(values.Other([kind, 1], b"payload"))
         samples.data(out, 0, 32, b"y" * 32, "none", builder)
         if with_index:
             builder.finish()

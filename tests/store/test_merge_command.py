@@ -10,7 +10,7 @@ import pytest
 import samples
 from samples import applied
 
-from vnb.format.stream import FAILED
+from vnb.format.values import FAILED
 from vnb.store import backupset, chain
 
 PLAN = [

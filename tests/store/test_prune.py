@@ -20,7 +20,7 @@ from samples import applied
 from vnb.base import log
 from vnb.base.errors import Error
 from vnb.cli import prune
-from vnb.format import index, stream
+from vnb.format import index, writing
 from vnb.format.frame import HOLE
 from vnb.store import backupset, chain
 
@@ -44,7 +44,7 @@ def segment(directory, point, parent, hours, level=None, seed=0, spec="lz4", **f
     path = os.path.join(directory, backupset.file_name(head))
     os.makedirs(directory, mode=0o700, exist_ok=True)
     with open(path, "wb") as file:
-        out = stream.Writer(file.fileno(), path).segment(head, [samples.disk("a", SIZE, "inc" if parent else "full")])
+        out = writing.Writer(file.fileno(), path).segment(head, [samples.disk("a", SIZE, "inc" if parent else "full")])
         builder = index.Builder(out)
         for at in range(0, SIZE, 512):
             kind = generator.choice(["data", "data", "hole", "clean"])

@@ -18,8 +18,8 @@ from vnb.base.errors import Error
 from vnb.cli import verify
 from vnb.cli.progress import Progress
 from vnb.format import frame as f
-from vnb.format import index, stream
-from vnb.format.stream import FAILED
+from vnb.format import index, writing
+from vnb.format.values import FAILED
 
 STREAM = samples.every_kind()
 VERIFY = [sys.executable, os.path.join(samples.ROOT, "bin", "vnb-verify")]
@@ -533,7 +533,7 @@ def test_large_index(tmp_path):
     """Many frames of it, of several disks, as the Builder writes them."""
     path = tmp_path / "x.vnb"
     with open(path, "wb") as file:
-        out = stream.Writer(file.fileno(), "x").segment(head(), [disk("a", 60_000), disk("b", 60_000)])
+        out = writing.Writer(file.fileno(), "x").segment(head(), [disk("a", 60_000), disk("b", 60_000)])
         builder = index.Builder(out)
         for start in range(0, 60_000, 3000):
             for number in (0, 1):
@@ -571,7 +571,7 @@ def test_memory_stays_small():
         "import sys; sys.path[:0] = ['tests']; import samples\n"
         "from vnb.format import codec, stream\n"
         "from xxhash import xxh3_64_intdigest\n"
-        "out = stream.Writer(1).segment(samples.head(), [samples.disk(size=1 << 27)])\n"
+        "out = writing.Writer(1).segment(samples.head(), [samples.disk(size=1 << 27)])\n"
         "plain = bytes(1 << 19); digest = xxh3_64_intdigest(plain); pack = codec.compressor('lz4')\n"
         "for n in range(256):\n"
         "    name, payload = pack(plain) if n % 2 else ('none', plain)\n"

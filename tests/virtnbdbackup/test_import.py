@@ -15,7 +15,7 @@ from samples import applied
 
 from vnb.base.errors import Error
 from vnb.cli.progress import Progress
-from vnb.format.stream import FAILED
+from vnb.format.values import FAILED
 from vnb.virtnbdbackup import conversion, datafile
 from vnb.virtnbdbackup import directory as peer
 

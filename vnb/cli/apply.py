@@ -31,7 +31,7 @@ Options:
 from vnb.base.errors import UsageError
 from vnb.cli.progress import Progress
 from vnb.cli.stdio import stdin
-from vnb.format import stream
+from vnb.format import rules
 from vnb.job import proof
 from vnb.restore import targets
 from vnb.restore.replica import Standby
@@ -122,7 +122,7 @@ def parse_disks(values):
     written = set()
     for value in values:
         name, equals, text = value.partition("=")
-        if not stream.is_safe_name(name):
+        if not rules.is_safe_name(name):
             raise UsageError("--disk", f'"{value}" names no disk')
         if name in chosen or (equals and text in written):
             raise UsageError("--disk", f'"{value}": {"the disk" if name in chosen else "the target"} is there twice')

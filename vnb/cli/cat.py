@@ -38,7 +38,7 @@ from vnb.base.errors import Error, UsageError
 from vnb.cli import output
 from vnb.cli.progress import Progress
 from vnb.cli.runner import show
-from vnb.format import codec, heads, stream
+from vnb.format import codec, heads, values
 from vnb.store import backupset, chain
 from vnb.store.domain_files import files_of, merged_files
 from vnb.store.merge import Merge
@@ -161,10 +161,10 @@ def _copy(saved, out, wanted, after, more, progress, share):
     numbers = {old: new for new, old in enumerate(kept)}
     with progress.segment(out.segment(head, [segment.disks[number] for number in kept]), share) as written:
         for frame in segment:
-            if frame.__class__ in (stream.Data, stream.Extents):
+            if frame.__class__ in (values.Data, values.Extents):
                 if frame.disk not in numbers:
                     continue
-                if frame.__class__ is stream.Data:
+                if frame.__class__ is values.Data:
                     codec.check(frame, f'{saved.name}: {segment.disks[frame.disk]["name"]}')
                 frame.disk = numbers[frame.disk]
             written.frame(frame)

@@ -29,7 +29,7 @@ from vnb.base.errors import Error, Mistyped, Saved, UsageError
 from vnb.cli import arguments, output
 from vnb.cli.checkpoint_usage import SUBCOMMANDS
 from vnb.cli.usage import Usage
-from vnb.format import stream
+from vnb.format import rules, writing
 from vnb.job import domain_files, proof
 from vnb.job.pipeline import CommandFailed, Pipeline, leaves_by_stdout, readers_of_stdout
 from vnb.job.state import JobDirectory
@@ -177,7 +177,7 @@ def _images(args):
     found = {}
     for operand in args["--image"]:
         name, _, path = operand.partition("=")
-        if not path or not stream.is_safe_name(name):
+        if not path or not rules.is_safe_name(name):
             raise UsageError("--image", f'"{operand}" is not NAME=FILE')
         if name in found:
             raise UsageError("--image", f"{name} is given twice")
@@ -268,7 +268,7 @@ def _environment(options, head):
     return {name: value for name, value in environment.items() if value or name not in ("VNB_SET", proof.STDOUT)}
 
 
-class _Feed(stream.Writer):
+class _Feed(writing.Writer):
     """The stream to the command of run. Raises Error where that, or the keeper, ends before it has taken all."""
 
     def __init__(self, pipeline):

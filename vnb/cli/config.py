@@ -42,7 +42,7 @@ from vnb.base import log
 from vnb.base.errors import Error, UsageError, os_error
 from vnb.cli.runner import show
 from vnb.cli.stdio import stdin
-from vnb.format import stream
+from vnb.format import rules, values
 from vnb.nbd.endpoint import NBD_PORT
 from vnb.restore.domain_files import Earlier, Files, check_path, destinations, originals
 from vnb.restore.imagedir import EXISTS
@@ -63,7 +63,7 @@ def main(args):
                 restored = Restored(segment, args)
                 earlier.begin()
                 for frame in segment:
-                    if frame.__class__ in (stream.File, stream.Same):
+                    if frame.__class__ in (values.File, values.Same):
                         restored.take(frame, earlier)
         domain = restored.adjusted(args, chosen)
         try:
@@ -105,7 +105,7 @@ def _check(args):
     chosen = {}
     for value in args["--disk"]:
         name, _, target = value.partition("=")
-        if not target or not stream.is_safe_name(name):
+        if not target or not rules.is_safe_name(name):
             raise UsageError("--disk", f'"{value}" is not NAME=TARGET')
         if name in chosen:
             raise UsageError("--disk", f"{name} is given twice")

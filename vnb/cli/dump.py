@@ -34,7 +34,7 @@ from vnb.base.errors import Error, StreamError, one_line
 from vnb.cli import arguments, output, state_map
 from vnb.cli.runner import show
 from vnb.cli.stdio import said_by_another, stdin
-from vnb.format import codec, stream
+from vnb.format import codec, stream, values
 from vnb.format.frame import DATA, STATE_NAMES
 from vnb.format.jsonlines import JsonReader, line_of
 from vnb.store import backupset, chain
@@ -398,7 +398,7 @@ def check_data(reader, raw):
     """Raise an Error if a payload of data is not what was packed; of a frame of another type nothing is said."""
     if raw.fields[0] == "data":
         _, disk, offset, length, name, hash_ = raw.fields
-        data = stream.Data(disk, offset, length, name, hash_, raw.payload)
+        data = values.Data(disk, offset, length, name, hash_, raw.payload)
         try:
             codec.check(data, reader.segment.disks[disk]["name"])
         except Error as error:

@@ -24,7 +24,7 @@ from vnb.base import log
 from vnb.base.errors import Error, UsageError
 from vnb.cli import output
 from vnb.cli.stdio import stdin
-from vnb.format import heads, stream
+from vnb.format import heads, rules
 from vnb.format.frame import DATA, MAX_EXTENTS
 from vnb.nbd import block_status
 from vnb.nbd.connections import MOST_OF_EXTENTS, Connections
@@ -54,7 +54,7 @@ def main(args):
 def _from_uri(args, connections):
     """(walk, head) of a segment for an export that is in no stream."""
     name = args["--name"]
-    if not stream.is_safe_name(name):
+    if not rules.is_safe_name(name):
         raise UsageError("--name", f"a disk must not be named {name!r}")
     if bool(args["--dirty"]) != bool(args["--parent"]):
         raise UsageError("--dirty", "needs --parent, and --parent needs --dirty")

@@ -15,7 +15,7 @@ import termios
 from vnb.base.buffers import beside
 from vnb.base.errors import Error
 from vnb.cli.stdio import set_pipe_size
-from vnb.format import stream
+from vnb.format import values, writing
 from vnb.job import proof
 
 _made = []  # the Writer to standard output, once there is one
@@ -35,7 +35,7 @@ def stdout(wait=None):
         writer = _to_file(wait)
     else:
         set_pipe_size(1)
-        writer = stream.Writer(1, wait=wait, put=None if wait is None else _put(wait))
+        writer = writing.Writer(1, wait=wait, put=None if wait is None else _put(wait))
     writer.report = proof.ReportOfStdout
     _made.append(writer)
     return writer
@@ -53,7 +53,7 @@ def tell_of_failure():
         poll = select.poll()
         poll.register(1, select.POLLOUT)
         if poll.poll(0):
-            os.write(1, stream.FAILED)
+            os.write(1, values.FAILED)
 
 
 def unread(fd):
@@ -110,4 +110,4 @@ def _to_file(wait):
             return direct_writer.Stdout(os.open("/proc/self/fd/1", os.O_WRONLY | os.O_CLOEXEC), start, wait)
         except OSError:
             pass  # we were given what we may not open
-    return stream.Writer(1, put=None if wait is None else lambda parts: beside(lambda: os.writev(1, parts), wait))
+    return writing.Writer(1, put=None if wait is None else lambda parts: beside(lambda: os.writev(1, parts), wait))

@@ -31,7 +31,7 @@ from vnb.base.errors import Error
 from vnb.cli import arguments, output
 from vnb.cli.progress import Progress
 from vnb.cli.stdio import stdin
-from vnb.format import codec, heads, stream
+from vnb.format import codec, heads, values
 from vnb.format.index import Builder
 from vnb.job import proof
 from vnb.store.backupset import Store, is_missing
@@ -103,7 +103,7 @@ class Packer:
         names = [disk["name"] for disk in segment.disks]
         with Ordered(lambda data: self._work(data, names), self.threads) as work:
             for frame in segment:
-                if frame.__class__ is not stream.Data:
+                if frame.__class__ is not values.Data:
                     work.append((frame, None, None))
                 elif self.compress is None and frame.codec == "none":
                     # The bytes are in the processor's cache: their checksum costs less than waking a thread.
@@ -126,13 +126,13 @@ class Packer:
         return data, *self.compress(plain)
 
     def _write(self, out, index, frame, name, payload):
-        if frame.__class__ is stream.Data:
+        if frame.__class__ is values.Data:
             place = out.data(frame.disk, frame.offset, frame.length, name, frame.hash, payload)
             index.data(frame.disk, frame.offset, frame.length, *place)
             self.pool.give(frame.payload)
             return
         out.frame(frame)
-        if frame.__class__ is stream.Extents:
+        if frame.__class__ is values.Extents:
             index.extents(frame.disk, frame.runs)
         elif frame.payload is not None:
             self.pool.give(frame.payload)

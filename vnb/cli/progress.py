@@ -203,7 +203,7 @@ class Totals:
         self.stored = 0
 
     def add(self, counts):
-        """Add vnb.format.stream.Counts."""
+        """Add vnb.format.values.Counts."""
         for state, count in counts.bytes.items():
             self.bytes[state] += count
         self.stored += counts.stored

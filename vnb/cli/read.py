@@ -30,7 +30,7 @@ from vnb.base.errors import Error, UsageError
 from vnb.cli import arguments, output
 from vnb.cli.progress import Progress
 from vnb.cli.stdio import stdin
-from vnb.format import stream
+from vnb.format import values
 from vnb.format.frame import DATA, MAX_DATA, ZERO, GiB, MiB
 from vnb.nbd.connections import MOST_OF_READ, Connections
 from vnb.nbd.endpoint import PATIENCE
@@ -65,13 +65,13 @@ def main(args):
 
 
 def read(segment, exports, out, pipeline, progress):
-    """Write a segment (vnb.format.stream.Segment) with extents to out (vnb.format.stream.Writer), with their data."""
+    """Write a segment (vnb.format.stream.Segment) with extents to out (vnb.format.writing.Writer), with their data."""
     # Later stages have no use for the URIs of the exports.
     disks = [{key: value for key, value in disk.items() if key != "source"} for disk in segment.disks]
     with progress.segment(out.segment({**segment.head, "stage": "data"}, disks)) as written:
         pipeline.begin(written, exports)
         for frame in segment:
-            if frame.__class__ is stream.Extents:
+            if frame.__class__ is values.Extents:
                 pipeline.add(frame)
             else:
                 pipeline.drain()
@@ -150,12 +150,12 @@ class Pipeline:
         self.zeroes = None  # (disk, offset, end) of zeroes that were read and not yet written: more may follow
 
     def begin(self, out, exports):
-        """Begin with a segment (vnb.format.stream.SegmentWriter) with these exports (list of Export)."""
+        """Begin with a segment (vnb.format.writing.SegmentWriter) with these exports (list of Export)."""
         self.out = out
         self.exports = exports
 
     def wait_for(self, fd, event):
-        """Return when a descriptor has input. Until then pass on the answers of the servers. See stream.Input."""
+        """Return when a descriptor has input. Until then pass on the answers of the servers. See input.Input."""
         ready = self.connections.turn(0, fd, event)
         while fd not in ready:
             if not self.queue:

@@ -34,7 +34,7 @@ from vnb.cli import arguments, output
 from vnb.cli.progress import Progress
 from vnb.cli.runner import show
 from vnb.cli.stdio import stdin
-from vnb.format import codec, stream
+from vnb.format import codec, stream, values
 from vnb.store import backupset, chain
 from vnb.store.index_check import RowCheck
 
@@ -140,7 +140,7 @@ class Checker:
         """(raw, None), or (raw, what is wrong with its payload)."""
         if raw.fields[0] == "data":
             _, disk, offset, length, name, hash_ = raw.fields
-            data = stream.Data(disk, offset, length, name, hash_, raw.payload)
+            data = values.Data(disk, offset, length, name, hash_, raw.payload)
             try:
                 codec.plain(data, self.reader.segment.disks[disk]["name"])
             except NotInstalled as error:

@@ -24,7 +24,7 @@ MAX_WAITING = 8 * FRAME_ROWS  # rows gathered over all disks: 1 MiB
 
 
 class Builder:
-    """Gathers rows and writes them as index frames into out (vnb.format.stream.SegmentWriter) as it goes."""
+    """Gathers rows and writes them as index frames into out (vnb.format.writing.SegmentWriter) as it goes."""
 
     def __init__(self, out):
         self.out = out

@@ -11,7 +11,7 @@ import re
 
 from vnb.base.errors import StreamError, os_error
 from vnb.format import frame as f
-from vnb.format import stream
+from vnb.format import stream, values
 from vnb.format.frame import FrameError
 
 # The elements of the frames that the format knows, after their type. Others, and malformed ones, have "elements".
@@ -36,7 +36,7 @@ _HEX = re.compile("[0-9a-f]{16}")
 
 def line_of(raw, payloads=True):
     """
-    The line (str, no newline) of a frame (vnb.format.stream.Raw). It is plain ASCII, so it does no harm to a terminal.
+    The line (str, no newline) of a frame (vnb.format.values.Raw). It is plain ASCII, so it does no harm to a terminal.
 
     payloads (bool): False puts their size in their place.
     """
@@ -131,7 +131,7 @@ class JsonReader(stream.Reader):
         header, sum_ = _encode(fields, payload)
         if "sum" in line and _hex(line["sum"], "sum") != sum_:
             raise ValueError('"sum" is not that of the frame; left out it is made')
-        return stream.Raw(fields, sum_, self.input.offset, header, payload)
+        return values.Raw(fields, sum_, self.input.offset, header, payload)
 
     def _completed(self, kind, line, payload):
         """The line with what follows from the rest, and with numbers for hexadecimal digits."""

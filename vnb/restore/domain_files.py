@@ -6,7 +6,7 @@ import os
 import tempfile
 
 from vnb.base.errors import Error, os_error
-from vnb.format import stream
+from vnb.format import rules, values
 from vnb.format.frame import MiB
 from vnb.restore.imagedir import EXISTS, ImageDirectory
 from vnb.virt import domxml
@@ -49,7 +49,7 @@ def check_path(role, path):
     """Raise Error unless a path from a stream, of a file that a domain needs, is one that a file may have had."""
     if not path.startswith("/") or ".." in path.split("/"):
         raise Error("file", f"{role}: is no absolute path, or leads upwards", path)
-    if not stream.is_safe_name(os.path.basename(path)) or not path.isprintable():
+    if not rules.is_safe_name(os.path.basename(path)) or not path.isprintable():
         raise Error("file", f"{role}: is no name for a file", path)
 
 
@@ -89,7 +89,7 @@ class Earlier:
         None where nothing before has the file. Raises OSError.
         """
         key = frame.fields["role"], frame.fields["path"]
-        if frame.__class__ is stream.File:
+        if frame.__class__ is values.File:
             if key[0] in domxml.STABLE_ROLES:
                 if key not in self._now:
                     self._now[key] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by begin() or __exit__()
@@ -107,7 +107,7 @@ class Earlier:
             payload = file.read(PART)
             if not payload and (offset or fields["size"]):
                 return
-            yield stream.File({**fields, "offset": offset}, payload)
+            yield values.File({**fields, "offset": offset}, payload)
             offset += len(payload)
             if offset == fields["size"]:
                 return

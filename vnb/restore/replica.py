@@ -24,7 +24,7 @@ import stat
 from vnb.base import log
 from vnb.base.durable import sync_directory
 from vnb.base.errors import Error, os_error
-from vnb.format import codec, stream
+from vnb.format import codec, rules, stream, values, writing
 from vnb.restore.imagedir import ImageDirectory, lock_file
 from vnb.restore.restore import Restore, undisturbed
 from vnb.restore.targets import NewImage, StandbyImage
@@ -105,7 +105,7 @@ class Standby:
         self._remove_spool()
 
     def passed(self, raw):
-        """Take a frame (vnb.format.stream.Raw) that the Reader has checked."""
+        """Take a frame (vnb.format.values.Raw) that the Reader has checked."""
         if raw.fields[0] == "vnb":
             self._held = []
         if self._held is not None:
@@ -184,11 +184,11 @@ class Standby:
         except OSError as error:
             raise os_error(path, error) from None
         try:
-            self._spool = stream.Writer(fd, path)
+            self._spool = writing.Writer(fd, path)
             for header in held:
                 self._spool.write(header)
             for frame in segment:
-                if frame.__class__ is stream.Data:
+                if frame.__class__ is values.Data:
                     codec.plain(frame, names[frame.disk])
                 self._give(frame)
             self._spool.flush()
@@ -350,7 +350,7 @@ def _is_sound(state):
     disks, left = state.get("disks"), state.get("left", {})
     if "point" not in state or not isinstance(disks, dict) or not isinstance(left, dict):
         return False
-    if not all(map(stream.is_safe_name, [*disks, *left])):
+    if not all(map(rules.is_safe_name, [*disks, *left])):
         return False
     texts = []
     if state.get("point") is not None:

@@ -8,7 +8,7 @@ import signal
 from vnb.base import log, signals
 from vnb.base.errors import Error
 from vnb.format.frame import ZERO, MiB
-from vnb.format.stream import Data, Extents, File
+from vnb.format.values import Data, Extents, File
 from vnb.restore import targets
 from vnb.restore.imagedir import ImageDirectory
 from vnb.restore.writer import Writer

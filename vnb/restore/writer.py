@@ -15,7 +15,7 @@ import threading
 
 from vnb.format import codec
 from vnb.format.frame import KiB, MiB
-from vnb.format.stream import Data, Extents
+from vnb.format.values import Data, Extents
 
 MEMORY = 16 * MiB  # of payloads and plain bytes between the stream and the disks, over all disks
 SMALLEST = 64 * KiB  # the least that a buffer has: with few sizes, all get used again

@@ -12,7 +12,7 @@ from vnb.base import locks
 from vnb.base.durable import make_private_directory, sync_directory
 from vnb.base.errors import Error, StreamError, os_error
 from vnb.format import frame as f
-from vnb.format import index, stream
+from vnb.format import index, rules, stream
 from vnb.format.frame import FrameError
 from vnb.store import chain
 from vnb.store.damage import NOTHING, Damaged, newest_by_name
@@ -453,7 +453,7 @@ def file_name(head, merged=False):
     """
     id_ = f'.{head["id"][:12]}' if merged else ""
     name = f'{head["point"]}.{head["level"]}{id_}{SUFFIX}'
-    if not stream.is_safe_name(name):
+    if not rules.is_safe_name(name):
         raise Error("stdin", f'a restore point must not be named {head["point"]!r}')
     return name
 

@@ -17,14 +17,14 @@ import threading
 
 from vnb.base.buffers import beside
 from vnb.base.errors import os_error
-from vnb.format import stream
+from vnb.format import writing
 
 BLOCK = 2 << 20  # bytes of one write: large for disks, and all three small beside the cache of a processor
 ALIGNMENT = 4096  # bytes: of an offset that every disk takes
 BLOCKS = 3  # one is filled, one is written, one waits
 
 
-class DirectWriter(stream.Writer):
+class DirectWriter(writing.Writer):
     """
     A Writer to a file, from an offset on that is a multiple of ALIGNMENT.
 

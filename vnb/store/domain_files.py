@@ -7,7 +7,7 @@ file which content it has, so that the segment that holds it is found by heads a
 """
 
 from vnb.base.errors import Error
-from vnb.format.stream import Data, Extents, File, Same
+from vnb.format.values import Data, Extents, File, Same
 
 
 def merged_files(path):

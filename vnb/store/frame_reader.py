@@ -12,7 +12,7 @@ from vnb.base.errors import StreamError, os_error
 from vnb.format import codec
 from vnb.format import frame as f
 from vnb.format.frame import FrameError
-from vnb.format.stream import Data
+from vnb.format.values import Data
 
 BLOCK = 16 * f.KiB  # what is read for a byte, of a frame that was read before
 SMALL = 64 * f.KiB  # requests up to this size are read by block

@@ -29,7 +29,7 @@ from vnb.format import codec, heads
 from vnb.format import frame as f
 from vnb.format.frame import FrameError
 from vnb.format.index import ROW_WORDS
-from vnb.format.stream import Data
+from vnb.format.values import Data
 from vnb.store.domain_files import files_of, merged_files
 from vnb.store.overlay import Layers, pieces
 
@@ -99,7 +99,7 @@ class Merge:
 
     def write(self, out, index=None):
         """
-        Write files, extents and data into out (vnb.format.stream.SegmentWriter), all but the end.
+        Write files, extents and data into out (vnb.format.writing.SegmentWriter), all but the end.
 
         index (vnb.format.index.Builder or None): is told of them. Disks come one after the other. Raises Error.
         """

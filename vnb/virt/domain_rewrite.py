@@ -7,7 +7,7 @@ import re
 from xml.etree import ElementTree  # noqa: S405 - vnb.virt.domxml.parse lets no document type in
 
 from vnb.base.errors import Error
-from vnb.format import stream
+from vnb.format import rules
 from vnb.virt import domxml
 
 # What libvirt makes of a domain's id or name when it starts, and makes anew.
@@ -288,7 +288,7 @@ class Domain:
         def own(device, path):
             if path not in moved:
                 name = os.path.basename(path)
-                new = os.path.join(directory, name if stream.is_safe_name(name) else f"{device.tag}.log")
+                new = os.path.join(directory, name if rules.is_safe_name(name) else f"{device.tag}.log")
                 number = 1
                 while new in taken or new in moved.values():
                     number += 1

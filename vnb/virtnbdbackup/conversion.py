@@ -10,7 +10,7 @@ _ZEROES = bytes(PIECE)
 
 
 class Copy:
-    """The data of one file on its way into one disk of a segment. out: vnb.format.stream.SegmentWriter."""
+    """The data of one file on its way into one disk of a segment. out: vnb.format.writing.SegmentWriter."""
 
     def __init__(self, file, source, out, number):
         self.file = file

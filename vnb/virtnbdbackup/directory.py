@@ -8,7 +8,7 @@ import re
 
 from vnb.base.errors import Error, os_error
 from vnb.format import frame as f
-from vnb.format import heads, stream
+from vnb.format import heads, rules
 from vnb.store import chain
 from vnb.virt import domxml
 from vnb.virtnbdbackup.conversion import Copy
@@ -85,7 +85,7 @@ class Directory:
                 except Error:
                     continue  # a point that needs it says so
                 domain, uuid = root.findtext("name"), root.findtext("uuid")
-                if stream.is_domain_name(domain) and f.is_name(uuid):
+                if rules.is_domain_name(domain) and f.is_name(uuid):
                     return domain, uuid
         lists = [name[: -len(".cpt")] for name in self.names if name.endswith(".cpt")]
         domain = lists[0] if lists else os.path.basename(os.path.abspath(self.path))
@@ -233,7 +233,7 @@ class DataFile:
         self.disk = disk
         self.level = level
         self.ident = ident
-        if not stream.is_safe_name(disk):
+        if not rules.is_safe_name(disk):
             raise Error(path, "its name has no disk that may be a part of a file name")
         if (level in ("inc", "diff")) != (ident is not None):
             raise Error(path, "its name is not that of a backup of this level")
@@ -377,7 +377,7 @@ class Point:
             "domain_xml": self._domain_xml(),
             "checkpoint_xml": None,  # nor a checkpoint: its name may mean another moment in libvirt by now
         }
-        stream.checked_head(["vnb", f.VERSION, self.head], None, lambda reason: Error(self.name, reason))
+        rules.checked_head(["vnb", f.VERSION, self.head], None, lambda reason: Error(self.name, reason))
         paths = {}
         if self.head["domain_xml"]:
             try:
@@ -410,7 +410,7 @@ class Point:
 
     def write(self, out, progress, after=None):
         """
-        Write the segment of this point with a vnb.format.stream.Writer.
+        Write the segment of this point with a vnb.format.writing.Writer.
 
         progress (vnb.cli.progress.Progress): is told of it. after (Point or None): follows in this stream.
         """

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is in a stream: frames as values, and the counts of a segment."""
+
+from xxhash import xxh3_64
+
+from vnb.format import frame as f
+from vnb.format.frame import DATA, HOLE, STATE_NAMES, ZERO
+
+FAILED = f.encode([f.FAILED, None])[0]  # what a command writes that fails before it has written anything
+
+
+class Raw:
+    """
+    A frame as it stands in the stream. fields (list): all before the sum. start (int): its stream offset.
+
+    header (bytes): all of it up to its payload's first byte. payload (memoryview or None): valid as long as
+    that of Data is.
+    """
+
+    __slots__ = ("fields", "header", "payload", "start", "sum")
+
+    def __init__(self, fields, sum_, start, header, payload):
+        self.fields = fields
+        self.sum = sum_
+        self.start = start
+        self.header = header
+        self.payload = payload
+
+
+class File:
+    """A part of a file that belongs to the domain. fields: role, path, mode, size, offset."""
+
+    __slots__ = ("fields", "payload")
+
+    def __init__(self, fields, payload):
+        self.fields = fields
+        self.payload = payload
+
+
+class Same:
+    """A file that has not changed since the base, which has it. fields (dict): role, path, mode."""
+
+    __slots__ = ("fields",)
+    payload = None
+
+    def __init__(self, fields):
+        self.fields = fields
+
+
+class Extents:
+    """Extents of one disk. runs: flat list offset, length, state, offset, length, state, ... ascending."""
+
+    __slots__ = ("disk", "runs")
+
+    def __init__(self, disk, runs):
+        self.disk = disk
+        self.runs = runs
+
+    def __iter__(self):
+        return zip(self.runs[0::3], self.runs[1::3], self.runs[2::3])
+
+
+class Data:
+    """
+    Bytes [offset, offset + length) of one disk.
+
+    hash (int): xxh3-64 of the plain bytes, made where they were read from the source.
+    payload (memoryview): the bytes as codec left them. Valid until the next frame is asked for, unless
+    the Reader has a pool: then until they are given back to it.
+    position (int): where the frame starts, in bytes from the start of its segment. size (int): of the frame.
+    """
+
+    __slots__ = ("codec", "disk", "hash", "length", "offset", "payload", "position", "size")
+
+    def __init__(self, disk, offset, length, codec, hash_, payload, position=0, size=0):
+        self.disk = disk
+        self.offset = offset
+        self.length = length
+        self.codec = codec
+        self.hash = hash_
+        self.payload = payload
+        self.position = position
+        self.size = size
+
+
+class Other:
+    """A frame of a type that this version does not know: passed on by filters, refused by consumers."""
+
+    __slots__ = ("fields", "payload")
+
+    def __init__(self, fields, payload):
+        self.fields = fields
+        self.payload = payload
+
+    @property
+    def optional(self):
+        """Consumers may skip it."""
+        return self.fields[0].startswith("+")
+
+
+class Counts:
+    """What the end frame says of a segment: frames before it, bytes of each state, bytes stored of data."""
+
+    def __init__(self):
+        self.frames = 0
+        self.bytes = {DATA: 0, ZERO: 0, HOLE: 0}
+        self.stored = 0
+        self._digest = xxh3_64()
+
+    def add(self, sum_):
+        self.frames += 1
+        self._digest.update(sum_.to_bytes(8, "big"))
+
+    def fields(self):
+        counts = {STATE_NAMES[state]: count for state, count in self.bytes.items()}
+        return {"frames": self.frames, **counts, "stored": self.stored, "digest": self._digest.intdigest()}
