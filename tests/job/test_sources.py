@@ -13,7 +13,7 @@ from vnb.job import sources
 from vnb.job.sources import PORT_TRIES, Gone, Running
 from vnb.nbd.endpoint import Tcp, Unix
 from vnb.virt import domxml, export_clients
-from vnb.virt.domain import AddressInUse
+from vnb.virt.failures import AddressInUse
 
 
 class Domain:

@@ -14,7 +14,8 @@ from backups import STORE, backup, record
 from lab import KiB, MiB, wait_for
 
 from vnb.base.errors import Error
-from vnb.virt.domain import Domain, Unanswered
+from vnb.virt.domain import Domain
+from vnb.virt.failures import Unanswered
 
 
 @pytest.fixture

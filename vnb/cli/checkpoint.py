@@ -326,7 +326,7 @@ def _host_of(options):
     if options["images"]:
         return None
     from vnb.base.ssh import Host
-    from vnb.virt.domain import default_uri
+    from vnb.virt.connection import default_uri
 
     return Host.of_uri(options["uri"] or default_uri(), **options["ssh"])
 

@@ -21,8 +21,9 @@ from vnb.qemu import img
 from vnb.store import backupset
 from vnb.store.catalog import Catalog, of_checkpoint
 from vnb.virt import domxml
-from vnb.virt.domain import Domain, NoDomain
+from vnb.virt.domain import Domain
 from vnb.virt.export_clients import clients_of
+from vnb.virt.failures import NoDomain
 
 UNION = ".union"  # behind a point: the bitmap of a job over several layers, see vnb.job.plan
 OUR_SOCKET = re.compile(r"vnb-(?P<pid>[0-9]+)-(?P<boot>[0-9a-f]{8})-[0-9a-f]{8}\.sock")

@@ -246,8 +246,8 @@ class Restored:
 
 def _define(args, domain, xml, restored):
     """Define it through libvirt; all is as it was where that fails."""
+    from vnb.virt.connection import Host
     from vnb.virt.domain import Domain as Defined
-    from vnb.virt.domain import Host
 
     access = args["--user"], args["--password-file"]
     with Host(args["--connect"], *access) as host:

@@ -13,7 +13,7 @@ from vnb.job.state import owner
 from vnb.store import chain
 from vnb.store.catalog import Catalog
 from vnb.virt import domxml
-from vnb.virt.domain import BrokenBitmap
+from vnb.virt.failures import BrokenBitmap
 
 QCOW2_MAGIC = b"QFI\xfb"
 LATEST = 3  # checkpoints that are redefined, beside the last full's

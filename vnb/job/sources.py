@@ -25,7 +25,9 @@ from vnb.nbd.connections import Connections
 from vnb.nbd.endpoint import Tcp, Unix, parse_listen
 from vnb.qemu import img, iothreads
 from vnb.virt import domxml, export_clients
-from vnb.virt.domain import AddressInUse, Denied, Domain, NoDomain, Unanswered, Unready, dotted
+from vnb.virt.connection import dotted
+from vnb.virt.domain import Domain
+from vnb.virt.failures import AddressInUse, Denied, NoDomain, Unanswered, Unready
 
 _PROTOCOL = re.compile(r"[^/]*:")  # before the name of an image that is no path, as nbd:, json:
 QEMU_LISTENS = "nbd-server-start"  # a command of QEMU, which libvirt names in its error

@@ -1,31 +1,26 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""libvirt: connections, domains and their backup jobs. The only user of libvirt-python."""
+"""Domains of libvirt: their state, their backup jobs, their agents and their checkpoints."""
 
 import contextlib
-import errno
-import functools
 import os
 import re
 import threading
-import time
 
 import libvirt
 
 from vnb.base import waiting
-from vnb.base.errors import Error, os_error
+from vnb.base.errors import Error
 from vnb.qemu import img
 from vnb.virt import domxml
+from vnb.virt.connection import Patience, default_uri, dotted, error_of, is_local_uri, open_connection
+from vnb.virt.failures import AddressInUse, BrokenBitmap, Denied, NoDomain, Unanswered, Unready
 
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(-?[0-9A-Fa-f]{4}){3}-?[0-9A-Fa-f]{12}")
-
 SETTLE_SECONDS = 90  # a guest that shuts down while a job runs stays in that state for 30 s
 PRESERVE_SHUTDOWN = 1 << 1  # VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN: a guest stays until the job ends
 PRESERVE_SHUTDOWN_SINCE = 11_010_000  # the daemon's version, not the client library's, has to know it
 SYSTEM_ROOT = "/var/lib/libvirt/qemu"  # of the directories that the system's daemon makes for domains
 SHORT_NAME = 20  # characters of a domain's name in these
-SEES_TO_DATA_FILES = 10_010_000  # version of libvirt
-KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 10, 3  # a line is down when nothing has come for so many times so long
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10  # seconds between two questions for what an event tells, too
 # libvirt's codes for what it cannot read from a QEMU that has ended: it says them in the language of its locale.
 MONITOR_GONE = (libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_ERR_OPERATION_FAILED, libvirt.VIR_ERR_SYSTEM_ERROR)
 JOBS = {
@@ -56,14 +51,6 @@ WAITS = {  # what libvirt's functions wait for
     "guestInfo": "the guest agent to describe the guest",
 }
 
-# libvirt prints each error on stderr itself, unless told not to: we say it, once.
-libvirt.registerErrorHandler(lambda _context, _error: None, None)
-
-
-def default_uri():
-    """libvirt's own default, but the system's daemon for root and the session's for others."""
-    return os.environ.get("LIBVIRT_DEFAULT_URI") or ("qemu:///system" if os.geteuid() == 0 else "qemu:///session")
-
 
 def short_names(name):
     """
@@ -72,182 +59,6 @@ def short_names(name):
     In the locale C characters are bytes.
     """
     return {os.fsencode(name[:SHORT_NAME]), os.fsencode(name)[:SHORT_NAME]}
-
-
-def dotted(version):
-    """A version (int) of libvirt or QEMU, as libvirt has it, in its usual form."""
-    return f"{version // 1000000}.{version // 1000 % 1000}.{version % 1000}"
-
-
-def error_of(what, error):
-    """A libvirtError as an Error, with libvirt's own words; NoDomain where it says that."""
-    kind = NoDomain if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN else Error
-    return kind(what, error.get_error_message() or str(error))
-
-
-def _is_local(uri):
-    import urllib.parse
-
-    return not urllib.parse.urlsplit(uri).netloc
-
-
-def _open(uri, user, password_file):
-    _run_events()
-    connection = _open_any(uri, user, password_file)
-    if _is_local(uri):
-        return connection
-    # Else a call on a line that is down would wait as long as TCP does, and the keeper would watch over nothing.
-    connection.setKeepAlive(KEEPALIVE_SECONDS, KEEPALIVE_COUNT)
-    return connection
-
-
-@functools.cache
-def _run_events():
-    """Run libvirt's event loop in a thread, once in a process: events and keepalive messages need it."""
-    libvirt.virEventRegisterDefaultImpl()
-
-    def run():
-        while libvirt.virEventRunDefaultImpl() == 0:
-            pass
-
-    threading.Thread(target=run, daemon=True).start()
-
-
-def _open_any(uri, user, password_file):
-    if user is None and password_file is None:
-        return libvirt.open(uri)
-
-    failed = []  # what is raised in there libvirt prints, with a traceback
-
-    def answer(credentials, _data):
-        for credential in credentials:
-            if credential[0] in (libvirt.VIR_CRED_AUTHNAME, libvirt.VIR_CRED_USERNAME):
-                credential[4] = user
-            elif credential[0] in (libvirt.VIR_CRED_PASSPHRASE, libvirt.VIR_CRED_NOECHOPROMPT):
-                try:
-                    credential[4] = _password(password_file)
-                except Error as error:
-                    failed.append(error)
-                    return -1
-            else:
-                return -1
-        return 0
-
-    kinds = [
-        libvirt.VIR_CRED_AUTHNAME, libvirt.VIR_CRED_USERNAME, libvirt.VIR_CRED_PASSPHRASE,
-        libvirt.VIR_CRED_NOECHOPROMPT,
-    ]
-    try:
-        return libvirt.openAuth(uri, [kinds, answer, None], 0)
-    except libvirt.libvirtError:
-        if failed:
-            raise failed[0] from None
-        raise
-
-
-def _password(path):
-    """The first line of a file: a password has no place among the arguments, where everybody can read it."""
-    if path is None:
-        raise Error("--password-file", "libvirt asks for a password, and none is given")
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.readline().rstrip("\n")
-    except OSError as error:
-        raise os_error(path, error) from None
-    except UnicodeDecodeError:
-        raise Error(path, "is not UTF-8") from None
-
-
-class Patience:
-    """How long to wait for something, with polls that become rare: each may be an error in a daemon's log."""
-
-    def __init__(self, seconds):
-        self._end = time.monotonic() + seconds
-        self._pause = FIRST_PAUSE
-
-    @property
-    def is_over(self):
-        return time.monotonic() > self._end
-
-    def next_pause(self):
-        """Seconds until the next question."""
-        pause, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
-        return pause
-
-
-class Host:
-    """
-    A libvirt, for domains that are not there yet. uri, user, password_file: as Domain has them. Raises Error.
-    """
-
-    def __init__(self, uri, user=None, password_file=None):
-        self.uri = uri or default_uri()
-        try:
-            self._connection = _open(self.uri, user, password_file)
-        except libvirt.libvirtError as error:
-            raise error_of(self.uri, error) from None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        with contextlib.suppress(libvirt.libvirtError):
-            self._connection.close()
-
-    @property
-    def is_local(self):
-        """Whether paths in a domain's XML are paths of this host."""
-        return _is_local(self.uri)
-
-    def refuse_to_replace(self, name, uuid):
-        """
-        Raise Error where a domain is in the way of a definition with this name and uuid (str, "" for a new one).
-
-        A domain with the same uuid is meant to be replaced, but not while it runs.
-        """
-        try:
-            for domain in self._connection.listAllDomains():
-                if uuid and domain.UUIDString() == uuid:
-                    if domain.isActive():
-                        raise Error(domain.name(), "is running: shut it down before it is replaced")
-                elif domain.name() == name:
-                    raise Error(name, f"there is such a domain at {self.uri} already: give another name with --name")
-        except libvirt.libvirtError as error:
-            raise error_of(self.uri, error) from None
-
-    def define(self, name, xml):
-        """Define a domain. name (str): for messages."""
-        try:
-            self._connection.defineXML(xml)
-        except libvirt.libvirtError as error:
-            raise error_of(name, error) from None
-
-    def user_for_data_files(self, xml):
-        """
-        (uid, gid) that QEMU runs as for a domain (its XML), where libvirt does not see to data files of qcow2 images.
-
-        It does so from version 10.10 on, and before it gives QEMU the qcow2 file alone: None then, and where libvirt
-        does not say who QEMU is.
-        """
-        try:
-            if self._connection.getLibVersion() >= SEES_TO_DATA_FILES:
-                return None
-            label = domxml.qemu_user(xml) or domxml.default_qemu_user(self._connection.getCapabilities())
-        except libvirt.libvirtError as error:
-            raise error_of(self.uri, error) from None
-        match = re.fullmatch(r"\+?(\d+):\+?(\d+)", label or "", re.ASCII)
-        return match and (int(match[1]), int(match[2]))
-
-    def refresh_pool(self, directory, say):
-        """Have the storage pools that are in a directory see what is new there. It is a favour: failures are said."""
-        try:
-            for pool in self._connection.listAllStoragePools(libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE):
-                path = domxml.pool_path(pool.XMLDesc())
-                if path and os.path.realpath(path) == os.path.realpath(directory):
-                    pool.refresh()
-        except libvirt.libvirtError as error:
-            if error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:  # a libvirt without any storage driver
-                say(f"{directory}: cannot refresh the storage pool: {error.get_error_message()}")
 
 
 class Domain:
@@ -263,7 +74,7 @@ class Domain:
         self.what = name
         try:
             with waiting.on(f"libvirt at {self.uri} to answer"):
-                self._connection = _open(self.uri, user, password_file)
+                self._connection = open_connection(self.uri, user, password_file)
         except libvirt.libvirtError as error:
             raise error_of(self.uri, error) from None
         try:
@@ -486,7 +297,7 @@ class Domain:
     @property
     def is_local(self):
         """Whether paths in the domain's XML are paths of this host."""
-        return _is_local(self.uri)
+        return is_local_uri(self.uri)
 
     def end_backup(self, endpoint, get_ready):
         """
@@ -768,51 +579,3 @@ def _may_still_happen(error):
     return error.get_error_domain() == libvirt.VIR_FROM_RPC or error.get_error_code() in (
         libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED, AGENT_COMMAND_TIMEOUT
     )
-
-
-class NoDomain(Error):
-    """libvirt answers, and knows no such domain."""
-
-
-class BrokenBitmap(Error):
-    """A bitmap that a backup was to start from is missing or inconsistent."""
-
-
-class SystemRefusal(Error):
-    """
-    What the kernel refused to libvirt or QEMU.
-
-    libvirt's words are those of its locale, and it gives the number, too; QEMU's, within them, are English.
-    """
-
-    numbers = ()
-    words = None
-
-    @classmethod
-    def is_meant(cls, error):
-        """Whether this is what a libvirtError tells."""
-        if error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR:
-            return error.get_int1() in cls.numbers
-        return cls.words in error.get_error_message()
-
-
-class Denied(SystemRefusal):
-    """A right is lacking."""
-
-    numbers = (errno.EACCES, errno.EPERM)
-    words = "Permission denied"
-
-
-class AddressInUse(SystemRefusal):
-    """Somebody else listens there."""
-
-    numbers = (errno.EADDRINUSE,)
-    words = "Address already in use"
-
-
-class Unready(Error):
-    """The job must not be ended now."""
-
-
-class Unanswered(Error):
-    """The guest agent did not answer: what was asked may be done at any later time."""
