@@ -10,7 +10,7 @@ from disturbing import LIMITS, Place, rewrite
 from lab import KiB
 from machine import Machine
 
-from vnb.job.sources import Images
+from vnb.job.source_images import Images
 
 STAGES = (("vnb-checkpoint",), ("vnb-extents", "vnb-read", "vnb-pack", "qemu-nbd", "qemu-img"))
 HOLDS = (

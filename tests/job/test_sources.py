@@ -9,8 +9,9 @@ import pytest
 
 from vnb.base.errors import Error
 from vnb.base.ssh import Host
-from vnb.job import sources
-from vnb.job.sources import PORT_TRIES, Gone, Running
+from vnb.job import source_stopped, sources
+from vnb.job.source_running import PORT_TRIES, Running
+from vnb.job.source_vanished import Gone
 from vnb.nbd.endpoint import Tcp, Unix
 from vnb.virt import domxml, export_clients
 from vnb.virt.failures import AddressInUse
@@ -77,7 +78,7 @@ def test_an_iothread_whose_qemu_cannot_be_tried(monkeypatch, version, why, uri):
         asked.append(arguments)
         raise Error("far", "no way") if "far" in uri else PermissionError
 
-    monkeypatch.setattr(sources.iothreads, "find_out", refuse)
+    monkeypatch.setattr(source_running.iothreads, "find_out", refuse)
     monkeypatch.setattr(Host, "run", lambda _self, *_: refuse())
     domain = Domain(0)
     domain.xml = lambda: "<domain/>"
@@ -162,4 +163,4 @@ def test_another_data_file_in_the_xml_is_another_image(named, same):
         <target dev='vda'/></disk></devices></domain>"""
     )
     layer = SimpleNamespace(path="/top", format="qcow2", data_file="/data")
-    assert sources._is_chain_of(disk, [layer]) == same
+    assert source_stopped._is_chain_of(disk, [layer]) == same

@@ -337,7 +337,7 @@ def _finish(args, what):
 
     images = _images(args)
     if images:
-        from vnb.job.sources import Images
+        from vnb.job.source_images import Images
 
         uuid = Images(images).uuid
     else:

@@ -11,11 +11,12 @@ import time
 from vnb.base import log
 from vnb.base.errors import Error, UsageError
 from vnb.cli.runner import show
+from vnb.job.cleanup import shut_out
 from vnb.job.keeper import make_way, stay, who_runs
 from vnb.job.keeper import recover as recover_job
 from vnb.job.plan import Plan, checkpoint_xml
-from vnb.job.sources import open_source, shut_out
-from vnb.job.sources import redefine as redefine_checkpoint
+from vnb.job.redefining import redefine as redefine_checkpoint
+from vnb.job.sources import open_source
 from vnb.job.state import JobDirectory, boot_id, is_dead, start_of
 from vnb.qemu import img
 from vnb.store import backupset

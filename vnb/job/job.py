@@ -13,8 +13,9 @@ import os
 from vnb.base import processes
 from vnb.base.buffers import AT_ONCE, Ordered
 from vnb.base.errors import Error, Saved, os_error
+from vnb.job.cleanup import thaw
 from vnb.job.plan import Plan
-from vnb.job.sources import source_of, thaw
+from vnb.job.sources import source_of
 from vnb.job.state import wait_for_children
 from vnb.qemu import img
 from vnb.store import backupset

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a job leaves behind, removed by what its record says: servers, sockets, scratch files, a frozen guest."""
+
+import contextlib
+import os
+
+from vnb.base import processes
+from vnb.base.errors import Error
+from vnb.job.state import start_of
+from vnb.virt.failures import Unanswered, Unready
+
+
+def shut_out(name, cut):
+    """cut(), which returns what Clients.shut_out() does. Raises Unready where the guest would wait."""
+    stalled = cut()
+    if stalled:
+        raise Unready(
+            name, f"the job cannot be ended: clients of its export do not read ({stalled}), and this user may not cut "
+            "them off: the guest would wait for them. End them, or run vnb-checkpoint abort as root"
+        )
+
+
+def forwarded(plan):
+    """The socket here that ssh forwards to the one of QEMU on its host."""
+    return os.path.join(plan.directory, "nbd.sock")
+
+
+def end_servers(record):
+    """End the programs that a job has started, by their ids, and remove the sockets."""
+    for pid, start in record["servers"]:
+        if start is not None and start_of(pid) == start:
+            processes.end(pid)
+    for socket in record["sockets"]:
+        with contextlib.suppress(OSError):  # one that stays does no harm: the next job takes its place
+            os.unlink(socket)
+
+
+def remove_files(job, host):
+    """Remove socket and scratch files: those that libvirt made it does itself, but not after a crash of its own."""
+    if host is None and not job.record["tcp"]:
+        with contextlib.suppress(OSError):
+            os.unlink(job.record["endpoint"])
+    if host is None or job.record.get("scratch_made"):
+        remove_scratch(job, host)
+
+
+def remove_scratch(job, host):
+    """Remove the scratch files. What stays on another host is said: the backup itself is over."""
+    paths = job.record["scratch"]
+    if host is not None:
+        try:
+            host.run(host.destination, "rm", "-f", "--", *paths)
+        except Error as error:
+            job.note(f"{error}: left behind there: {', '.join(paths)}")
+        return
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def thaw(domain, job):
+    """
+    Thaw a guest that we froze; True when it is done. The intent stays where the agent does not answer.
+
+    It is the domain's id, True in records of older versions: a guest that was started anew is not the one we froze.
+    """
+    if job.record["frozen"] is not True and job.record["frozen"] != domain.id:
+        job.intend("frozen", False)
+        return True
+    try:
+        domain.thaw()
+    except Unanswered as error:
+        job.note(f"{domain.name}: cannot thaw the guest yet: {error.reason}")
+        return False
+    except Error as error:
+        if domain.is_active:
+            job.note(f"{domain.name}: cannot thaw the guest: {error.reason}")
+            return False
+    job.intend("frozen", False)
+    return True

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Images without libvirt."""
+
+import os
+
+from vnb.base.errors import Error
+from vnb.format import heads
+from vnb.job.source_offline import Offline
+from vnb.qemu import img
+
+
+class Images(Offline):
+    """
+    Image files without any libvirt. images: {disk name: path}.
+
+    Their identity is that of their paths: the same files are the same machine.
+    """
+
+    kind = "images"
+
+    def __init__(self, images):
+        super().__init__()
+        self.images = {name: os.path.realpath(path) for name, path in images.items()}
+        self.name = os.path.basename(next(iter(self.images.values()))).partition(".")[0] or "images"
+        self.uuid = heads.uuid_of("\n".join(f"{name}={path}" for name, path in sorted(self.images.items())))
+
+    def disks(self):
+        return [ImageDisk(name, path) for name, path in self.images.items()]
+
+    def have(self):
+        found = {}
+        for disk in self.disks():
+            layers = self.layers_of(disk)
+            for bitmap in {name for layer in layers for name in layer.bitmaps}:
+                if img.holders(layers, bitmap):
+                    found.setdefault(bitmap, {})[disk.name] = bitmap
+        return found
+
+    def abouts(self):
+        """Bitmaps say nothing of themselves."""
+        return {}
+
+    def images_then(self, _checkpoint):
+        """Not known, and not needed: with other images it would be another machine."""
+        return {}
+
+    def head_fields(self):
+        return {"domain_xml": None, "checkpoint_xml": None}
+
+    def mark(self, _plan):
+        return None
+
+    def redefine(self, _checkpoint_xml):
+        """There is no libvirt that could have forgotten it: its bitmaps are not there."""
+        raise Error(self.name, "no image has a sound bitmap of it")
+
+    def delete_checkpoint(self, name):
+        for disk in self.disks():
+            if disk.format == "qcow2":
+                img.remove_bitmap(disk.name, disk.path, name)
+
+    def remove_bitmaps(self, _record):
+        """delete_checkpoint() has removed them all."""
+
+
+class ImageDisk:
+    """An image file in the place of a domain's disk; see vnb.virt.domxml.Disk."""
+
+    type = "file"
+    device = "disk"
+    encrypted = readonly = empty = shareable = False
+    left_out_because = None
+
+    def __init__(self, name, path):
+        self.name = name
+        self.path = path
+        self.format = _format_of(name, path)
+
+
+def _format_of(name, path):
+    """qcow2 or raw. A guest can write a qcow2 header into a raw image: this is for images without a guest."""
+    try:
+        with open(path, "rb") as file:
+            return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
+    except OSError as error:
+        raise Error(name, error.strerror, path) from None

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Disks that no guest uses, served by qemu-nbd: those of a domain that is off, or images."""
+
+import contextlib
+import heapq
+import os
+import re
+import tempfile
+
+from vnb.base.errors import Error
+from vnb.base.tempdir import temporary_directory
+from vnb.job.cleanup import end_servers
+from vnb.job.state import start_of
+from vnb.nbd import block_status
+from vnb.nbd.connections import Connections
+from vnb.nbd.endpoint import Unix
+from vnb.qemu import img
+
+PROTOCOL = re.compile(r"[^/]*:")  # before the name of an image that is no path, as nbd:, json:
+
+
+class Offline:
+    """What a stopped domain and plain images have in common: images that qemu-nbd reads."""
+
+    started = False
+    runs = False
+    is_local = True
+
+    def __init__(self):
+        self._layers = {}
+        self._servers = []
+
+    def refuse_if_busy(self):
+        """Images that a guest uses are locked: qemu-img says so, at the first question."""
+
+    def close(self):
+        """Nothing is held."""
+
+    def let_go(self):
+        """See Running."""
+        while self._servers:
+            self._servers.pop().end()
+
+    def cannot_read_because(self, disk):
+        """See Running. Images that others use are locked: qemu-img says so."""
+        return disk.no_job_because if disk.type == "vhostuser" else None
+
+    def layers_of(self, disk):
+        if disk.name not in self._layers:
+            self._layers[disk.name] = img.layers(disk.name, disk.path, disk.format)
+            for layer in self._layers[disk.name]:
+                _refuse_relative_data(disk, layer)
+        return self._layers[disk.name]
+
+    def size_of(self, disk):
+        return self.layers_of(disk)[0].size
+
+    def layers_now(self, disk):
+        """See Running."""
+        return [layer.path for layer in self.layers_of(disk)]
+
+    def endpoint(self, options, directory, _name):
+        """What the sockets' paths start with, one a disk: the directory is that of this one job."""
+        if options["listen"] is not None:
+            raise Error("--nbd-listen", f"{self.name} does not run, and its images are served on unix sockets")
+        return Unix(options["socket"] or os.path.join(directory, ""))
+
+    def exports(self, plan):
+        return {
+            disk["name"]: (
+                Unix(self._socket(plan, disk["name"])).uri(plan.export(disk["name"])),
+                f"qemu:dirty-bitmap:{self._bitmap(plan, disk)}",
+            )
+            for disk in plan.disks
+        }
+
+    def _socket(self, plan, name):
+        return f"{plan.endpoint.path}{name}.sock"
+
+    def _bitmap(self, plan, disk):
+        """The bitmap that says what changed: the parent's, or the union that start() makes of its layers."""
+        wanted = img.holders(self._layers[disk["name"]], plan.parent) if plan.parent else []
+        return plan.parent if len(wanted) == 1 else plan.union
+
+    def start(self, plan, job):
+        """Add the new bitmaps, then serve the images: from there on nobody else can write to them."""
+        if plan.marks:
+            for disk in plan.disks:
+                if disk["bitmap"]:
+                    job.remember("added", [disk["name"], plan.sources[disk["name"]].path])
+                    img.add_bitmap(disk["name"], plan.sources[disk["name"]].path, plan.head["checkpoint"])
+        for disk in plan.disks:
+            image = plan.sources[disk["name"]]
+            bitmap = None
+            if disk["level"] == "inc":
+                bitmap = self._bitmap(plan, disk)
+                if bitmap == plan.union:
+                    job.remember("unions", [disk["name"], image.path, bitmap])
+                    wanted = img.holders(self._layers[disk["name"]], plan.parent)
+                    img.add_union(disk["name"], wanted, plan.parent, bitmap)
+            socket = self._socket(plan, disk["name"])
+            job.remember("sockets", socket)
+            server = img.serve(disk["name"], plan.export(disk["name"]), image.path, image.format, socket, bitmap)
+            self._servers.append(server)  # they end with the one who started them: the keeper keeps them
+            job.remember("servers", [server.process.pid, start_of(server.process.pid)])
+
+    def end(self, job):
+        end_servers(job.record)
+        for name, path, bitmap in job.record["unions"]:
+            if self.runs:
+                # It records nothing, so it does no harm; and nobody can remove it until the guest is off.
+                job.note(f"{self.name}: {name}: bitmap {bitmap} stays in {path}, which the guest uses by now")
+            else:
+                img.remove_bitmap(name, path, bitmap)
+
+    def allocated(self, disks):
+        """See Running; qemu-nbd knows, which opens the images for reading."""
+        return {disk.name: self._measure(disk, self.layers_of(disk)[:1]) for disk in self.disks() if disk.name in disks}
+
+    def changed(self, checkpoint, disks):
+        """See Running."""
+        wanted = [disk for disk in self.disks() if disk.name in disks]
+        holders = [(disk, img.holders(self.layers_of(disk), checkpoint)) for disk in wanted]
+        return {disk.name: self._measure(disk, layers, checkpoint) for disk, layers in holders if layers}
+
+    def _measure(self, disk, layers, bitmap=None):
+        """How many bytes are dirty in any of the layers' bitmaps, or are data where no bitmap is given."""
+        with tempfile.TemporaryDirectory(dir=temporary_directory()) as directory, contextlib.ExitStack() as stack:
+            ranges = []
+            connections = Connections(len(layers))
+            for number, layer in enumerate(layers):
+                socket = os.path.join(directory, str(number))
+                server = img.serve(disk.name, "", layer.path, layer.format, socket, bitmap)
+                stack.callback(server.end)
+                context = block_status.Context(
+                    connections, Unix(socket).uri(""), disk.name,
+                    f"qemu:dirty-bitmap:{bitmap}" if bitmap else block_status.BASE_ALLOCATION, required=True,
+                )
+                context.open()
+                stack.callback(context.close)
+                ranges.append(_ranges(context, bitmap is not None))
+            return _total(heapq.merge(*ranges))
+
+
+def _refuse_relative_data(disk, layer):
+    """
+    Raise Error where QEMU looks for the data of a layer (vnb.qemu.img.Layer) wherever it was started.
+
+    Another QEMU than ours has written it, and we may find another file of that name.
+    """
+    name = layer.data_file
+    if name and not os.path.isabs(name) and not PROTOCOL.match(name):
+        raise Error(
+            disk.name, f"{layer.path} names its data file {name}, which QEMU looks for in the directory where it is "
+            f"started: there, qemu-img amend -f qcow2 -o data_file=\"$PWD/{name}\" {layer.path} makes the name absolute"
+        )
+
+
+def _ranges(context, is_bitmap):
+    """Yield (offset, end) of what is dirty, or of what is data, in an export."""
+    for offset, length, flags in block_status.Walk(context, unknown=0).within(0, context.size, context.size):
+        if flags & block_status.DIRTY if is_bitmap else not flags & block_status.READS_ZERO:
+            yield offset, offset + length
+
+
+def _total(ranges):
+    """The bytes that ascending ranges of (offset, end), which may overlap, cover."""
+    total = done = 0
+    for offset, end in ranges:
+        if end > done:
+            total += end - max(offset, done)
+            done = end
+    return total
