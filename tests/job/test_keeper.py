@@ -10,7 +10,8 @@ import pytest
 
 from vnb.base import waiting
 from vnb.base.errors import Error
-from vnb.job.keeper import Keeper, Line, _begin, _keep_for
+from vnb.job.channel import Line
+from vnb.job.keeper import Keeper, _begin, keep_for
 from vnb.job.state import JobDirectory
 
 
@@ -102,7 +103,7 @@ def test_a_keeper_that_lacks_memory_says_so_in_a_line(pair, monkeypatch, raised)
     ours, theirs = pair
     monkeypatch.setattr("vnb.job.keeper.open_source", fail)
     with pytest.raises(type(raised)):
-        _keep_for(ours, {})
+        keep_for(ours, {})
     with pytest.raises(Error, match="^keeper: (out of memory.*|no room)$"):
         Line(theirs).answer(None)
 
@@ -110,7 +111,7 @@ def test_a_keeper_that_lacks_memory_says_so_in_a_line(pair, monkeypatch, raised)
 def test_who_waits_says_what_for(pair, monkeypatch):
     """The first time after some seconds, then more and more rarely; what ends sooner is not said."""
     ours, theirs = pair
-    monkeypatch.setattr("vnb.job.keeper.PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("vnb.job.channel.PATIENCE_SECONDS", 0.05)
     keeper, starter = Line(ours), Line(theirs)
     said = []
 

@@ -9,7 +9,7 @@ import pytest
 
 from vnb.base.errors import Error
 from vnb.base.ssh import Host
-from vnb.job import source_stopped, sources
+from vnb.job import source_running, source_stopped
 from vnb.job.source_running import PORT_TRIES, Running
 from vnb.job.source_vanished import Gone
 from vnb.nbd.endpoint import Tcp, Unix

@@ -84,7 +84,7 @@ def _defaults(subcommand):
 
 
 def _options(args):
-    """What the keeper needs, checked; see vnb.job.job.begin and vnb.job.keeper.Starter."""
+    """What the keeper needs, checked; see vnb.job.job.begin and vnb.job.starter.Starter."""
     level, base = args["--level"], args["--base"]
     if level not in LEVELS:
         found = "is needed:" if level is None else f'"{level}" is not'
@@ -186,7 +186,7 @@ def _images(args):
 
 
 def _begin(options):
-    from vnb.job.keeper import Starter
+    from vnb.job.starter import Starter
 
     if os.isatty(1):
         raise Error("stdout", "is a terminal, and begin writes a stream for others to read: type > FILE behind it, or "
@@ -205,7 +205,7 @@ def _begin(options):
 
 
 def _run(options, command):
-    from vnb.job.keeper import Starter
+    from vnb.job.starter import Starter
 
     _refuse_forgotten_quotes(options, command)
     keeper = Starter(options, log.note, log.warn)
@@ -333,7 +333,7 @@ def _host_of(options):
 
 def _finish(args, what):
     from vnb.cli.checkpoint_admin import open_domain, tell_of_job
-    from vnb.job.keeper import ask
+    from vnb.job.starter import ask
 
     images = _images(args)
     if images:

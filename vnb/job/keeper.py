@@ -10,11 +10,9 @@ Its starter speaks to it over a socket pair, others over the socket in the job's
 """
 
 import contextlib
-import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,251 +21,14 @@ import traceback
 from vnb.base import waiting
 from vnb.base.errors import Error, Interrupted, Saved, UsageError, lack, os_error
 from vnb.job import job as jobs
+from vnb.job.channel import REQUEST_SECONDS, WAITED_FOR_SECONDS, Line
 from vnb.job.sources import open_source, source_of
 from vnb.job.state import JobDirectory, is_dead, owner
 from vnb.virt.export_clients import read_lists
 
 TICK_SECONDS = 1.0  # free room, clients and deadline have no event that one could wait for
-PATIENCE_SECONDS = 5  # for whoever waits for a keeper to wait without a word, the first time
-WAITED_FOR_SECONDS = 30  # for whoever has begun a job to wait for its end, where that fails
 RAREST_SECONDS = 300  # between two attempts to end a job that does not end; the first pause is a tick
-MAX_MESSAGE = 32 << 20  # a head has XML in it, disks are a few hundred bytes each
-REQUEST_SECONDS = 10  # for whoever speaks to the keeper to say what it wants, and to take the answer
-ANSWER_SECONDS = 180  # a guest that shuts down keeps its job for half a minute
 MAKE_WAY_SECONDS = 20  # for a keeper that may be asking a guest agent that hangs
-UNASKED = {"note", "ending", "ended", "doing"}  # keys of messages that are no answers
-
-
-class Line:
-    """Messages (dict) over a socket, one line of JSON each."""
-
-    def __init__(self, connection):
-        self.socket = connection
-        self._rest = b""
-        self._doing = None  # what the other side waits for, as it has said
-
-    def fileno(self):
-        return self.socket.fileno()
-
-    def send(self, **message):
-        """Send a message; one that nobody reads any more is lost, which is no harm."""
-        with contextlib.suppress(OSError):
-            try:
-                self.socket.sendall(json.dumps(message).encode() + b"\n")
-            except TimeoutError:
-                self.socket.shutdown(socket.SHUT_RDWR)  # a part of it may be on its way: no other can follow
-
-    def receive(self):
-        """The next message, or None at the end. Raises Error for what is none."""
-        while b"\n" not in self._rest:
-            try:
-                more = self.socket.recv(65536)
-            except TimeoutError:
-                raise Error("keeper", "does not answer") from None
-            except OSError:
-                more = b""
-            if not more:
-                return None
-            self._rest += more
-            if len(self._rest) > MAX_MESSAGE:
-                raise Error("keeper", "message too long")
-        line, _, self._rest = self._rest.partition(b"\n")
-        try:
-            message = json.loads(line)
-        except ValueError:
-            message = None
-        if not isinstance(message, dict):
-            raise Error("keeper", "malformed message")
-        return message
-
-    def patiently(self, hear):
-        """As receive(); says, as a note to hear(message), what the other side waits for when that takes long."""
-        begun = now = time.monotonic()
-        pause = PATIENCE_SECONDS
-        next_ = begun + pause
-        while True:
-            while b"\n" not in self._rest and not select.select([self.socket], [], [], max(0, next_ - now))[0]:
-                now = time.monotonic()
-                limit = self.socket.gettimeout()
-                if limit is not None and now - begun > limit:
-                    raise Error("keeper", "does not answer")
-                what = self._doing or "the keeper of the job"
-                hear({"note": f"waiting for {what}, {now - begun:.0f} seconds by now"})
-                pause *= 2
-                next_ = now + pause
-            message = self.receive()
-            if message is None or "doing" not in message:
-                return message
-            self._doing = message["doing"]
-            now = time.monotonic()
-
-    def answer(self, hear):
-        """Read what nobody asked for, which goes to hear(message), up to an answer; returns it, raises an error."""
-        while True:
-            message = self.patiently(hear)
-            if message is None:
-                raise KeeperDied("keeper", "ended without an answer")
-            if "error" in message:
-                raise (Saved if message.get("saved") else Error)(*message["error"])
-            if not UNASKED & message.keys():
-                return message
-            hear(message)
-
-    def tell(self, text):
-        """A line for the user. It is lost where so many have not been read: who tells it has a guest to watch over."""
-        self.offer(note=text)
-
-    def warn(self, text):
-        """A line for the user, which --strict makes a failure."""
-        self.offer(note=text, warning=True)
-
-    def offer(self, **message):
-        """Send a short message unless so many have not been read that it would have to wait."""
-        # A socket counts as writable while most of its buffer is free, so a line fits.
-        if self.socket.fileno() >= 0 and select.select([], [self.socket], [], 0)[1]:
-            self.send(**message)
-
-    def waits(self):
-        """A context in which the other side is told what this process waits for."""
-        return waiting.told_to(lambda what: self.offer(doing=what))
-
-    def close(self):
-        self.socket.close()
-
-
-class KeeperDied(Error):
-    """The keeper ended without a word: somebody killed it."""
-
-
-class Starter:
-    """
-    The starter's side: start a keeper, and have it end its job one way or the other.
-
-    options (dict): see vnb.job.job.begin, and deadline, idle (seconds), reserve (bytes). say, warn: functions for lines
-    to the user. begun (dict): head, disks, files; or below (str), where there is less to do than the threshold.
-    warnings (int): lines that were warnings. saved (bool): the job has ended by itself, and its segment is saved.
-
-    Keeper and starter watch each other: whoever finds the other one dead ends the job.
-    """
-
-    def __init__(self, options, say, warn):
-        self.say = say
-        self.warn = warn
-        self.warnings = 0
-        self.saved = False
-        self._ending = None  # why the keeper ends the job by itself
-        self._options = options
-        self._uuid = None
-        ours, theirs = socket.socketpair()
-        self.pid = os.fork()
-        if self.pid == 0:
-            ours.close()
-            _child(lambda: _keep_for(theirs, options))
-        theirs.close()
-        self.line = Line(ours)
-        try:
-            message = self.line.answer(self._hear)
-            if "job" in message:
-                self._uuid = message["job"]
-                message = self.line.answer(self._hear)
-            self.begun = message
-        except BaseException:
-            self.leave()
-            raise
-
-    def warned(self, text):
-        """Say a warning of our own, which counts like the keeper's."""
-        self.warnings += 1
-        self.warn(text)
-
-    def hand_over(self):
-        """Let the keeper go on without us: commit and abort come over its control socket."""
-        self.line.send(do="keep", warnings=self.warnings)
-        self.line.answer(self._hear)
-        self.line.close()
-
-    def listen(self):
-        """Hear what the keeper says. Raises Error as soon as it ends the job by itself, or where it was killed."""
-        message = self.line.receive()
-        if message is None:
-            raise self._ended()
-        self._hear(message)
-        if self._ending is not None:
-            raise self._ended()
-
-    def finish(self, what, **more):
-        """Have the keeper do "commit" or "abort", and see it end. Raises Error, and the job goes on then."""
-        self.line.send(do=what, **more)
-        try:
-            self.line.answer(self._hear)
-        except KeeperDied:
-            raise self._ended() from None
-        self.leave()
-
-    def _ended(self):
-        why = f"the job is ended: {self._ending}" if self._ending else "the keeper has died, and with it the job"
-        return KeeperDied(self.begun["head"]["domain"], why)
-
-    def leave(self):
-        """
-        Hang up, which ends the job if it still runs; wait for the keeper to end, do its work if it was killed.
-
-        A keeper that stays is not waited for: to thaw the guest it may take as long as the guest's agent hangs, and to
-        end a job as long as libvirt does not.
-        """
-        with contextlib.suppress(OSError):
-            self.line.socket.shutdown(socket.SHUT_WR)
-        stays = False
-        with contextlib.suppress(Error):
-            while (message := self.line.patiently(self._hear)) is not None:
-                self._hear(message)
-                stays = stays or "stays" in message
-        self.line.close()
-        if stays:
-            return
-        with contextlib.suppress(ChildProcessError):
-            _, status = os.waitpid(self.pid, 0)
-            if os.WIFSIGNALED(status) and self._uuid is not None:
-                self.say(f"the keeper was killed by {signal.Signals(os.WTERMSIG(status)).name}: ending its job")
-                directory = JobDirectory(self._options["state"], self._uuid)
-                with directory.locked(wait=True):
-                    record = directory.load()
-                    if record is not None:
-                        self.saved = jobs.Job(directory, record, self.say).abort()
-                stay(directory)
-
-    def _hear(self, message):
-        if "ending" in message:
-            self._ending = message["ending"]
-        elif "ended" in message:
-            self.saved = message["saved"]
-        elif message.get("warning"):
-            self.warned(message["note"])
-        elif "note" in message:
-            self.say(message["note"])
-
-
-def ask(directory, what, say, set_=None, proof=True):
-    """
-    Have the domain's job committed or aborted: by its keeper, or by ourselves where that is dead.
-
-    directory (JobDirectory). what (str): "commit" or "abort". set_ (str or None). proof (bool): commit only
-    what was taken whole; see vnb.job.proof. Returns {"strict": see Job.strict}, or None where there is no job.
-    """
-    client = directory.connect()
-    if client is not None:
-        client.settimeout(ANSWER_SECONDS)
-        line = Line(client)
-        line.send(do=what, set=set_, proof=proof)
-        return line.answer(lambda message: say(message["note"]))
-    with directory.locked(wait=True):
-        record = directory.load()
-        if record is None:
-            return None
-        job = jobs.Job(directory, record, say)
-        _end(job, {"do": what, "set": set_, "proof": proof})
-    stay(directory)
-    return {"strict": job.strict}
 
 
 def stay(directory):
@@ -316,7 +77,7 @@ def _listening(directory):
         listener.close()
 
 
-def _child(life):
+def fork(life):
     """A keeper's life; does not return."""
     status = 1
     try:
@@ -334,7 +95,7 @@ def _child(life):
         os._exit(status)
 
 
-def _keep_for(connection, options):
+def keep_for(connection, options):
     connection.settimeout(REQUEST_SECONDS)
     line = Line(connection)
     try:
@@ -629,7 +390,7 @@ class Keeper:
                 self._do_late(line, message.get("do"))
             else:
                 with line.waits():
-                    _end(self.job, message)
+                    end_as_asked(self.job, message)
                 self.done = True
             line.send(done=True, strict=self.job.strict)
         except Error as error:
@@ -729,7 +490,7 @@ class Keeper:
         return self.job.clients.look(read_lists(self.job.clients.is_tcp), time.monotonic()) == 0
 
 
-def _end(job, message):
+def end_as_asked(job, message):
     """Commit or abort a job as a message (dict) says."""
     if message.get("do") == "commit":
         job.commit(message.get("set"), message.get("proof", True))

@@ -91,7 +91,7 @@ class Pipeline:
     """
     command (list of str): one word is a line for bash, with pipefail; several are a program and its arguments.
 
-    environment (dict): all of it. keeper (vnb.job.keeper.Starter): it ends the job. what (str): for messages.
+    environment (dict): all of it. keeper (vnb.job.starter.Starter): it ends the job. what (str): for messages.
     Raises Error where there is no such program.
     """
 

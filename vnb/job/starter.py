@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How a command starts a keeper, and asks one that is there."""
+
+import contextlib
+import os
+import signal
+import socket
+
+from vnb.base.errors import Error
+from vnb.job import job as jobs
+from vnb.job.channel import KeeperDied, Line
+from vnb.job.keeper import end_as_asked, fork, keep_for, stay
+from vnb.job.state import JobDirectory
+
+ANSWER_SECONDS = 180  # a guest that shuts down keeps its job for half a minute
+
+
+class Starter:
+    """
+    The starter's side: start a keeper, and have it end its job one way or the other.
+
+    options (dict): see vnb.job.job.begin, and deadline, idle (seconds), reserve (bytes). say, warn: functions for lines
+    to the user. begun (dict): head, disks, files; or below (str), where there is less to do than the threshold.
+    warnings (int): lines that were warnings. saved (bool): the job has ended by itself, and its segment is saved.
+
+    Keeper and starter watch each other: whoever finds the other one dead ends the job.
+    """
+
+    def __init__(self, options, say, warn):
+        self.say = say
+        self.warn = warn
+        self.warnings = 0
+        self.saved = False
+        self._ending = None  # why the keeper ends the job by itself
+        self._options = options
+        self._uuid = None
+        ours, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if self.pid == 0:
+            ours.close()
+            fork(lambda: keep_for(theirs, options))
+        theirs.close()
+        self.line = Line(ours)
+        try:
+            message = self.line.answer(self._hear)
+            if "job" in message:
+                self._uuid = message["job"]
+                message = self.line.answer(self._hear)
+            self.begun = message
+        except BaseException:
+            self.leave()
+            raise
+
+    def warned(self, text):
+        """Say a warning of our own, which counts like the keeper's."""
+        self.warnings += 1
+        self.warn(text)
+
+    def hand_over(self):
+        """Let the keeper go on without us: commit and abort come over its control socket."""
+        self.line.send(do="keep", warnings=self.warnings)
+        self.line.answer(self._hear)
+        self.line.close()
+
+    def listen(self):
+        """Hear what the keeper says. Raises Error as soon as it ends the job by itself, or where it was killed."""
+        message = self.line.receive()
+        if message is None:
+            raise self._ended()
+        self._hear(message)
+        if self._ending is not None:
+            raise self._ended()
+
+    def finish(self, what, **more):
+        """Have the keeper do "commit" or "abort", and see it end. Raises Error, and the job goes on then."""
+        self.line.send(do=what, **more)
+        try:
+            self.line.answer(self._hear)
+        except KeeperDied:
+            raise self._ended() from None
+        self.leave()
+
+    def _ended(self):
+        why = f"the job is ended: {self._ending}" if self._ending else "the keeper has died, and with it the job"
+        return KeeperDied(self.begun["head"]["domain"], why)
+
+    def leave(self):
+        """
+        Hang up, which ends the job if it still runs; wait for the keeper to end, do its work if it was killed.
+
+        A keeper that stays is not waited for: to thaw the guest it may take as long as the guest's agent hangs, and to
+        end a job as long as libvirt does not.
+        """
+        with contextlib.suppress(OSError):
+            self.line.socket.shutdown(socket.SHUT_WR)
+        stays = False
+        with contextlib.suppress(Error):
+            while (message := self.line.patiently(self._hear)) is not None:
+                self._hear(message)
+                stays = stays or "stays" in message
+        self.line.close()
+        if stays:
+            return
+        with contextlib.suppress(ChildProcessError):
+            _, status = os.waitpid(self.pid, 0)
+            if os.WIFSIGNALED(status) and self._uuid is not None:
+                self.say(f"the keeper was killed by {signal.Signals(os.WTERMSIG(status)).name}: ending its job")
+                directory = JobDirectory(self._options["state"], self._uuid)
+                with directory.locked(wait=True):
+                    record = directory.load()
+                    if record is not None:
+                        self.saved = jobs.Job(directory, record, self.say).abort()
+                stay(directory)
+
+    def _hear(self, message):
+        if "ending" in message:
+            self._ending = message["ending"]
+        elif "ended" in message:
+            self.saved = message["saved"]
+        elif message.get("warning"):
+            self.warned(message["note"])
+        elif "note" in message:
+            self.say(message["note"])
+
+
+def ask(directory, what, say, set_=None, proof=True):
+    """
+    Have the domain's job committed or aborted: by its keeper, or by ourselves where that is dead.
+
+    directory (JobDirectory). what (str): "commit" or "abort". set_ (str or None). proof (bool): commit only
+    what was taken whole; see vnb.job.proof. Returns {"strict": see Job.strict}, or None where there is no job.
+    """
+    client = directory.connect()
+    if client is not None:
+        client.settimeout(ANSWER_SECONDS)
+        line = Line(client)
+        line.send(do=what, set=set_, proof=proof)
+        return line.answer(lambda message: say(message["note"]))
+    with directory.locked(wait=True):
+        record = directory.load()
+        if record is None:
+            return None
+        job = jobs.Job(directory, record, say)
+        end_as_asked(job, {"do": what, "set": set_, "proof": proof})
+    stay(directory)
+    return {"strict": job.strict}
