@@ -16,7 +16,7 @@ from servers import DEADLINE, command, forked
 from vnb.cli import apply as vnb_apply
 from vnb.cli import cat, pack
 from vnb.format import stream
-from vnb.store import backupset, chain
+from vnb.store import backupset, chain, saved_segment
 
 PLAN = [
     {"vda": "300k:A 64k:? 1M:- 64k:0", "vdb": "64k:B 64k:0"},
@@ -40,7 +40,7 @@ def saved(tmp_path):
 
 def path_of(directory, number):
     """The file that holds a point."""
-    (path,) = [path for path in directory.iterdir() if backupset.segments_in_file(path)[0].head["point"]
+    (path,) = [path for path in directory.iterdir() if saved_segment.segments_in_file(path)[0].head["point"]
                == POINTS[number]]
     return path
 

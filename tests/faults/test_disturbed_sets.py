@@ -8,7 +8,7 @@ import pytest
 from disturbing import Place, hidden, named
 from machine import with_points
 
-from vnb.store import backupset
+from vnb.store import pruned
 
 DISTURBED = "a part gets a signal, a reader goes away, or a system call fails with ENOSPC, EIO, EROFS or EDQUOT"
 disturbances = pytest.mark.parametrize("disturb", [Place.killed, Place.failed], ids=lambda disturb: disturb.__name__)
@@ -121,7 +121,7 @@ def test_a_prune(saved, work, rounds, disturb):
             assert ended.status != 0 or len(named(work)) == 2
             saved.place.sh(script)
             assert len(named(work)) == 2
-            assert hidden(work) <= {backupset.PRUNED}
+            assert hidden(work) <= {pruned.PRUNED}
             for point in points[-2:]:
                 saved.check_restored(work, point)
 

@@ -19,7 +19,7 @@ from filesystem import FileSystem, needs_root, private_mounts
 from lab import run
 from machine import with_points
 
-from vnb.store import backupset
+from vnb.store import pruned
 
 POINTS = 3
 CHANGES = 4  # of names, after one of which the power is cut
@@ -171,7 +171,7 @@ def test_a_prune(power, rounds):
             machine.check_points(last)
             power.place.sh(f"vnb-prune --keep-last 2 {machine.set}")
             assert len(named(machine.set)) == 2
-            assert hidden(machine.set) <= {backupset.PRUNED}
+            assert hidden(machine.set) <= {pruned.PRUNED}
             machine.truths = {point: machine.truths[point] for point in last}
             machine.check_next()
 

@@ -15,7 +15,7 @@ import samples
 
 from vnb.base.errors import Error, StreamError
 from vnb.format import frame, stream
-from vnb.store import backupset, chain
+from vnb.store import backupset, chain, storing
 from vnb.store.catalog import Catalog
 
 PLAN = [{"vda": "64k:A 64k:- 32k:0"}, {"vda": "96k:. 64k:B"}, {"vda": "8k:C"}]
@@ -25,7 +25,7 @@ FRAME = ["extent", 0, [0, 100, 3]]
 
 def store(directory, head, disks=DISKS, frames=(FRAME,)):
     """Store a segment; returns its path."""
-    with backupset.Store(str(directory), head, disks) as out:
+    with storing.Store(str(directory), head, disks) as out:
         os.write(out.fd, samples.segment(head, disks, *frames))
         return out.commit()
 
@@ -50,7 +50,7 @@ def store_inc(directory, number):
 
 def refused(directory, reason, head, disks=DISKS):
     before = sorted(os.listdir(directory))
-    with pytest.raises(Error) as caught, backupset.Store(str(directory), head, disks):
+    with pytest.raises(Error) as caught, storing.Store(str(directory), head, disks):
         pytest.fail("not refused")
     assert reason in str(caught.value)
     assert sorted(os.listdir(directory)) == before
@@ -74,9 +74,9 @@ def test_a_chain_is_stored_and_found(tmp_path):
 
 
 def test_nothing_stays_without_commit(tmp_path):
-    with backupset.Store(str(tmp_path), samples.head(), DISKS) as out:
+    with storing.Store(str(tmp_path), samples.head(), DISKS) as out:
         os.write(out.fd, b"abc")
-    with pytest.raises(RuntimeError), backupset.Store(str(tmp_path), samples.head(), DISKS):
+    with pytest.raises(RuntimeError), storing.Store(str(tmp_path), samples.head(), DISKS):
         raise RuntimeError
     assert os.listdir(tmp_path) == []
 
@@ -111,7 +111,7 @@ def test_increment_behind_a_gap(tmp_path):
 
 
 def test_another_writer_was_faster(tmp_path):
-    with backupset.Store(str(tmp_path), samples.head(), DISKS) as slow:
+    with storing.Store(str(tmp_path), samples.head(), DISKS) as slow:
         os.write(slow.fd, samples.segment(samples.head(), DISKS, FRAME))
         store(tmp_path, samples.head())
         with pytest.raises(Error, match="already here"):
@@ -124,14 +124,14 @@ def test_a_file_of_that_name_is_not_overwritten(tmp_path):
     path = store(tmp_path, samples.head("p0"))
     os.rename(path, tmp_path / "p1.full.vnb")
     named = pytest.raises(Error, match="another file has the name of this segment")
-    with named, backupset.Store(str(tmp_path), samples.head("p1"), DISKS) as out:
+    with named, storing.Store(str(tmp_path), samples.head("p1"), DISKS) as out:
         out.commit()
     assert [segment.head["point"] for segment in backupset.segments([str(tmp_path)])] == ["p0"]
 
 
 KILLED = """
 import os, signal, sys
-from vnb.store.backupset import Store
+from vnb.store.storing import Store
 import samples
 with Store(sys.argv[1], samples.head("k"), []) as store:
     os.write(store.fd, b"abc")
@@ -149,9 +149,9 @@ def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path):
     (left,) = os.listdir(tmp_path)
     assert left.startswith(".k.full.vnb.") and left.endswith(".partial")
     assert backupset.segments([str(tmp_path)]) == []
-    with backupset.Store(str(tmp_path), samples.head(), DISKS) as out:
+    with storing.Store(str(tmp_path), samples.head(), DISKS) as out:
         assert len(os.listdir(tmp_path)) == 1
-        backupset.remove_abandoned(str(tmp_path))
+        storing.remove_abandoned(str(tmp_path))
         assert os.path.exists(out.partial), "that of a living writer stays"
 
 
@@ -165,10 +165,10 @@ def test_partial_files_where_locks_want_a_file_open_for_writing(tmp_path, monkey
         flock(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", strict)
-    path = tmp_path / f".a.vnb.0123abcd{backupset.PARTIAL}"
+    path = tmp_path / f".a.vnb.0123abcd{storing.PARTIAL}"
     path.write_bytes(b"x")
     for locks in (False, True):
-        backupset.remove_abandoned(str(tmp_path))
+        storing.remove_abandoned(str(tmp_path))
         assert path.exists() != locks
 
 
@@ -177,7 +177,7 @@ def test_a_fifo_under_the_name_of_a_partial_file(tmp_path):
     os.mkfifo(tmp_path / ".p.full.vnb.1.partial")
     (tmp_path / "outside").touch()
     (tmp_path / ".p.full.vnb.2.partial").symlink_to(tmp_path / "outside")
-    backupset.remove_abandoned(str(tmp_path))
+    storing.remove_abandoned(str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == [".p.full.vnb.2.partial", "outside"]
 
 
@@ -189,7 +189,7 @@ def test_writer_whose_file_was_taken_as_abandoned(tmp_path, monkeypatch):
     def flock(fd, operation):
         if not calls:
             calls.append(fd)
-            backupset.remove_abandoned(str(tmp_path))
+            storing.remove_abandoned(str(tmp_path))
         return real(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
@@ -220,11 +220,11 @@ def test_damaged_segment_is_an_error(tmp_path):
             backupset.segments([str(tmp_path)])
         assert reason in str(caught.value) and str(caught.value).startswith(path)
         # It costs nothing but what needs it.
-        backupset.Store(str(tmp_path), samples.head("q"), DISKS).__exit__()
+        storing.Store(str(tmp_path), samples.head("q"), DISKS).__exit__()
         with pytest.raises(Error, match=r"does not hold p0, the base of q, which is"):
-            backupset.Store(str(tmp_path), samples.head("q", "p0"), [samples.disk(size=100, level="inc")])
+            storing.Store(str(tmp_path), samples.head("q", "p0"), [samples.disk(size=100, level="inc")])
         with pytest.raises(Error, match=r"another file has the name of this segment: .*--quarantine"):
-            backupset.Store(str(tmp_path), samples.head(), DISKS)
+            storing.Store(str(tmp_path), samples.head(), DISKS)
 
 
 def test_operands_that_are_no_files(tmp_path):
@@ -276,8 +276,8 @@ def limit_file_size():
 
 FULL = """
 import os, sys
-from vnb.format import stream
-from vnb.store.backupset import Store
+from vnb.format import values, writing
+from vnb.store.storing import Store
 from vnb.base.errors import Error
 import samples
 try:
@@ -333,10 +333,10 @@ def test_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file" / "set"):
         with pytest.raises(Error, match="Not a directory"):
-            backupset.Store(str(path), samples.head(), [])
+            storing.Store(str(path), samples.head(), [])
     os.symlink(tmp_path / "nowhere", tmp_path / "dangling")
     with pytest.raises(Error):
-        backupset.Store(str(tmp_path / "dangling"), samples.head(), [])
+        storing.Store(str(tmp_path / "dangling"), samples.head(), [])
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
@@ -344,7 +344,7 @@ def test_order_of_syncs(tmp_path):
     """What a power failure may take: nothing, once commit() has returned."""
     program = """
 import os, sys
-from vnb.store.backupset import Store
+from vnb.store.storing import Store
 import samples
 head = samples.head()
 with Store(sys.argv[1], head, []) as store:

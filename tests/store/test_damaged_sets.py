@@ -13,7 +13,7 @@ from samples import applied
 from servers import DEADLINE, command, forked, qemu_img, qemu_io
 
 from vnb.cli import cat, dump, prune, verify
-from vnb.store import backupset, chain, saved_disk
+from vnb.store import backupset, chain, saved_disk, saved_segment, storing
 
 # Two fulls, each with increments: the names are as vnb gives them.
 PLAN = [{"vda": "64k:A 64k:- 32k:0"}, {"vda": "96k:. 32k:B"}, {"vda": "8k:C"}]
@@ -33,7 +33,7 @@ def sound(tmp_path_factory):
         head = makers.head(after, id=f"id-{number}", point=point, parent=parent, checkpoint=point,
                            created=f"2026-01-0{number + 1}T12:00:00.000000Z")
         (made,) = makers.make_set(directory / "one", PLAN[: after + 1], spec="lz4")[after:]
-        (segment,) = backupset.segments_in_file(made)
+        (segment,) = saved_segment.segments_in_file(made)
         content = rewritten(segment.open(), head)
         (directory / f"{point}.{LEVELS[number]}.vnb").write_bytes(content)
         shutil.rmtree(directory / "one")
@@ -153,7 +153,7 @@ def test_what_does_not_need_it_works_in_every_command(saved, sound, way, number)
     assert checked.status == 1 and str(path) in checked.err
     assert not [line for line in checked.err.splitlines() if str(path) not in line and "gap" not in line]
     head = makers.head(0, id="new", point="vnb.main.20260201T120000.000Z.aaaaaa", created="2026-02-01T12:00:00.000000Z")
-    with backupset.Store(str(saved), head, [samples.disk()]):
+    with storing.Store(str(saved), head, [samples.disk()]):
         pass  # a full is always taken
 
 
@@ -254,14 +254,15 @@ def test_what_comes_back_is_not_refused_for_its_damaged_name(saved, sound):
 def test_a_file_without_the_right_to_read_it(saved, monkeypatch):
     """It is no damage of the file: nobody is told to set it aside."""
     denied = str(path_of(saved, 1))
-    opened = backupset.open_file
+    opened = saved_segment.open_file
 
     def refused(path):
         if path == denied:
             raise backupset.os_error(path, PermissionError(13, "Permission denied"))
         return opened(path)
 
-    monkeypatch.setattr(backupset, "open_file", refused)
+    for module in (backupset, saved_segment):
+        monkeypatch.setattr(module, "open_file", refused)
     done = run("vnb-cat", cat, "--point", saved)
     assert (done.status, done.out.decode()) == (0, f"{POINTS[5]}\n")
     assert done.err == f"vnb-cat: {denied}: Permission denied: left out\n"
@@ -305,7 +306,7 @@ def test_a_segment_of_another_domain(saved, sound):
     assert done.status == 1 and "two domains: " in done.err
     assert applied(run("vnb-cat", cat, "--until", POINTS[4], saved).out) == sound[1][POINTS[4]]
     head = makers.head(1, id="new", point="n", parent=POINTS[5], created="2026-02-01T12:00:00.000000Z")
-    with backupset.Store(str(saved), head, [samples.disk("vda", 160 << 10, "inc")]):
+    with storing.Store(str(saved), head, [samples.disk("vda", 160 << 10, "inc")]):
         pass
 
 

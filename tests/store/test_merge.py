@@ -15,7 +15,7 @@ from xxhash import xxh3_64_intdigest
 from vnb.base.errors import Error, StreamError
 from vnb.format import index, values
 from vnb.format.frame import HOLE, ZERO
-from vnb.store import backupset, chain
+from vnb.store import backupset, chain, saved_segment
 from vnb.store.merge import Merge
 
 SIZES = st.integers(0, 200)
@@ -75,7 +75,7 @@ def merged(content, start=0, stop=None, **options):
 
 def merge_into(writer, content, start=0, stop=None, with_index=True, **options):
     with samples.memory(content) as fd:
-        path = backupset.segments_in_file(f"/proc/self/fd/{fd}")
+        path = saved_segment.segments_in_file(f"/proc/self/fd/{fd}")
         merge = Merge(path[start:stop], "the chain", **options)
         merge.read_head()
         out = writer.segment(merge.head, merge.disks)

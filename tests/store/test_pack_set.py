@@ -20,7 +20,7 @@ from servers import DEADLINE, command, forked
 from vnb.cli import pack
 from vnb.cli.progress import Progress
 from vnb.format import stream
-from vnb.store import backupset
+from vnb.store import saved_segment
 
 PLAN = [
     {"vda": "300k:A 64k:? 1M:- 64k:0 100:B 50k:?", "vdb": "64k:B 64k:0"},
@@ -62,7 +62,7 @@ def all_rows(path):
     found = []
     for scan in (False, True):
         rows = []
-        for segment in backupset.segments_in_file(path):
+        for segment in saved_segment.segments_in_file(path):
             if scan:
                 segment._last_index = 0
             rows.append([list(disk.lookup(0, 1 << 62)) for disk in segment.rows()])

@@ -22,7 +22,7 @@ from vnb.base.errors import Error
 from vnb.cli import prune
 from vnb.format import index, writing
 from vnb.format.frame import HOLE
-from vnb.store import backupset, chain
+from vnb.store import backupset, chain, pruned
 
 pytestmark = pytest.mark.usefixtures("utc")
 
@@ -84,7 +84,7 @@ def points(directory):
 def names(directory):
     """Of all files but the one for vnb-checkpoint; without the ids of those that were merged."""
     return sorted(re.sub(r"\.[0-9a-f]{12}\.vnb$", ".vnb", name) for name in os.listdir(directory)
-                  if name != backupset.PRUNED)
+                  if name != pruned.PRUNED)
 
 
 def run(directory, dry_run=False, **counts):
@@ -265,7 +265,7 @@ def test_a_merged_segment_has_a_name_of_its_own(tmp_path):
     segment(tmp_path, "d", "p0", 50)  # p0 stays, so what is merged is an increment
     before = set(os.listdir(tmp_path))
     run(tmp_path, last=1, yearly=1)
-    merged = set(os.listdir(tmp_path)) - before - {backupset.PRUNED}
+    merged = set(os.listdir(tmp_path)) - before - {pruned.PRUNED}
     assert [len(name.split(".")) for name in merged] == [4]
     for name in merged:
         (found,) = backupset.segments([str(tmp_path / name)])
@@ -481,19 +481,19 @@ def test_what_was_dropped_is_written_down_for_vnb_checkpoint(tmp_path):
     paths = makers.make_set(tmp_path / "set", [{"vda": "64k:A"}, {"vda": "64k:B"}, {"vda": "64k:C"}])
     assert len(paths) == 3
     assert command("--keep-last", 2, tmp_path / "set").returncode == 0
-    assert backupset.pruned(tmp_path / "set") == {makers.point(0)}
-    assert os.stat(tmp_path / "set" / backupset.PRUNED).st_mode & 0o777 == 0o600
+    assert pruned.pruned(tmp_path / "set") == {makers.point(0)}
+    assert os.stat(tmp_path / "set" / pruned.PRUNED).st_mode & 0o777 == 0o600
     assert command("--keep-last", 1, tmp_path / "set").returncode == 0
-    assert backupset.pruned(tmp_path / "set") == {makers.point(0), makers.point(1)}
-    backupset.forget_pruned(tmp_path / "set", {makers.point(1), makers.point(2)})
-    assert backupset.pruned(tmp_path / "set") == {makers.point(0)}  # of another chain: whoever commits there drops it
-    backupset.forget_pruned(tmp_path / "set", {makers.point(0)})
+    assert pruned.pruned(tmp_path / "set") == {makers.point(0), makers.point(1)}
+    pruned.forget_pruned(tmp_path / "set", {makers.point(1), makers.point(2)})
+    assert pruned.pruned(tmp_path / "set") == {makers.point(0)}  # of another chain: whoever commits there drops it
+    pruned.forget_pruned(tmp_path / "set", {makers.point(0)})
     assert command("--keep-last", 1, tmp_path / "set").returncode == 0
-    assert backupset.PRUNED not in os.listdir(tmp_path / "set")
-    backupset.forget_pruned(tmp_path / "set", {makers.point(0)})
-    assert backupset.pruned(tmp_path / "set") == set()
-    os.mkfifo(tmp_path / "set" / backupset.PRUNED)
-    assert backupset.pruned(tmp_path / "set") == set()
+    assert pruned.PRUNED not in os.listdir(tmp_path / "set")
+    pruned.forget_pruned(tmp_path / "set", {makers.point(0)})
+    assert pruned.pruned(tmp_path / "set") == set()
+    os.mkfifo(tmp_path / "set" / pruned.PRUNED)
+    assert pruned.pruned(tmp_path / "set") == set()
 
 
 @pytest.mark.parametrize("xml, kept", [

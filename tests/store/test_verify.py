@@ -569,7 +569,7 @@ def test_memory_stays_small():
     """A stream of 128 MiB in less, packed and not."""
     program = (
         "import sys; sys.path[:0] = ['tests']; import samples\n"
-        "from vnb.format import codec, stream\n"
+        "from vnb.format import codec, writing\n"
         "from xxhash import xxh3_64_intdigest\n"
         "out = writing.Writer(1).segment(samples.head(), [samples.disk(size=1 << 27)])\n"
         "plain = bytes(1 << 19); digest = xxh3_64_intdigest(plain); pack = codec.compressor('lz4')\n"

@@ -19,7 +19,7 @@ from vnb.job.redefining import redefine as redefine_checkpoint
 from vnb.job.sources import open_source
 from vnb.job.state import JobDirectory, boot_id, is_dead, start_of
 from vnb.qemu import img
-from vnb.store import backupset
+from vnb.store import pruned
 from vnb.store.catalog import Catalog, of_checkpoint
 from vnb.virt import domxml
 from vnb.virt.domain import Domain
@@ -61,7 +61,7 @@ class Catalogs:
             for file in catalog.damaged:
                 log.warn(file.line)
             if catalog.is_set:
-                self.pruned |= backupset.pruned(catalog.directory)
+                self.pruned |= pruned.pruned(catalog.directory)
             self._holds[id_] = any(segment.head["uuid"] == domain.uuid for segment in segments)
             for segment in segments:
                 found = self.saved if segment.head["uuid"] == domain.uuid else self.foreign

@@ -37,7 +37,7 @@ from vnb.cli.stdio import said_by_another, stdin
 from vnb.format import codec, stream, values
 from vnb.format.frame import DATA, STATE_NAMES
 from vnb.format.jsonlines import JsonReader, line_of
-from vnb.store import backupset, chain
+from vnb.store import backupset, chain, saved_segment
 
 SHOWN_HEAD = ("point", "level", "stage", "parent", "created", "checkpoint", "chain", "id", "run")
 SHOWN_TEXT = 200  # characters of what nobody knows
@@ -61,7 +61,7 @@ def main(args):
     status = 0
     for path in _inputs(args["SET_OR_FILE"]):
         try:
-            fd = stdin().input.fd if path is None else backupset.open_file(path)
+            fd = stdin().input.fd if path is None else saved_segment.open_file(path)
         except Error as error:
             sys.stdout.flush()
             log.error(error)

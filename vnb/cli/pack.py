@@ -34,7 +34,8 @@ from vnb.cli.stdio import stdin
 from vnb.format import codec, heads, values
 from vnb.format.index import Builder
 from vnb.job import proof
-from vnb.store.backupset import Store, is_missing
+from vnb.store.backupset import is_missing
+from vnb.store.storing import Store
 
 
 def writes_stream(args):

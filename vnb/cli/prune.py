@@ -32,7 +32,7 @@ from vnb.cli import arguments
 from vnb.cli.progress import Progress
 from vnb.cli.runner import show
 from vnb.format.index import Builder
-from vnb.store import backupset, chain
+from vnb.store import backupset, chain, pruned, storing
 from vnb.store.merge import Merge
 from vnb.virt import domxml
 
@@ -273,7 +273,7 @@ def store(run, directory, progress, share):
     merged = Merge(run, directory, repack=True)
     merged.read_head()
     # Store's own check refuses a restore point that is here already; what it would have found else, Plan did.
-    with backupset.Store(directory, merged.head, merged.disks, check=False, merged=True) as store:
+    with storing.Store(directory, merged.head, merged.disks, check=False, merged=True) as store:
         with progress.segment(store.writer.segment(merged.head, merged.disks), share) as out:
             index = Builder(out)
             merged.write(out, index)
@@ -308,7 +308,7 @@ def remove(plan, directory):
         dropped = {segment.head["checkpoint"] for segment in gone} - {segment.head["checkpoint"] for segment in rest}
         try:
             if dropped - {None}:
-                backupset.add_pruned(directory, sorted(dropped - {None}))
+                pruned.add_pruned(directory, sorted(dropped - {None}))
             for path in dict.fromkeys(segment.name for segment in gone):
                 os.unlink(path)
             os.fsync(directory_fd)

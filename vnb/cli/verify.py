@@ -35,7 +35,7 @@ from vnb.cli.progress import Progress
 from vnb.cli.runner import show
 from vnb.cli.stdio import stdin
 from vnb.format import codec, stream, values
-from vnb.store import backupset, chain
+from vnb.store import backupset, chain, saved_segment
 from vnb.store.index_check import RowCheck
 
 
@@ -357,7 +357,7 @@ class _File:
     def check(self):
         """Check all of it; returns itself."""
         try:
-            fd = backupset.open_file(self.path)
+            fd = saved_segment.open_file(self.path)
         except Error as error:
             self._fault(error)
             return self
@@ -371,7 +371,7 @@ class _File:
     def _check(self, fd, heads):
         places = {}
         try:
-            for start, *place in backupset.places(self.path, fd):
+            for start, *place in saved_segment.places(self.path, fd):
                 places[start] = place
         except Error:
             pass  # what is wrong is found from the front, with the place where it is

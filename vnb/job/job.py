@@ -18,7 +18,7 @@ from vnb.job.plan import Plan
 from vnb.job.sources import source_of
 from vnb.job.state import wait_for_children
 from vnb.qemu import img
-from vnb.store import backupset
+from vnb.store import pruned
 from vnb.store.catalog import Catalog
 from vnb.virt import domxml
 from vnb.virt.export_clients import clients_of
@@ -253,12 +253,12 @@ class Job:
 
     def _drop_pruned(self, source, directory, others):
         """Delete the checkpoints whose points vnb-prune dropped from the set. others (set): those it does not hold."""
-        dropped = backupset.pruned(directory)
+        dropped = pruned.pruned(directory)
         mine = {name for name in dropped if name.startswith(f"vnb.{self.head['chain']}.")}
         for name in mine & others:  # never anybody else's, whatever stands there
             source.delete_checkpoint(name)
         if mine:
-            backupset.forget_pruned(directory, mine)
+            pruned.forget_pruned(directory, mine)
 
 
 def begin(directory, source, options, note, warn):

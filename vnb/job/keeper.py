@@ -77,7 +77,7 @@ def _listening(directory):
         listener.close()
 
 
-def fork(life):
+def be_keeper(life):
     """A keeper's life; does not return."""
     status = 1
     try:

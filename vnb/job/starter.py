@@ -9,7 +9,7 @@ import socket
 from vnb.base.errors import Error
 from vnb.job import job as jobs
 from vnb.job.channel import KeeperDied, Line
-from vnb.job.keeper import end_as_asked, fork, keep_for, stay
+from vnb.job.keeper import be_keeper, end_as_asked, keep_for, stay
 from vnb.job.state import JobDirectory
 
 ANSWER_SECONDS = 180  # a guest that shuts down keeps its job for half a minute
@@ -38,7 +38,7 @@ class Starter:
         self.pid = os.fork()
         if self.pid == 0:
             ours.close()
-            fork(lambda: keep_for(theirs, options))
+            be_keeper(lambda: keep_for(theirs, options))
         theirs.close()
         self.line = Line(ours)
         try:

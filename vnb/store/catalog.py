@@ -13,7 +13,7 @@ import socket
 
 from vnb.base.durable import make_directories, make_private_directory, sync_directory
 from vnb.base.errors import Error, os_error
-from vnb.store import backupset
+from vnb.store import backupset, storing
 
 NAME = "name"  # a file beside the heads: the destination's name, which need be no name for a directory
 
@@ -141,7 +141,7 @@ class Catalog:
     def record(self, head, disks):
         """Keep a head durably: its segment is safe at the destination."""
         self._keep_name()
-        with backupset.Store(self.directory, head, disks, check=False) as store:
+        with storing.Store(self.directory, head, disks, check=False) as store:
             store.writer.segment({**head, "stage": "disks"}, disks).end()
             store.commit()
 

@@ -40,7 +40,7 @@ WINDOW = 4096  # read for a frame that is not data: most are shorter
 
 class Merge:
     """
-    The segments of a path (list of vnb.store.backupset.SavedSegment, oldest first, each the parent of the next) as one.
+    The segments of a path (list of SavedSegment, oldest first, each the parent of the next) as one.
 
     head (dict), disks (list of dict): of the merged segment. It is full if the first one is. Otherwise it has the
     first one's parent, and the level of the last. A disk is full if it is so in any of them, and one that the
