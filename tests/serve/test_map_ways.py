@@ -17,7 +17,7 @@ import pytest
 from mapping import copy, mapped, needs_fuse, needs_root, run
 
 from vnb.base.errors import Error
-from vnb.serve import servers
+from vnb.serve import device
 
 PLAN = [{"vda": "200k:? 64k:- 32k:0 7k:A", "vdb": "64k:B 64k:0"}, {"vda": "4k:C", "vdb": "1k:.  1k:D"}]
 EXPECTED = makers.images(PLAN)
@@ -297,10 +297,10 @@ def test_a_device_node_without_the_kernels_module(saved, tmp_path):
 def test_a_device_that_the_module_was_not_asked_for(tmp_path, monkeypatch):
     """The kernel has NBD devices, but fewer."""
     (tmp_path / "module" / "nbd").mkdir(parents=True)
-    monkeypatch.setattr(servers.Device, "SYS", str(tmp_path))
+    monkeypatch.setattr(device.Device, "SYS", str(tmp_path))
     reason = r"No such file or directory \(type: modprobe -r nbd && modprobe nbd nbds_max=1001\)"
     with pytest.raises(Error, match=f"/dev/nbd1000: {reason}"):
-        servers.Device("/dev/nbd1000", "nbd://", False, False)
+        device.Device("/dev/nbd1000", "nbd://", False, False)
 
 
 @needs_root
@@ -309,9 +309,9 @@ def test_a_device_in_use(tmp_path, monkeypatch):
     os.mknod(tmp_path / "nbd0", 0o600 | stat.S_IFBLK, os.makedev(43, 0))
     (tmp_path / "dev" / "block" / "43:0").mkdir(parents=True)
     (tmp_path / "dev" / "block" / "43:0" / "pid").write_text("4711\n")
-    monkeypatch.setattr(servers.Device, "SYS", str(tmp_path))
+    monkeypatch.setattr(device.Device, "SYS", str(tmp_path))
     with pytest.raises(Error, match="nbd0: is in use by process 4711; qemu-nbd --disconnect frees it"):
-        servers.Device(str(tmp_path / "nbd0"), "nbd://", False, False)
+        device.Device(str(tmp_path / "nbd0"), "nbd://", False, False)
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "/etc/passwd", "/"])

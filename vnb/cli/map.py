@@ -53,7 +53,12 @@ from vnb.base.errors import Error, Interrupted, UsageError, os_error
 from vnb.base.processes import wait_for
 from vnb.cli import arguments
 from vnb.cli.runner import show
-from vnb.serve import servers
+from vnb.serve.address import directory as fuse_directory
+from vnb.serve.address import private_directory, tcp_address, unix_address
+from vnb.serve.device import Device
+from vnb.serve.fuse import Fuse
+from vnb.serve.nbdkit import Nbdkit
+from vnb.serve.overlay import Overlay
 
 DEFAULT_HOST = "127.0.0.1"
 MAX_CACHE = 1 << 40
@@ -117,11 +122,11 @@ def serve(args, ready, to_syslog=False):
     """
     debug = args["--debug"]
     with contextlib.ExitStack() as stack:
-        private = stack.enter_context(servers.private_directory())
+        private = stack.enter_context(private_directory())
         address = stack.enter_context(address_of(args, private))
         below = address
         if args["--overlay"]:
-            below = stack.enter_context(servers.unix_address(os.path.join(private, servers.Overlay.BELOW)))
+            below = stack.enter_context(unix_address(os.path.join(private, Overlay.BELOW)))
         choice = {
             "operands": args["SET_OR_FILE"],
             "until": args["--until"],
@@ -130,7 +135,7 @@ def serve(args, ready, to_syslog=False):
             "export_name": None if args["--overlay"] else args["--export-name"],
             "all_points": not args["--writable"],  # the cow filter has one overlay for whatever is written to
         }
-        nbdkit = stack.enter_context(servers.Nbdkit(below, choice, private, nbdkit_options(args), debug, to_syslog))
+        nbdkit = stack.enter_context(Nbdkit(below, choice, private, nbdkit_options(args), debug, to_syslog))
         below.close()
         served = nbdkit.ready()
         for line in served["damaged"]:
@@ -144,7 +149,7 @@ def serve(args, ready, to_syslog=False):
             ((name, size),) = disks.items()
             base = f'{name}@{served["point"]}'
             export = args["--export-name"] or name
-            overlay = servers.Overlay(address, args["--overlay"], base, export, size, private, debug)
+            overlay = Overlay(address, args["--overlay"], base, export, size, private, debug)
             running.append(stack.enter_context(overlay))
             address.close()
             overlay.ready()
@@ -154,15 +159,15 @@ def serve(args, ready, to_syslog=False):
         lines = uris
         clients = []
         if args["--fuse"]:
-            directory = stack.enter_context(servers.directory(args["--fuse"]))
+            directory = stack.enter_context(fuse_directory(args["--fuse"]))
             lines = [os.path.join(directory, name) for name in disks]
             for path, uri in zip(lines, uris):
-                clients.append(stack.enter_context(servers.Fuse(path, uri, private, debug)))
+                clients.append(stack.enter_context(Fuse(path, uri, private, debug)))
             for file in clients:
                 file.ready()
         elif args["--device"]:
             is_writable = bool(args["--writable"] or args["--overlay"])
-            device = stack.enter_context(servers.Device(args["--device"], *lines, is_writable, debug))
+            device = stack.enter_context(Device(args["--device"], *lines, is_writable, debug))
             device.ready()
             clients.append(device)
             lines = [args["--device"]]
@@ -187,8 +192,8 @@ def address_of(args, private):
     """A context manager of the Address to serve at."""
     if args["--listen"]:
         tls = args["--tls-certificates"] or args["--tls-psk"]
-        return servers.tcp_address(args["--listen"], *host_and_port(args["--listen"]), bool(tls))
-    return servers.unix_address(args["--socket"] or os.path.join(private, "socket"))
+        return tcp_address(args["--listen"], *host_and_port(args["--listen"]), bool(tls))
+    return unix_address(args["--socket"] or os.path.join(private, "socket"))
 
 
 def nbdkit_options(args):
