@@ -3,7 +3,8 @@
 
 import pytest
 
-from vnb.job.plan import _names, are_moved
+from vnb.job.images_moved import are_moved
+from vnb.job.plan import _names
 
 A, B, OVERLAY = [1, 10], [1, 11], [1, 12]
 FIRST, SECOND = [1, 12], [2, 12]  # the only files of two file systems

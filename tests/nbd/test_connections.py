@@ -21,7 +21,7 @@ from servers import DEADLINE, command, forked, nbdkit, needs_nbdkit, needs_qemu,
 
 from vnb.cli import extents, read
 from vnb.format.frame import DATA, HOLE
-from vnb.nbd import connections
+from vnb.nbd import connection, connections
 from vnb.nbd.connections import MOST_OF_EXTENTS, MOST_OF_READ
 from vnb.store import direct_writer
 
@@ -266,7 +266,7 @@ def test_a_server_that_hangs_up_on_everybody():
 
 def test_the_end_of_a_connection_is_not_waited_for_without_end(monkeypatch):
     """The data is there; a server that has gone to sleep can keep it no more."""
-    monkeypatch.setattr(connections, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "CLOSE_SECONDS", 0.2)
     with nbdkit("memory", "1M") as server:
         ours = connections.Connections(1)
         ours.open(server.uri, "vda")

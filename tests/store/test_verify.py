@@ -20,6 +20,7 @@ from vnb.cli.progress import Progress
 from vnb.format import frame as f
 from vnb.format import index, writing
 from vnb.format.values import FAILED
+from vnb.store import checker
 
 STREAM = samples.every_kind()
 VERIFY = [sys.executable, os.path.join(samples.ROOT, "bin", "vnb-verify")]
@@ -58,7 +59,7 @@ def filtered(content, threads=0):
 
     with samples.memory(content) as fd:
         try:
-            for _ in verify.Checker(fd, "stdin", threads, fault, Progress("none"), out).segments(lambda _: None):
+            for _ in checker.Checker(fd, "stdin", threads, fault, Progress("none"), out).segments(lambda _: None):
                 pass
         except Error as error:
             return bytes(out.content), error

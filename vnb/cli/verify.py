@@ -28,14 +28,14 @@ import os
 import threading
 
 from vnb.base import log
-from vnb.base.buffers import Ordered, Pool
-from vnb.base.errors import Error, NotInstalled
+from vnb.base.buffers import Ordered
+from vnb.base.errors import Error
 from vnb.cli import arguments, output
 from vnb.cli.progress import Progress
 from vnb.cli.runner import show
 from vnb.cli.stdio import stdin
-from vnb.format import codec, stream, values
 from vnb.store import backupset, chain, saved_segment
+from vnb.store.checker import Checker
 from vnb.store.index_check import RowCheck
 
 
@@ -79,98 +79,6 @@ def _filter(threads, progress):
 
 def _raise(error):
     raise error
-
-
-class Checker:
-    """
-    Checks all that is in a stream, the plain bytes too.
-
-    fault: function (Error) that is told what is wrong with a payload: it may raise, or let the rest be checked.
-    progress (vnb.cli.progress.Progress): is told of each segment.
-    out (Writer or None): gets the frames, byte for byte. The end of a segment only when all of it is sound.
-    go_on (function or None): called for each frame; it may raise.
-    """
-
-    def __init__(self, fd, name, threads, fault, progress, out=None, go_on=None):
-        self.pool = Pool()
-        self.reader = stream.Reader(fd, name, pool=self.pool, passed=self._passed)
-        self.fault = fault
-        self.progress = progress
-        self.out = out
-        self.go_on = go_on
-        self.rows = None  # a RowCheck, where the index is checked
-        self._threads = threads
-        self._work = None
-        self._end = b""
-        self._told = None  # what fault() was told last
-
-    def segments(self, begin, share=None):
-        """
-        Yield each segment when it was checked. begin: function that is given it when its head was.
-
-        share: function (segment) that says how much of all the work it is, or None where that is not known.
-        """
-        with Ordered(self._checked, self._threads) as self._work:
-            try:
-                for segment in self.reader:
-                    begin(segment)
-                    self._drain()
-                    if self.out is not None:
-                        self.out.flush()  # the next stage may refuse it, before anything is read
-                    with self.progress.segment(segment, share and share(segment)):
-                        segment.finish()
-                        self._drain()
-                    yield segment
-            except Error as error:
-                if error is not self._told:
-                    self._drain()  # what waits there came first
-                raise
-
-    def _passed(self, raw):
-        if self.go_on is not None:
-            self.go_on()
-        if raw.fields[0] == "data" and raw.fields[4] != "none":
-            self._work.call(raw)
-        else:
-            self._work.append(self._checked(raw))
-        while self._work.full:
-            self._take()
-
-    def _checked(self, raw):
-        """(raw, None), or (raw, what is wrong with its payload)."""
-        if raw.fields[0] == "data":
-            _, disk, offset, length, name, hash_ = raw.fields
-            data = values.Data(disk, offset, length, name, hash_, raw.payload)
-            try:
-                codec.plain(data, self.reader.segment.disks[disk]["name"])
-            except NotInstalled as error:
-                return raw, error
-            except Error as error:
-                return raw, self.reader.error(error, raw.start)
-        return raw, None
-
-    def _drain(self):
-        while len(self._work):
-            self._take()
-
-    def _take(self):
-        raw, error = self._work.pop()
-        if self.rows is not None:
-            error = self.rows.frame(raw) or error  # of one frame only one can be wrong
-        if error is not None:
-            self._told = error
-            self.fault(error)
-        elif self.out is not None:
-            self._write(raw)
-        if raw.payload is not None:
-            self.pool.give(raw.payload)
-
-    def _write(self, raw):
-        if raw.fields[0] == "end":
-            self._end = raw.header
-            return
-        self.out.write(self._end + raw.header, raw.payload)
-        self._end = b""
 
 
 class _Report:

@@ -5,10 +5,10 @@ import contextlib
 import json
 import os
 import re
-import stat
 
 from vnb.base.errors import Error
 from vnb.format import frame, heads
+from vnb.job.images_moved import _inode, _is_inode, are_moved
 from vnb.job.state import owner
 from vnb.store import chain
 from vnb.store.catalog import Catalog
@@ -464,32 +464,6 @@ def checkpoint_xml(segment):
 def _names(words, disk):
     """Whether words of libvirt, in any language and with any quotation marks, have the name of a disk in them."""
     return re.search(rf"(?<!\w){re.escape(disk)}(?!\w)", words) is not None
-
-
-def _inode(path):
-    """What tells an image file from others, whatever its path ([st_dev, st_ino]); None where it is no file of ours."""
-    try:
-        found = os.stat(path)
-    except (OSError, TypeError, ValueError):
-        return None
-    # A device's node is made anew whenever the host starts, its number is the next one that is free.
-    return [found.st_dev, found.st_ino] if stat.S_ISREG(found.st_mode) else None
-
-
-def _is_inode(found):
-    return isinstance(found, list) and len(found) == 2
-
-
-def are_moved(now, own, other):
-    """
-    Whether a disk has, now, the file of another disk. now: inodes of its images; own, other: of both disks, then.
-
-    A file system's st_dev may change when it is mounted again, so the numbers alone have to do; except where both disks
-    had the same one, as the only files of two file systems do.
-    """
-    if own in now:
-        return False
-    return other in now or (other[1] != own[1] and other[1] in [number for _, number in now])
 
 
 def _no_bitmap_because(disk, is_local):

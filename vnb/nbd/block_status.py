@@ -29,7 +29,7 @@ class Context:
     """
 
     has_context = False
-    minimum = 1  # bytes: of a request, see vnb.nbd.connections.Connection
+    minimum = 1  # bytes: of a request, see vnb.nbd.connection.Connection
 
     def __init__(self, connections, uri, name, context, size=None, required=False):
         self.connections = connections

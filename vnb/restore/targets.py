@@ -13,27 +13,21 @@ Places: what the user named as the home of a disk. A new image in a directory, o
 info is what qemu-img says of the original image, or None.
 """
 
-import contextlib
 import errno
 import fcntl
-import glob
 import os
 import re
 import stat
-import struct
 
 from vnb.base import log
 from vnb.base.errors import Error, UsageError, os_error
 from vnb.nbd import sinks
-from vnb.nbd.connections import explained
+from vnb.nbd.connection import explained
 from vnb.qemu import image_writer
+from vnb.restore.in_use import BLKROGET, refuse_if_in_use, refuse_if_in_use_at
 
 _QCOW2_MAGIC = b"QFI\xfb"
 _URI = re.compile(r"nbds?(\+unix|\+vsock)?:", re.ASCII)
-# What QEMU locks in images that it has open: a byte for each thing it does or that nobody else may do (file-posix.c).
-_QEMU_DOES, _QEMU_DENIES = 100, 200
-_QEMU_WRITE, _QEMU_RESIZE = 1, 3
-_BLKROGET = 0x125E  # whether a block device is read-only: it can be opened for writing all the same
 
 
 class Recipe:
@@ -138,14 +132,14 @@ class NewImage:
     def refuse_in_use(self):
         """Raise Error if one of the files that it will replace is in use: what is written there would be lost."""
         for file_name in self.file_names:
-            _refuse_in_use_at(self._directory.final(file_name))
+            refuse_if_in_use_at(self._directory.final(file_name))
 
     def __str__(self):
         return self.file_names[0]
 
     def _refuse_existing(self, file_name):
         if self._replaces:
-            _refuse_in_use_at(self._directory.final(file_name))
+            refuse_if_in_use_at(self._directory.final(file_name))
         else:
             self._directory.refuse_existing(file_name)
 
@@ -196,7 +190,7 @@ class StandbyImage(NewImage):
         if self._format == "raw":
             fd = _open(self._path, os.O_RDWR, self._path)
             try:
-                _refuse_in_use(fd, self._path)
+                refuse_if_in_use(fd, self._path)
             except BaseException:
                 os.close(fd)
                 raise
@@ -307,9 +301,9 @@ class RawFile(Existing):
         # A block device that is mounted, or has others on top of it, can't be opened exclusively.
         fd = _open(self._path, os.O_RDWR | (os.O_EXCL if stat.S_ISBLK(mode) else 0), self.text)
         try:
-            if stat.S_ISBLK(mode) and any(fcntl.ioctl(fd, _BLKROGET, bytes(4))):
+            if stat.S_ISBLK(mode) and any(fcntl.ioctl(fd, BLKROGET, bytes(4))):
                 raise Error(self.text, os.strerror(errno.EROFS))
-            _refuse_in_use(fd, self.text)
+            refuse_if_in_use(fd, self.text)
             if not self._certain and os.pread(fd, len(_QCOW2_MAGIC), 0) == _QCOW2_MAGIC:
                 raise Error(self.text, f"starts as qcow2 images do: say qcow2:{self._path} or raw:{self._path}")
             self._check(os.lseek(fd, 0, os.SEEK_END), size)
@@ -327,59 +321,6 @@ class RawFile(Existing):
         if stat.S_ISREG(found.st_mode) and found.st_size < size:
             self.open(0).close()
             _grow(self._path, "raw", size, self.name)
-
-
-def _refuse_in_use(fd, text):
-    """
-    Raise Error if a file is used in a way that does not go with writing; keep QEMU out of it as it keeps us.
-
-    fd (int): open for reading at least, which has the locks as long as it is open. text (str): what the user typed.
-    """
-    if _has_loop_device(os.fstat(fd)):
-        raise Error(text, "is in use: a loop device is on it")
-    try:
-        for first in (_QEMU_DOES, _QEMU_DENIES):
-            for what in (_QEMU_WRITE, _QEMU_RESIZE):
-                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _lock(fcntl.F_RDLCK, first + what))
-        for byte in (_QEMU_DOES + _QEMU_WRITE, _QEMU_DENIES + _QEMU_WRITE):
-            found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, byte))
-            if struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK:
-                raise Error(text, "is in use: another process has its locks (is its domain running)")
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise Error(text, "is in use: another process has its locks (is its domain running)") from None
-        # A file system without locks: QEMU does without them there, too.
-
-
-def _refuse_in_use_at(path):
-    """Raise Error if there is a file, and it is in use now."""
-    try:
-        # Not to wait for whoever may open the other end of a FIFO. A link is replaced, not what it leads to.
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):
-            return
-        raise os_error(path, error) from None
-    try:
-        _refuse_in_use(fd, path)
-    finally:
-        os.close(fd)
-
-
-def _has_loop_device(found):
-    """Whether a loop device, which may be mounted and takes no locks, is on a file; found: os.stat() of it."""
-    for path in glob.glob("/sys/block/loop*/loop/backing_file"):
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            if os.path.samestat(os.stat(file.read().removesuffix(b"\n")), found):
-                return True
-    return False
-
-
-_FLOCK = "hhqqi4x"  # struct flock of fcntl(2), with 64 bits of offset
-
-
-def _lock(type_, byte):
-    return struct.pack(_FLOCK, type_, os.SEEK_SET, byte, 1, 0)
 
 
 def _open(path, flags, text):

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 
+import vnb
 from vnb.base.errors import Error
 from vnb.base.processes import Child
 
@@ -91,7 +92,7 @@ def _python_path():
 
     Not where it finds its own library: nbdkit's Python may be another.
     """
-    ours = os.path.dirname(os.path.dirname(PLUGIN))
+    ours = os.path.dirname(os.path.dirname(os.path.abspath(vnb.__file__)))
     return os.pathsep.join([ours, *(path for path in sys.path if path.endswith("-packages"))])
 
 

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One connection to an NBD server: opened within bounded time, its failures in words."""
+
+import os
+import re
+import select
+import socket
+import time
+from errno import EAGAIN, ECONNABORTED, ECONNREFUSED, ECONNRESET, ENOENT, ENOTCONN, EPIPE
+from urllib.parse import unquote
+
+import nbd
+
+from vnb.base.errors import Error
+from vnb.base.signals import held
+from vnb.format.frame import MiB
+
+CLOSE_SECONDS = 5  # for a server to hear that we leave
+
+_GONE = (ECONNABORTED, ECONNRESET, ENOTCONN, EPIPE)
+_EVENTS = {
+    nbd.AIO_DIRECTION_READ: select.POLLIN,
+    nbd.AIO_DIRECTION_WRITE: select.POLLOUT,
+    nbd.AIO_DIRECTION_BOTH: select.POLLIN | select.POLLOUT,
+}
+
+
+class Connection:
+    """
+    One connection to an export. It is begun here, and is ready when the server has said all that is below.
+
+    connections (Connections): those that it is one of. uri (str): nbd, nbds, nbd+unix, nbds+unix.
+    name (str): the disk, for messages. context (str or None): a meta context to ask for.
+    size (int): of the export, in bytes. has_context (bool): the server offers it. multi_conn (bool).
+    minimum, maximum (int): bytes; requests are at least this long, multiples of it, and at most that long.
+    failure (Error or None): why it never became ready. is_refused (bool): the server hung up without a word of why,
+    or has too many that wait, as one does that takes no more clients. is_unknown (bool): it says that there is no such
+    export.
+    """
+
+    failure = None
+    is_refused = is_unknown = False
+    _is_ready = False
+    _state = "START"  # libnbd's, while it connects
+
+    def __init__(self, connections, uri, name, context=None):
+        self.connections = connections
+        self.uri = uri
+        self.name = name
+        self.context = context
+        self.began = time.monotonic()
+        self.used = 0  # when a request was made last, by the clock of connections
+        self._pending = {}  # cookie: offset, oldest first
+        self._answered = {}  # cookie: None, or the Error of one that failed
+        self.handle = handle = nbd.NBD()
+        handle.set_uri_allow_local_file(True)  # a URI names the files with TLS keys; it is our user's
+        handle.set_pread_initialize(False)  # every completion is checked before a byte is used
+        # Whether a request must be aligned is for the server to say: the last one of an odd size cannot be.
+        handle.set_strict_mode(handle.get_strict_mode() & ~nbd.STRICT_ALIGN)
+        try:
+            if context is not None:
+                handle.add_meta_context(context)
+            handle.aio_connect_uri(uri)
+        except ValueError as error:  # no text for C: both may come from a stream
+            raise Error(name, f"cannot connect: {error}") from None
+        except nbd.Error as error:
+            self.failed(error)
+
+    @property
+    def is_open(self):
+        """Whether it is ready, or may still become so."""
+        return self.handle is not None
+
+    @property
+    def ready(self):
+        """Whether requests may be made of it."""
+        if not self._is_ready and self.handle is not None and self.handle.aio_is_ready():
+            try:
+                self._learn()
+            except nbd.Error as error:
+                self.failed(error)
+        return self._is_ready
+
+    def _learn(self):
+        handle = self.handle
+        self.size = handle.get_size()
+        self.has_context = self.context is not None and handle.can_meta_context(self.context)
+        self.multi_conn = handle.can_multi_conn()
+        self.minimum = max(1, handle.get_block_size(nbd.SIZE_MINIMUM))
+        self.maximum = handle.get_block_size(nbd.SIZE_MAXIMUM) or 32 * MiB
+        self._is_ready = True
+
+    @property
+    def in_flight(self):
+        """Requests whose answers were not taken yet."""
+        return len(self._pending)
+
+    @property
+    def is_asked(self):
+        """Whether the server owes us answers."""
+        return self._is_ready and self.handle.aio_in_flight() > 0
+
+    @property
+    def expects(self):
+        """Whether something is to come from the server: poll(2) for it."""
+        return self.is_asked if self._is_ready else self.handle is not None and self.handle.aio_is_connecting()
+
+    @property
+    def is_connected(self):
+        """Whether there is a connection on which the server could say something; asked before it is ready."""
+        try:
+            # libnbd waits for the greeting without having waited for TCP's connection (libnbd 1.14).
+            with socket.socket(fileno=os.dup(self.handle.aio_get_fd())) as connection:
+                connection.getpeername()
+        except (nbd.Error, OSError):
+            return False
+        return True
+
+    @property
+    def is_greeted(self):
+        """Whether the server has said anything; asked before it is ready."""
+        return not self._look().startswith(("START", "CONNECT", "MAGIC"))
+
+    def _look(self):
+        if self.handle is not None:
+            self._state = self.handle.connection_state()
+        return self._state
+
+    def failed(self, error):
+        """
+        Something awaited brought an nbd.Error.
+
+        Raises its Error; but before it was ready nothing is lost with it, and whoever wants it looks at failure.
+        """
+        if self._is_ready:
+            raise self.error(error) from None
+        # With TLS it may be our certificate that the server refuses, but not before that has begun.
+        is_early = self._state.startswith("MAGIC") or not self.uri.startswith("nbds")
+        self.is_refused = error.errnum == EAGAIN or (_is_gone(error) and is_early)
+        self.is_unknown = error.errnum == ENOENT and self._state.startswith("NEWSTYLE")
+        self.failure = self.error(error)
+        path = re.search(r"[?&]socket=([^&]*)", self.uri)
+        if path and self._state == "START" and error.errnum in (ENOENT, ECONNREFUSED):
+            # A job takes its socket along when it ends.
+            reason = f"{os.strerror(error.errnum)} (has its backup job ended)"
+            self.failure = Error(self.name, f"cannot connect to {unquote(path[1])}: {reason}")
+        self.handle = None  # the last one that has it: that closes the socket
+
+    def proceed(self, direction, events):
+        """Let it go on: poll(2) has seen these events, where libnbd waits for a direction."""
+        if not self._is_ready:
+            self._look()
+        try:
+            # Hang-ups and errors are for libnbd to find, in a direction that it is waiting for.
+            with held:  # it calls back
+                if direction & nbd.AIO_DIRECTION_READ and events & ~select.POLLOUT:
+                    self.handle.aio_notify_read()
+                elif direction & nbd.AIO_DIRECTION_WRITE:
+                    self.handle.aio_notify_write()
+        except nbd.Error as error:
+            self.failed(error)
+
+    def read(self, offset, view):
+        """Begin to read into view (memoryview) from offset; returns the request."""
+        # The view itself, which libnbd takes and lets go: its Buffer around it would never be freed (libnbd 1.14).
+        return self._request(self.handle.aio_pread, offset, view, offset)
+
+    def status(self, offset, length, extent):
+        """Begin to ask for the extents of the context, which libnbd gives to extent(); returns the request."""
+        return self._request(self.handle.aio_block_status, offset, length, offset, extent)
+
+    def _request(self, function, offset, *args):
+        try:
+            cookie = function(*args)
+        except nbd.Error as error:
+            raise self.error(error, offset) from None
+        self.used = next(self.connections.clock)
+        self._pending[cookie] = offset
+        return self, cookie
+
+    def is_done(self, cookie):
+        """Whether the request with a cookie is done; raises Error if it failed. Not asked again when it is."""
+        if not self.is_answered(cookie):
+            return False
+        error = self._answered.pop(cookie)
+        if error is not None:
+            raise error
+        return True
+
+    def is_answered(self, cookie):
+        """Whether the request with a cookie is done, well or not."""
+        if cookie in self._answered:
+            return True
+        failure = None
+        try:
+            if not self.handle.aio_command_completed(cookie):
+                return False
+        except nbd.Error as error:
+            failure = self.error(error, self._pending[cookie])
+        del self._pending[cookie]
+        self._answered[cookie] = failure
+        return True
+
+    def settle(self):
+        """Wait for all answers. They can be asked for as before, also when the connection is closed. Raises Error."""
+        for cookie in tuple(self._pending):
+            while not self.is_answered(cookie):
+                self.connections.turn()
+
+    def close(self):
+        """
+        End the connection, when all answers are there. Raises Error.
+
+        What the server says to that does not matter any more, but it is awaited for a while, so that a server that
+        serves one client is ready for the next one.
+        """
+        if self.ready:
+            self.settle()
+            deadline = time.monotonic() + CLOSE_SECONDS
+            try:
+                self.handle.aio_disconnect()
+                while not (self.handle.aio_is_closed() or self.handle.aio_is_dead()) and time.monotonic() < deadline:
+                    self.connections.turn(CLOSE_SECONDS, leaving=self)
+            except (nbd.Error, Error):
+                pass  # it has ended all the same; one of the others that did so is found again where it is used
+        self.handle = None
+        self._is_ready = False
+
+    def error(self, error, offset=None):
+        """The Error for an nbd.Error of a request at an offset, or of whatever is in flight."""
+        text = error.string or "unknown error"
+        if _is_gone(error) or "invalid state" in text:
+            # It was noticed somewhere, and is a failure of the oldest request: that one is waited for.
+            text, offset = "server closed the connection", next(iter(self._pending.values()), offset)
+        elif offset is None:
+            offset = next(iter(self._pending.values()), None)
+        # What is left is the server's words, or the system's for its errno, without the names of libnbd's functions.
+        text = re.sub(r"^nbd_\w+: ", "", text)
+        text = re.sub(r"^(?:connect: |recv: |send: |handshake: |[a-z-]+: command failed: )", "", text)
+        if offset is None:
+            return Error(self.name, f"cannot connect: {text}")
+        return Error(self.name, text, f"offset {offset}")
+
+
+def explained(error, uri):
+    """The Error of a connection to a URI that failed, with what is wrong with TLS: libnbd says only that it fails."""
+    if uri.startswith("nbds:"):
+        from vnb.nbd import tls_diagnosis  # most have no need of it, and it is slow to import
+
+        reason = tls_diagnosis.why(uri)
+        if reason is not None:
+            return error.__class__(error.what, f"cannot connect: {reason}", error.where)
+    return error
+
+
+def _is_gone(error):
+    """Whether an nbd.Error says that the server closed the connection."""
+    return error.errnum in _GONE or "disconnected unexpectedly" in (error.string or "")
