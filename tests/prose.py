@@ -5,6 +5,7 @@ The sentences of pages, and what is hard to read in them.
 `prose.py [PAGE]...` prints the findings in these pages, or in all of them, and a line of figures for each page.
 """
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -115,6 +116,52 @@ def findings(path):
             found = words.search(re.sub(r"`[^`]*`|\bblock devices?\b|\binternal snapshots?\b", "", sentence))
             if found and path != GLOSSARY:
                 yield f'"{found[0]}" is not a word of the glossary', sentence
+
+
+# Functions and exceptions whose text a user reads.
+_SAY = {
+    "Error", "StreamError", "UsageError", "Mistyped", "Saved", "Followed", "FrameError", "BelowThreshold",
+    "NotInstalled", "Unready", "Unanswered", "KeeperDied", "note", "warn", "warned", "say", "detail", "error", "fault",
+    "failure",
+}
+# In messages, these words are of the code: a user knows restore points, bases, domains.
+_OF_CODE = re.compile(
+    r"(?<!restore )(?<!mount )(?<!-)\bpoints?\b(?! to| outside)|(?<!-)\bparents?\b|\bmachines?\b", re.IGNORECASE
+)
+# Of a type of file, and of the options and fields that are called so.
+_ALLOWED = re.compile(r"\bblock devices?\b|--\S+|\bmalformed head: .*", re.IGNORECASE)
+
+
+def messages(path):
+    """Yield the texts (str) that a module (Path) says to a user, with X for what it fills in."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "id", None) or getattr(node.func, "attr", None)
+            yield from (text for text in map(_text, node.args) if name in _SAY and text and " " in text)
+
+
+def _text(node):
+    """The text of a literal, as far as it is one."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "X" for part in node.values)
+    if isinstance(node, ast.BinOp):
+        return (_text(node.left) or "") + (_text(node.right) or "")
+    if isinstance(node, ast.IfExp):
+        return " ".join(filter(None, [_text(node.body), _text(node.orelse)]))
+    return None
+
+
+def findings_in_message(text):
+    """Yield what is hard to read in a message."""
+    words = re.compile(rf"\b({'|'.join(map(re.escape, avoided()))})s?\b", re.IGNORECASE)
+    plain = _ALLOWED.sub("", text)
+    for pattern, reason in HARD.items():
+        if pattern.search(plain):
+            yield reason
+    for found in filter(None, (words.search(plain), _OF_CODE.search(plain))):
+        yield f'"{found[0]}" is not a word of the glossary'
 
 
 def pages():

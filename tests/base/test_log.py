@@ -171,7 +171,7 @@ def test_journal_that_is_not_there(tmp_path):
     status, _, err = run("vnb-cat", "--log-format", "journald", "/none/here", PYTHONPATH=str(tmp_path))
     assert (status, err.splitlines()) == (1, [
         "vnb-cat: --log-format: journald: systemd's Python module is not installed (package python3-systemd): "
-        "it is said here",
+        "logging to standard error instead",
         f"vnb-cat: {MISSING}",
     ])
 

@@ -128,8 +128,9 @@ def test_some_disks(saved):
 def test_a_disk_that_the_point_does_not_have(saved):
     """Its older data is of no use to anybody, so the default leaves it out."""
     assert all(disk["name"] != "vdb" for _, disks, *_ in samples.read(run(saved).ok()) for disk in disks)
-    assert run("--disk", "vdb", saved).failed(f"vnb-cat: --disk: no disk vdb at point {POINTS[3]}") == b""
-    assert run("--disk", "x", "--disk", "w", saved).failed(f"vnb-cat: --disk: no disk w, x at point {POINTS[3]}") == b""
+    assert run("--disk", "vdb", saved).failed(f"vnb-cat: --disk: no disk vdb at restore point {POINTS[3]}") == b""
+    said = f"vnb-cat: --disk: no disk w, x at restore point {POINTS[3]}"
+    assert run("--disk", "x", "--disk", "w", saved).failed(said) == b""
 
 
 def test_files_and_sets_as_operands(saved, tmp_path):
@@ -340,7 +341,7 @@ def test_a_circle(tmp_path):
     for options in ([], ["--until", "a"], ["--base"]):
         done = run(*options, tmp_path)
         assert (done.status, done.out) == (1, b"")
-        assert done.err.startswith(f"vnb-cat: {tmp_path}: a circle of parents: ")
+        assert done.err.startswith(f"vnb-cat: {tmp_path}: circular bases: ")
 
 
 def test_a_ledger_of_heads_holds_no_data(tmp_path):

@@ -111,7 +111,7 @@ def test_wrong_value_in_disk(key, value):
 
 def test_wrong_disks():
     refused(segment(head(), [disk(), disk()], WHOLE), "two disks are named vda")
-    refused(segment(head(), [disk(level="inc")], WHOLE), "changes only, in a segment of level full")
+    refused(segment(head(), [disk(level="inc")], WHOLE), "its level is inc, in a segment of level full")
     refused(segment(head(), [disk(source={})], WHOLE), "a source, in a segment that holds its data")
     for fields in (["disk", 1, disk()], ["disk", True, disk()], ["disk", 0, 5], ["disk", 0]):
         refused(segment(head(), [], fields), 'malformed frame "disk"')

@@ -42,4 +42,7 @@ def test_a_job_that_is_over_is_over(directory, broken):
     broken()
     Job(directory, dict(RECORD), said.append).abort()
     assert len(said) == 1
-    assert said[0].endswith("Input/output error: the job is over, but still on record; the next command sees to it")
+    assert said[0].endswith(
+        "Input/output error: the job has ended, but its record could not be removed: the next vnb-checkpoint command "
+        "removes it"
+    )

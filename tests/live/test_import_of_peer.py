@@ -178,7 +178,7 @@ def test_an_increment_that_was_overwritten_by_a_machine_that_was_off(lab, target
         done = lab.sh(f"vnb-import {backups.directory} | vnb-apply {target}", check=False)
         assert done.stderr.splitlines() == [
             f"vnb-import: {backups.directory}/vda.inc.virtnbdbackup.2.data: starts from virtnbdbackup.2: the data of "
-            "that was overwritten by a backup of the machine when it was off: not imported"
+            "that was overwritten by a backup of the domain when it was off: not imported"
         ]
         for disk, image in backups.references["first"].items():
             compare(image, f"{target}/{disk}.qcow2", "qcow2")

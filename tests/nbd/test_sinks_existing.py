@@ -389,7 +389,7 @@ def test_disk_that_is_dropped_stays_as_it_was(tmp_path):
     left = f"{vdb} is left as it was at the restore point before"
     assert done.stderr == (
         f"vnb-apply: vdb: not part of restore point {makers.point(1)}: {left}\n"
-        f"vnb-apply: --disk: no disk vdb at point {makers.point(1)}, there is vda\n"
+        f"vnb-apply: --disk: no disk vdb at restore point {makers.point(1)}, there is vda\n"
     )
     assert vdb.read_bytes() == b"B" * (64 << 10)
 

@@ -173,7 +173,7 @@ def test_disk_that_is_dropped(tmp_path):
     update(first, copy)
     done = applied.apply(second, "--update", copy)
     assert done.returncode == 0
-    assert done.stderr == f"vnb-apply: vdb: not part of point {makers.point(1)}: vdb.qcow2 stays as it is\n"
+    assert done.stderr == f"vnb-apply: vdb: not part of restore point {makers.point(1)}: vdb.qcow2 stays as it is\n"
     (copy / "vdb.qcow2").unlink()
     update(third, copy)
     assert same(copy / "vda.qcow2", "qcow2", b"D" * 65536, tmp_path)

@@ -304,7 +304,8 @@ def test_an_empty_disk(tmp_path):
         (["{increment}"], f"vnb-map: {{increment}}: gap: {makers.point(1)} needs {makers.point(0)}, which is not here"),
         (["--until", "nowhere", "{set}"], "vnb-map: {set}: no restore point nowhere (vnb-dump --list has them), "
          "nor is that a time such as 2026-01-31T12:00"),
-        (["--disk", "sda", "{set}"], f"vnb-map: --disk: no disk sda at point {makers.point(2)}, there is vda, vdb"),
+        (["--disk", "sda", "{set}"],
+         f"vnb-map: --disk: no disk sda at restore point {makers.point(2)}, there is vda, vdb"),
         (["--writable", "{set}"], "vnb-map: --writable: is for one disk: choose one of vda, vdb with --disk"),
     ],
 )

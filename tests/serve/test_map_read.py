@@ -87,7 +87,7 @@ def test_chosen_disks(saved):
     for name in ("vda", f"vda@{makers.point(0)}"):
         with pytest.raises(Error, match="no disk vda"):
             images.open(name)
-    with pytest.raises(Error, match="--disk: no disk sda at point .*, there is vda, vdb"):
+    with pytest.raises(Error, match="--disk: no disk sda at restore point .*, there is vda, vdb"):
         Images([directory], None, ["sda"])
 
 

@@ -86,9 +86,9 @@ def test_what_a_set_does_not_take(tmp_path):
     store_inc(tmp_path, 1)
     changes = [samples.disk(size=100, level="inc")]
     refused(tmp_path, "segment id-p0 is already here", samples.head("p0"))
-    refused(tmp_path, "point p1 is already here", {**inc(1), "id": "another"}, changes)
+    refused(tmp_path, "restore point p1 is already here", {**inc(1), "id": "another"}, changes)
     merged = {**samples.head("p1"), "id": "another"}
-    refused(tmp_path, "point p1 is already here with other disks", merged, [samples.disk("other", 100)])
+    refused(tmp_path, "restore point p1 is already here with other disks", merged, [samples.disk("other", 100)])
     refused(tmp_path, "does not hold p8, the base of p9", samples.head("p9", "p8"), changes)
     refused(tmp_path, "is a set of domain vm (u-1), not of vm (u-2)", samples.head("q", uuid="u-2"))
     refused(tmp_path, "less than the 100 before", inc(2), [samples.disk(size=99, level="inc")])

@@ -126,12 +126,12 @@ def test_circle():
     """It costs the restore points in it, and what needs them."""
     segments = [*a_chain(3), Segment("a", "c"), Segment("b", "a"), Segment("c", "b"), Segment("d", "a")]
     for order in itertools.islice(itertools.permutations(segments), 0, 5040, 49):
-        refused(list(order), "a circle of parents: ", "b")
-        refused(list(order), "a circle of parents: ", "d")
+        refused(list(order), "circular bases: ", "b")
+        refused(list(order), "circular bases: ", "d")
         assert names(chain.path(list(order), "set", "p2")) == ["p0", "p1", "p2"]
         assert sorted(chain.restorable(list(order))) == ["p0", "p1", "p2"]
-    refused(segments[3:6], "a circle of parents: a -> c -> b -> a")
-    refused(segments, "a circle of parents: a -> c -> b -> a", "a")
+    refused(segments[3:6], "circular bases: a -> c -> b -> a")
+    refused(segments, "circular bases: a -> c -> b -> a", "a")
 
 
 def test_two_domains():
@@ -239,11 +239,11 @@ def test_long_chain():
 
 def test_tip():
     segments = a_chain(3)
-    assert chain.tip(segments).head["point"] == "p2"
-    assert chain.tip(segments, {"p0", "p1", "foreign"}).head["point"] == "p1"
-    assert chain.tip(segments, {"foreign"}) is None
+    assert chain.newest_base(segments).head["point"] == "p2"
+    assert chain.newest_base(segments, {"p0", "p1", "foreign"}).head["point"] == "p1"
+    assert chain.newest_base(segments, {"foreign"}) is None
     diff = Segment("diff", "p1", level="diff", checkpoint=None, created=day(9))
-    assert chain.tip([*segments, diff]).head["point"] == "p2"
+    assert chain.newest_base([*segments, diff]).head["point"] == "p2"
 
 
 @st.composite

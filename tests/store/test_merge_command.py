@@ -93,7 +93,7 @@ def test_some_disks(set_):
     ("--from {2} --until {1}", "vnb-cat: --from: {2} is not on the way to {1}"),
     ("--from nowhere", "vnb-cat: {set}: no restore point nowhere (vnb-dump --list has them), "
      "nor is that a time such as 2026-01-31T12:00"),
-    ("--disk vdx", "vnb-cat: --disk: no disk vdx at point {3}"),
+    ("--disk vdx", "vnb-cat: --disk: no disk vdx at restore point {3}"),
 ])
 def test_what_is_refused(set_, words, reason):
     points = [makers.point(number) for number in range(4)]

@@ -192,7 +192,7 @@ def test_the_next_increment_continues(tmp_path):
     run(tmp_path, last=1)
     (kept,) = backupset.segments([str(tmp_path)])
     assert (kept.head["point"], kept.head["checkpoint"], kept.head["parent"]) == ("p3", "p3", None)
-    assert chain.tip([kept]) is kept
+    assert chain.newest_base([kept]) is kept
     segment(tmp_path, "p4", "p3", 200)
     contents(tmp_path, ["p4"])
 
@@ -455,7 +455,7 @@ def test_wrong_usage(tmp_path, words, reason):
     (lambda path: None, "No such file or directory"),
     (lambda path: path.write_text(""), "Not a directory"),
     (lambda path: path.mkdir(), "no segment here"),
-    (lambda path: segment(path, "p1", "p0", 0), "no point here can be restored"),
+    (lambda path: segment(path, "p1", "p0", 0), "no restore point here can be restored"),
     (lambda path: segment(path, "p1", None, 0, stage="disks"), "holds no data, but disks"),
 ])
 def test_what_is_no_set(tmp_path, make, reason):

@@ -404,7 +404,7 @@ def test_links_of_a_set(tmp_path):
     assert faults(tmp_path) == [
         f"{tmp_path}: {tmp_path}/a.vnb and {tmp_path}/g.vnb claim the same id id-p0",
         f"{tmp_path}: two domains: {tmp_path}/a.vnb is of vm (u-1), {tmp_path}/h.vnb of other (u-2)",
-        f"{tmp_path}: a circle of parents: r1 -> r2 -> r1",
+        f"{tmp_path}: circular bases: r1 -> r2 -> r1",
         f"{tmp_path}: p2 is older than p1, which it follows",
         f"{tmp_path}: p2 has changes of disk vda with 40 bytes, less than the 50 before",
         f"{tmp_path}: gap: q1 needs q0, which is not here",

@@ -166,7 +166,7 @@ def test_a_file_of_no_year(monkeypatch, tmp_path):
     (tmp_path / "vda.full.data").write_bytes(bytes(SIZE))
     monkeypatch.setattr(datafile.Input, "modified", property(lambda _: 1 << 60, lambda *_: None), raising=False)
     (lost,) = peer.Directory(str(tmp_path)).lost
-    assert "was last changed in a year that cannot be" in str(lost)
+    assert "has a modification time that is out of range" in str(lost)
 
 
 def test_a_number_of_other_digits(tmp_path):
@@ -273,7 +273,7 @@ def test_a_gap(tmp_path):
 def test_a_circle(tmp_path):
     backup(tmp_path)
     data_file(tmp_path / f"vda.inc.{CPT}.1.data", meta("vda", 1, parent=2), [(0, b"x")])
-    assert partly(tmp_path, "a circle of parents", f"inc.{CPT}.1", f"inc.{CPT}.2") == [f"{CPT}.0"]
+    assert partly(tmp_path, "circular bases", f"inc.{CPT}.1", f"inc.{CPT}.2") == [f"{CPT}.0"]
 
 
 def test_an_increment_of_a_disk_that_was_left_out_before(tmp_path):
@@ -287,7 +287,7 @@ def test_an_increment_that_an_off_machine_wrote_over(tmp_path):
     """It starts from the very checkpoint whose data it has replaced: both are lost, and what was before is not."""
     states = backup(tmp_path)
     data_file(tmp_path / f"vda.inc.{CPT}.2.data", meta(number=2, parent=2), [(0, b"abc")])
-    reason = f"starts from {CPT}.2: the data of that was overwritten by a backup of the machine when it was off"
+    reason = f"starts from {CPT}.2: the data of that was overwritten by a backup of the domain when it was off"
     assert partly(tmp_path, reason, f"inc.{CPT}.2") == [f"{CPT}.0", f"{CPT}.1"]
     assert "no data of" not in command(tmp_path).stderr
     done = command(tmp_path, "--until", f"{CPT}.1")  # the lost one is not asked for
@@ -360,7 +360,7 @@ def test_headers_that_make_no_sense(tmp_path, name, changes, reason):
 
 @pytest.mark.parametrize("extents, reason", [
     ([(0, b"abc")], "bytes of a full disk are missing"),
-    ([(0, b"abc"), (4, SIZE - 4)], "nothing is said of 1 bytes at offset 3"),
+    ([(0, b"abc"), (4, SIZE - 4)], "no frame has the 1 bytes at offset 3"),
     ([(0, b"abc"), (2, SIZE - 2)], "overlap or are not in the disk"),
     ([(0, b"abc"), (3, SIZE)], "overlap or are not in the disk"),
 ])

@@ -141,7 +141,7 @@ def _set_format(format_, what):
     missing = _missing_for_journal() if format_ == "journald" else None
     if missing is not None:
         _Chosen.format = "text"  # that is no reason to do nothing
-        warn(f"{what}: journald: {missing}: it is said here")
+        warn(f"{what}: journald: {missing}: logging to standard error instead")
 
 
 def _missing_for_journal():

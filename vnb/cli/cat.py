@@ -75,7 +75,7 @@ def main(args):
     held = {disk["name"] for disk in path[-1].disks}
     unknown = sorted(set(args["--disk"]) - held)
     if unknown:
-        raise Error("--disk", f'no disk {", ".join(unknown)} at point {point}')
+        raise Error("--disk", f'no disk {", ".join(unknown)} at restore point {point}')
     if args["--from"]:
         path = _after(path, segments, name, args["--from"])
         if not path:
@@ -108,7 +108,7 @@ def _base(segments, name, damaged):
     for file in damaged:
         log.warn(file.line)
     whole = set(chain.restorable(segments))
-    base = chain.tip([segment for segment in segments if segment.head["point"] in whole])
+    base = chain.newest_base([segment for segment in segments if segment.head["point"] in whole])
     if base is None:
         chain.check(segments, name)
         raise Error(name, "no restore point here has a checkpoint: the next backup must be a full one (--level full)")

@@ -354,4 +354,5 @@ def _finish(args, what):
         with open_domain(args) as domain:
             tell_of_job(domain, log.note)
     if what == "commit" and answer.get("strict"):
-        raise Saved(args["DOMAIN"], f"the point is saved, but with --strict {answer['strict']} warnings are a failure")
+        count = answer["strict"]
+        raise Saved(args["DOMAIN"], f"the restore point is saved, but with --strict {count} warnings are a failure")

@@ -213,7 +213,7 @@ class Restored:
         for name in chosen:
             if name not in self._disks:
                 there = ", ".join(self._disks) or "no disk"
-                raise Error("--disk", f'no disk {name} at point {self.head["point"]}, there is {there}')
+                raise Error("--disk", f'no disk {name} at restore point {self.head["point"]}, there is {there}')
         directory, format_ = args["--disk-dir"], args["--format"]
         self.places = {
             name: chosen.get(name) or (

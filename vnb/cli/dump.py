@@ -113,7 +113,7 @@ class _Dump:
         self.status = 1
 
     def check(self, raw):
-        """Say so if a payload of data is not what was packed."""
+        """Say so if a payload of data differs from its hash."""
         try:
             check_data(self.reader, raw)
         except Error as error:
@@ -395,7 +395,7 @@ def _from_json():
 
 
 def check_data(reader, raw):
-    """Raise an Error if a payload of data is not what was packed; of a frame of another type nothing is said."""
+    """Raise an Error if the payload of a data frame differs from its hash. Frames of other types pass."""
     if raw.fields[0] == "data":
         _, disk, offset, length, name, hash_ = raw.fields
         data = values.Data(disk, offset, length, name, hash_, raw.payload)

@@ -91,7 +91,7 @@ def report(plan):
             needed = plan.left_alone[point]
             what, why = "leave", f"needs {needed}, {chain.where(needed, plan.damaged)}"
         elif segment is not plan.by_point[point]:
-            why = "another segment leads to this point"
+            why = "another segment leads to this restore point"
         elif run is not None and segment is not run[-1]:
             what, why = "merge", f'into {run[-1].head["point"]}'
         elif point in plan.kept:

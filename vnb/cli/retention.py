@@ -51,7 +51,7 @@ class Plan:
         self.left_alone = dict(sorted(chain.lacks(segments).items()))
         points = [segment for point, segment in self.by_point.items() if point not in self.left_alone]
         if not points:
-            raise Error(name, "no point here can be restored")
+            raise Error(name, "no restore point here can be restored")
         self.kept = chosen(points, counts)
         for reason, segment in [*always(points, disks_now), *wanted_by(damaged, points)]:
             self.kept.setdefault(segment.head["point"], []).append(reason)
@@ -125,8 +125,8 @@ def always(segments, disks_now):
     """
     Yield (reason, segment) of what always stays.
 
-    It is what the next backups need, of each chain the latest point and the parent-to-be; and of each disk that the
-    latest point does not have, though the domain does (disks_now, see Plan), the last point with it.
+    The next backups need, of each chain, the latest restore point and the next base. And of each disk that the latest
+    restore point lacks, though the domain has it (disks_now, see Plan), the last restore point with this disk stays.
     """
     latest = chain.points(segments)[chain.latest(segments, None)]
     yield "latest", latest
@@ -140,7 +140,7 @@ def always(segments, disks_now):
     for segment in segments:
         chains.setdefault(segment.head.get("chain"), []).append(segment)
     for name, members in chains.items():
-        tip = chain.tip(members)
+        tip = chain.newest_base(members)
         if tip is not None:
             yield "next base" if len(chains) == 1 else f"next base of chain {name}", tip
 

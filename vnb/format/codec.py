@@ -12,8 +12,9 @@ LZ4_MAX_LEVEL = 16  # lz4's LZ4HC_CLEVEL_MAX is 12, the library takes up to 16; 
 ZSTD_MAX_LEVEL = 22
 ZSTD_WINDOW = 4 << 20  # a frame is never longer than this, so neither is what it looks back on
 
-# A packed payload starts with the xxh3-64 of what follows. The hash of the plain bytes is not enough: damaged lz4 or
-# zstd often gives the right bytes all the same, and would stay in a set unseen. And no decompressor gets damaged input.
+# A compressed payload starts with the xxh3-64 of what follows. The hash of the plain bytes is not enough: damaged lz4
+# or zstd often gives the right bytes all the same, and would stay in a set unseen. And no decompressor gets damaged
+# input.
 _CHECK_SIZE = 8
 
 
@@ -28,10 +29,10 @@ def compressor(codec, level=None):
     compress = _lz4(level) if codec == "lz4" else _zstd(level)
 
     def pack(plain):
-        packed = compress(plain)
-        if len(packed) + _CHECK_SIZE >= len(plain):
+        compressed = compress(plain)
+        if len(compressed) + _CHECK_SIZE >= len(plain):
             return "none", plain
-        return codec, xxh3_64_intdigest(packed).to_bytes(_CHECK_SIZE, "big") + packed
+        return codec, xxh3_64_intdigest(compressed).to_bytes(_CHECK_SIZE, "big") + compressed
 
     return pack
 
@@ -61,11 +62,11 @@ def plain(data, where):
 
 
 def check(data, where):
-    """Raise Error if the payload of a Data frame has changed since it was packed. Nothing is unpacked."""
+    """Raise Error if the payload of a Data frame has changed since it was made. Nothing is decompressed."""
     if data.codec == "none":
         plain(data, where)
     else:
-        _packed(data, where)
+        _compressed(data, where)
 
 
 def _lz4(level):
@@ -97,30 +98,30 @@ def _zstandard():
     return zstandard
 
 
-def _packed(data, where):
-    """The payload of a packed frame without its checksum, which is right."""
-    packed = memoryview(data.payload)[_CHECK_SIZE:]
-    if len(packed) == 0 or xxh3_64_intdigest(packed) != int.from_bytes(data.payload[:_CHECK_SIZE], "big"):
+def _compressed(data, where):
+    """The payload of a compressed frame without its checksum, which is right."""
+    compressed = memoryview(data.payload)[_CHECK_SIZE:]
+    if len(compressed) == 0 or xxh3_64_intdigest(compressed) != int.from_bytes(data.payload[:_CHECK_SIZE], "big"):
         raise Error(where, f"damaged {data.codec} data (its checksum differs)", f"offset {data.offset}")
-    return packed
+    return compressed
 
 
 def _decompress(data, where):
-    packed = _packed(data, where)
+    compressed = _compressed(data, where)
     if data.codec == "lz4":
         from lz4.block import LZ4BlockError, decompress
 
         try:
-            return decompress(packed, uncompressed_size=data.length)
+            return decompress(compressed, uncompressed_size=data.length)
         except (LZ4BlockError, ValueError) as error:
             reason = error
     else:
         zstandard = _zstandard()
         try:
-            if zstandard.get_frame_parameters(packed).content_size != data.length:
+            if zstandard.get_frame_parameters(compressed).content_size != data.length:
                 raise zstandard.ZstdError("length differs")
             decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
-            return decompressor.decompress(packed, max_output_size=data.length)
+            return decompressor.decompress(compressed, max_output_size=data.length)
         except zstandard.ZstdError as error:
             reason = error
     raise Error(where, f"damaged {data.codec} data ({reason})", f"offset {data.offset}")

@@ -116,7 +116,7 @@ def decode_tail(view):
 def _decode_tail(view):
     _, t1, length, t2, back, t3, sum_ = TAIL.unpack(view)
     if (t1, t2, t3) != (_U64, _U64, _U64):
-        raise FrameError('frame "tail" is not encoded as it must be')
+        raise FrameError('frame "tail" is not in its one msgpack form')
     if xxh3(bytes(view[:-SUM_SIZE])) != sum_:
         raise FrameError('bad sum in frame "tail"')
     return length, back, sum_
@@ -218,7 +218,7 @@ def _decode(view, unpacker):
     _check_fields(fields, payload is not None)
     # One frame has one form. Else two readers could differ on it: of a key that is there twice, each takes another.
     if _body(fields, payload is not None) != body:
-        raise FrameError(f'frame "{kind}" is not encoded as it must be')
+        raise FrameError(f'frame "{kind}" is not in its one msgpack form')
     return fields, sum_, size, payload
 
 
@@ -236,7 +236,7 @@ def _decode_data(view):
     t5, sum_ = _SUM.unpack_from(view, layout.size)
     t6, payload = _BIN.unpack_from(view, layout.size + SUM_SIZE)
     if (t1, t2, t3, t4, t5, t6) != (_U16, _U64, _U32, _U64, _U64, _BIN32):
-        raise FrameError('frame "data" is not encoded as it must be')
+        raise FrameError('frame "data" is not in its one msgpack form')
     if xxh3(bytes(view[: layout.size])) != sum_:
         raise FrameError('bad sum in frame "data"')
     codec = _CODEC_NAMES.get(codec)
@@ -259,7 +259,7 @@ def _check_fields(fields, has_payload):
         raise FrameError("a frame without a type")
     kind = fields[0]
     if kind in ("data", "tail"):
-        raise FrameError(f'frame "{kind}" is not encoded as it must be')  # they have a layout of their own
+        raise FrameError(f'frame "{kind}" is not in its one msgpack form')  # they have a layout of their own
     if not 2 < len(fields) + (2 if has_payload else 1) <= MAX_ELEMENTS:
         raise FrameError(f'frame "{kind}" has too few or too many elements')
     if kind == "extent" and len(fields) == 3 and fields[1].__class__ is int and fields[2].__class__ is list:

@@ -70,5 +70,5 @@ def _next(created):
     try:
         moment = datetime.datetime.strptime(created, "%Y-%m-%dT%H:%M:%S.%fZ") + datetime.timedelta(microseconds=1)
     except (ValueError, OverflowError):
-        raise Error("catalog", f'"created" of the parent is no time that another can follow: {created}') from None
+        raise Error("catalog", f'"created" of the base is no time that another can follow: {created}') from None
     return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")

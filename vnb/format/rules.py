@@ -8,7 +8,7 @@ from vnb.format import frame as f
 # What a segment holds: disks alone, their extents, or their data. Each stage needs one and makes the next.
 STAGES = ("disks", "extents", "data")
 LEVELS = ("full", "copy", "inc", "diff")
-DISK_LEVELS = ("full", "inc")  # all of the disk, or what changed since the parent
+DISK_LEVELS = ("full", "inc")  # all of the disk, or what changed since the base
 LONGEST_PATH = 4096  # characters of a file's path: Linux's PATH_MAX
 _SHA256 = re.compile("[0-9a-f]{64}")
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)  # so it sorts as text
@@ -54,7 +54,7 @@ def checked_head(fields, payload, error):
     if not is_list_of_files(head.get("files", []), head["parent"]):
         raise error('malformed head: "files"')
     if head["parent"] == head["point"]:
-        raise error("malformed head: the segment is its own parent")
+        raise error("malformed head: the segment is its own base")
     return head
 
 

@@ -242,7 +242,7 @@ class Segment:
 
             disk = checked_disk(raw.fields, raw.payload, self.disks, error)
             if disk["level"] == "inc" and self.head["parent"] is None:
-                raise error(f'{disk["name"]}: changes only, in a segment of level {self.head["level"]}')
+                raise error(f'{disk["name"]}: its level is inc, in a segment of level {self.head["level"]}')
             if "source" in disk and self.head["stage"] == "data":
                 raise error(f'{disk["name"]}: a source, in a segment that holds its data')
             room -= len(raw.header)
@@ -254,7 +254,7 @@ class Segment:
     def _place(self, disk, offset, length, start):
         """Check that [offset, offset + length) of a disk is where it may be, and move that disk's cursor."""
         if not (type(disk) is type(offset) is type(length) is int and 0 <= disk < len(self.disks)):
-            raise self.reader.error("an extent of no disk", start)
+            raise self.reader.error("the extent is of a disk that the segment does not have", start)
         size = self.disks[disk]["size"]
         if not (0 <= offset <= size and 0 < length <= size - offset):
             raise self.reader.error(

@@ -200,7 +200,10 @@ class Job:
         try:
             yield
         except Error as error:
-            self.note(f"{error}: the job is over, but still on record; the next command sees to it")
+            self.note(
+                f"{error}: the job has ended, but its record could not be removed: the next vnb-checkpoint command "
+                "removes it"
+            )
 
     def _is_saved(self):
         """Whether the catalog holds the segment; None where it cannot be read."""

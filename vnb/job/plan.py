@@ -232,7 +232,7 @@ class Plan:
             whole = [segment for segment in ours if segment.head["point"] in restorable]
         self._redefine(whole)
         wanted = [segment for segment in whole if segment.head["level"] == "full"] if base == "full" else whole
-        parent = chain.tip(wanted, self._usable())
+        parent = chain.newest_base(wanted, self._usable())
         if parent is not None:
             if level == "auto":
                 self.note(f"{self.source.name}: increment since {parent.head['point']}")
@@ -391,14 +391,14 @@ class Plan:
         return None
 
     def _saved_images(self):
-        """{disk name: image map} of the parent's segment, as far as the catalog has it."""
+        """{disk name: image map} of the base's segment, as far as the catalog has it."""
         if self.known is None:
             return {}
         with contextlib.closing(self.known):
             return {disk["name"]: disk.get("image", {}) for disk in self.known.open().disks}
 
     def _images_then(self):
-        """{disk name: what named its image at the parent}, as far as libvirt or the catalog knows."""
+        """{disk name: what named its image at the base}, as far as libvirt or the catalog knows."""
         found = self.source.images_then(self.parent)
         if not found and self.source.kind != "images":
             found = {name: image.get("path") for name, image in self.saved.items()}

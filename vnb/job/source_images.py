@@ -13,7 +13,7 @@ class Images(Offline):
     """
     Image files without any libvirt. images: {disk name: path}.
 
-    Their identity is that of their paths: the same files are the same machine.
+    Their identity is that of their paths: the same files are the same domain.
     """
 
     kind = "images"
@@ -41,7 +41,7 @@ class Images(Offline):
         return {}
 
     def images_then(self, _checkpoint):
-        """Not known, and not needed: with other images it would be another machine."""
+        """Not known, and not needed: with other images it would be another domain."""
         return {}
 
     def head_fields(self):

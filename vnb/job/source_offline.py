@@ -78,7 +78,7 @@ class Offline:
         return f"{plan.endpoint.path}{name}.sock"
 
     def _bitmap(self, plan, disk):
-        """The bitmap that says what changed: the parent's, or the union that start() makes of its layers."""
+        """The bitmap that says what changed: the base's, or the union that start() makes of its layers."""
         wanted = img.holders(self._layers[disk["name"]], plan.parent) if plan.parent else []
         return plan.parent if len(wanted) == 1 else plan.union
 

@@ -137,7 +137,7 @@ class Nbd:
             self._fd = os.dup(self._handle.aio_get_fd())
             self.size = self._handle.get_size()
             if self._handle.is_read_only():
-                raise Error(what, "the NBD server lets nobody write to it")
+                raise Error(what, "the export is read-only")
             self._can_zero = self._handle.can_zero()
             self.can_flush = self._handle.can_flush()
             self._max = self._handle.get_block_size(nbd.SIZE_MAXIMUM) or MAX_NBD

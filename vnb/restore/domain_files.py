@@ -29,7 +29,7 @@ def destinations(wanted, directory):
             name = f"{role}.{name}"
         found[role, path] = os.path.join(directory, name)
     if len(set(found.values())) < len(found):
-        raise Error("file", "several have one name, and one directory to go to")
+        raise Error("file", "several files have the same name, and would be restored to the same path")
     return found
 
 

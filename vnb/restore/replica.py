@@ -100,7 +100,7 @@ class Standby:
         finally:
             os.close(fd)
         if head["point"] != self._state["point"]:
-            log.note(f'{self.path}: goes on with {head["point"]}, which was not finished')
+            log.note(f'{self.path}: going on with {head["point"]}, whose update was interrupted')
             self._apply_spool()
         self._remove_spool()
 
@@ -310,7 +310,7 @@ class Replay(Restore):
         disks = {disk["name"]: disk for disk in segment.disks if not self.chosen or disk["name"] in self.chosen}
         for name in self.chosen:
             if name not in disks:
-                raise Error("--disk", f'no disk {name} at point {segment.head["point"]}')
+                raise Error("--disk", f'no disk {name} at restore point {segment.head["point"]}')
         taking = []
         for name, disk in disks.items():
             place = self._place(name)
@@ -323,7 +323,7 @@ class Replay(Restore):
         for name in before:
             if name not in disks and (not self.chosen or name in self.chosen):
                 files = ", ".join(self._state["disks"][name]["files"])
-                log.note(f'{name}: not part of point {segment.head["point"]}: {files} stays as it is')
+                log.note(f'{name}: not part of restore point {segment.head["point"]}: {files} stays as it is')
         return taking
 
     def publish(self):
@@ -331,7 +331,7 @@ class Replay(Restore):
         if self._directory is not None:
             for disk in self.disks.values():
                 if disk.place.file_names:
-                    disk.place.refuse_in_use()  # a machine may have been started on it meanwhile
+                    disk.place.refuse_in_use()  # a domain may have been started on it meanwhile
             self._directory.replace(self.file_names())
 
     def make_place(self, name):

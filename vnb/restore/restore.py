@@ -109,7 +109,7 @@ class Restore:
             self.follow.force = True
             self.follow.accept(segment.head, segment.disks)  # raises what nobody knows better
             self.follow.force = False
-            log.warn(f"--force-sequence: {error.reason}: applied all the same")
+            log.warn(f"--force-sequence: {error.reason}: applied because of --force-sequence")
 
     def finish(self):
         """All segments are there: make what was written durable."""
@@ -120,7 +120,7 @@ class Restore:
         for name in self.chosen:
             if name not in self.disks:
                 there = ", ".join(self.follow.disks) or "no disk"
-                raise Error("--disk", f"no disk {name} at point {self.follow.head['point']}, there is {there}")
+                raise Error("--disk", f"no disk {name} at restore point {self.follow.head['point']}, there is {there}")
         for disk in self.disks.values():
             disk.writer.start_finish()
         for disk in self.disks.values():

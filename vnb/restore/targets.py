@@ -252,7 +252,9 @@ class Export(Existing):
             export.close()
             raise
         if not export.can_flush:
-            log.warn(f"{self.text}: the NBD server has no flush: it alone knows when what it took is durable")
+            log.warn(
+                f"{self.text}: the NBD server does not support flush: data that it has taken may be lost if it crashes"
+            )
         return export
 
 

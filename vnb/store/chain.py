@@ -3,7 +3,7 @@
 Chains: which segment follows which. Pure logic on heads and disks; it opens nothing.
 
 A segment here is any object with head (dict), disks (list of dict) and name (str, for messages). Order comes
-from the parent links in the heads, never from file names or file times.
+from the links in the heads, never from file names or file times.
 """
 
 import contextlib
@@ -79,7 +79,7 @@ class Follow:
 
 
 def check(segments, name):
-    """Raise Error unless all segments are of one domain, with an id of their own and no circle of parents."""
+    """Raise Error unless all segments are of one domain, with an id of their own and no circle of bases."""
     for fault in _faults_of_identity(segments, name):
         raise fault
     for fault in _circles(segments, name):
@@ -90,7 +90,7 @@ def faults(segments, name, whole=True):
     """
     Yield an Error for each thing that is wrong with segments that belong together.
 
-    whole (bool): all parents should be here. check() is for whoever needs to know only that nothing is.
+    whole (bool): all bases should be here. check() is for whoever needs to know only that nothing is.
     """
     yield from _faults_of_identity(segments, name)
     yield from _circles(segments, name)
@@ -168,7 +168,7 @@ def _circles(segments, name):
 def _circle_at(point, trail):
     """A circle, in words: trail (dict) has the points that lead to one of them once more."""
     circle = list(trail)[list(trail).index(point):]
-    return f'a circle of parents: {" -> ".join([*circle, point])}'
+    return f'circular bases: {" -> ".join([*circle, point])}'
 
 
 def points(segments):
@@ -311,7 +311,7 @@ def latest(segments, name, until=None, damaged=()):
     else:
         found = [head for head in heads if head["created"] <= end]
     if not found and until is None:
-        raise next(_circles(segments, name), Error(name, "a circle of parents"))
+        raise next(_circles(segments, name), Error(name, "circular bases"))
     chosen = max(found, key=_age_of_head, default=None)
     for file in damaged:
         if file.may_be_after(chosen["created"] if chosen else NOTHING) and not (until and file.is_after(end)):
@@ -326,7 +326,7 @@ def latest(segments, name, until=None, damaged=()):
 
 
 def restorable(segments):
-    """The restore points (list of str) from which parent links lead to a full."""
+    """The restore points (list of str) from which the links lead to a full."""
     lacking = lacks(segments)
     return [point for point in points(segments) if point not in lacking]
 
@@ -353,7 +353,7 @@ def off_path(segments, chosen):
     return sorted((segment for segment in segments if segment.head["point"] not in on), key=_age)
 
 
-def tip(segments, checkpoints=None):
+def newest_base(segments, checkpoints=None):
     """
     The segment whose checkpoint the next increment may start from, or None.
 

@@ -141,7 +141,7 @@ class SavedData:
 
 
 def _is_stored(row):
-    """Whether a frame has its plain bytes as they are: a packed one is shorter."""
+    """Whether a frame has its plain bytes as they are: a compressed one is shorter."""
     return row[3] == row[1] + _HEADER
 
 

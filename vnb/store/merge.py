@@ -40,7 +40,7 @@ WINDOW = 4096  # read for a frame that is not data: most are shorter
 
 class Merge:
     """
-    The segments of a path (list of SavedSegment, oldest first, each the parent of the next) as one.
+    The segments of a path (list of SavedSegment, oldest first, each the base of the next) as one.
 
     head (dict), disks (list of dict): of the merged segment. It is full if the first one is. Otherwise it has the
     first one's parent, and the level of the last. A disk is full if it is so in any of them, and one that the
@@ -89,7 +89,8 @@ class Merge:
         for segment in reversed(self.path):
             number = next((number for number, disk in enumerate(segment.disks) if disk["name"] == name), None)
             if number is None:
-                raise Error(segment.name, f'no disk {name} at point {segment.head["point"]}, but changes of it later')
+                point = segment.head["point"]
+                raise Error(segment.name, f"no disk {name} at restore point {point}, but changes of it later")
             found.append((segment, number))
             if segment.disks[number]["level"] == "full":
                 return found
@@ -143,8 +144,8 @@ class Merge:
             else:
                 kind, whole = self._cut(sources[layer], name, row)
                 plain = whole[offset - row[0] : offset - row[0] + length]
-                packed_as, payload = self._compressor(kind)(plain)
-                disk.data(offset, length, packed_as, xxh3_64_intdigest(plain), payload)
+                compressed_as, payload = self._compressor(kind)(plain)
+                disk.data(offset, length, compressed_as, xxh3_64_intdigest(plain), payload)
         disk.flush()
 
     def _cut(self, source, name, row):
@@ -159,8 +160,8 @@ class Merge:
             return memoryview(plain)
 
         plain = self._plain.get((segment, row[2]), load)
-        was_packed = row[3] != row[1] + f.DATA_HEADER_SIZES["none"]
-        return self._codecs[segment] if self.repack and was_packed else "none", plain
+        was_compressed = row[3] != row[1] + f.DATA_HEADER_SIZES["none"]
+        return self._codecs[segment] if self.repack and was_compressed else "none", plain
 
     def _compressor(self, kind):
         if kind not in self._compressors:
@@ -206,9 +207,9 @@ class _Disk:
             runs = self._runs
         runs += (offset, length, state)
 
-    def data(self, offset, length, packed_as, hash_, payload):
+    def data(self, offset, length, compressed_as, hash_, payload):
         self.flush()
-        place = self.out.data(self.number, offset, length, packed_as, hash_, payload)
+        place = self.out.data(self.number, offset, length, compressed_as, hash_, payload)
         if self.index is not None:
             self.index.data(self.number, offset, length, *place)
 

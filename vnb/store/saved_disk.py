@@ -41,7 +41,8 @@ class Images:
         here = [disk["name"] for disk in self.path[-1].disks]
         for disk in disks:
             if disk not in here:
-                raise Error("--disk", f"no disk {disk} at point {self.point}, there is {', '.join(here) or 'none'}")
+                there = ", ".join(here) or "none"
+                raise Error("--disk", f"no disk {disk} at restore point {self.point}, there is {there}")
         self.disks = list(dict.fromkeys(disks)) or here
         self.default = self.disks[0] if disks or len(here) == 1 else None
         self._only = set(disks)
@@ -77,7 +78,7 @@ class Images:
         if disk not in self.disks:
             disk, _, until = name.partition("@")
             if not (until and self._all_points) or self._only and disk not in self._only:
-                raise Error(self.name, f"no disk {name} at point {self.point}")
+                raise Error(self.name, f"no disk {name} at restore point {self.point}")
             path = chain.path(self.segments, self.name, until, self.damaged)
         with self._lock:
             key = disk, path[-1].head["point"]
@@ -91,7 +92,7 @@ class Images:
         for segment in reversed(path):
             number = next((number for number, disk in enumerate(segment.disks) if disk["name"] == name), None)
             if number is None:
-                raise Error(self.name, f'no disk {name} at point {segment.head["point"]}')
+                raise Error(self.name, f'no disk {name} at restore point {segment.head["point"]}')
             if segment not in self._opened:
                 segment.open()  # the file is held from here on, and is still the one whose head was read
                 disks = enumerate(segment.rows(self._pages))

@@ -127,7 +127,7 @@ class SavedSegment:
         try:
             fields, sum_, header, payload = f.decode(whole[:_INDEX_HEADER])
             if fields[0] != "index" or payload is None or len(fields) != 4:
-                raise FrameError("no index frame where one is said to be")
+                raise FrameError("there is no index frame at the place that the tail names")
             _, disk, rows, back = fields
             if not (type(disk) is type(rows) is type(back) is int and 0 <= disk < len(self.disks)):
                 raise FrameError("an index of no disk")
@@ -165,7 +165,7 @@ class SavedSegment:
                 raise self._error("a frame that is longer than the segment", position)
             if fields[0] == "data":
                 if fields[1] >= len(self.disks):
-                    raise self._error("an extent of no disk", position)
+                    raise self._error("the extent is of a disk that the segment does not have", position)
                 builder.data(fields[1], fields[2], fields[3], position, whole)
             elif fields[0] == "extent":
                 self._check_runs(fields, position)

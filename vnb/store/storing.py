@@ -25,9 +25,9 @@ def admit(directory, head, disks):
     held, _ = of_domain(held, directory, head["uuid"], head["domain"])
     for segment in held:
         if segment.head["point"] == head["point"] and segment.head["level"] == head["level"]:
-            raise Error(directory, f'point {head["point"]} is already here ({segment.name})')
+            raise Error(directory, f'restore point {head["point"]} is already here ({segment.name})')
         if segment.head["point"] == head["point"] and names != {disk["name"] for disk in segment.disks}:
-            raise Error(directory, f'point {head["point"]} is already here with other disks ({segment.name})')
+            raise Error(directory, f'restore point {head["point"]} is already here with other disks ({segment.name})')
     path = os.path.join(directory, file_name(head))
     if os.path.lexists(path):  # it is damaged, or of another restore point
         advice = next((f": {file.error.reason}; {file.advice}" for file in damaged if file.name == path), "")

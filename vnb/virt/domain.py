@@ -134,7 +134,7 @@ class Domain:
         """
         Raise Error where the domain is off, and its memory is saved.
 
-        The disks alone are those of a machine whose plug was pulled, and to start it would use the saved memory up.
+        The disks alone are those of a domain after a power cut, and a start would use the saved memory up.
         """
         if not self.is_active and self.call("hasManagedSaveImage"):
             raise Error(

@@ -270,7 +270,7 @@ class Domain:
                 if key in files or path is None:
                     self.say(f"{role} {path or 'on the network'} is not in the backup: the domain needs it there")
             elif role in domxml.WRITTEN_ROLES:
-                # The original's: two machines must not write to it.
+                # The original's: two domains must not write to it.
                 self.say(f"{role} {path or 'on the network'} {why}: the domain gets a new one")
                 domxml.forget_file(element)
             else:

@@ -42,7 +42,7 @@ class Copy:
             if not (self.at <= offset and length and offset + length <= self.file.size):
                 raise self.source.error(f"{length} bytes at offset {offset} overlap or are not in the disk")
             if not self.file.incremental and offset != self.at:
-                raise self.source.error(f"nothing is said of {offset - self.at} bytes at offset {self.at}")
+                raise self.source.error(f"no frame has the {offset - self.at} bytes at offset {self.at}")
             if kind == "zero":
                 self._extent(offset, length)
             else:

@@ -143,10 +143,10 @@ class Directory:
 
     def _accept(self, point, parent, circle):
         if point.since in self._replaced:
-            why = "the data of that was overwritten by a backup of the machine when it was off"
+            why = "the data of that was overwritten by a backup of the domain when it was off"
             raise Error(point.name, f"starts from {point.since}: {why}")
         if circle:
-            raise Error(point.name, f"a circle of parents: it starts from {point.since}")
+            raise Error(point.name, f"circular base: it starts from {point.since}")
         if point.since and parent is None and point.since not in self._unread:
             raise Error(point.name, f"starts from {point.since}, of which nothing is here")
         if point.since and (parent is None or parent.error is not None):
@@ -259,7 +259,7 @@ class DataFile:
         try:
             return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
         except (ValueError, OverflowError, OSError):
-            raise Error(self.path, "was last changed in a year that cannot be") from None
+            raise Error(self.path, "has a modification time that is out of range") from None
 
     def _take(self, meta):
         def field(name, kind, *others):
@@ -383,7 +383,7 @@ class Point:
             try:
                 paths = {disk.name: disk.path for disk in domxml.disks(self.head["domain_xml"])}
             except AttributeError:  # a disk without a target: libvirt writes none
-                raise Error(self.name, "the domain's XML of this point has a disk without a name") from None
+                raise Error(self.name, "the domain's XML of this restore point has a disk without a name") from None
         self.disks = [
             {
                 "name": file.disk, "size": file.size, "level": "inc" if file.incremental else "full",
