@@ -271,7 +271,7 @@ def test_disks_elsewhere(tmp_path):
     assert '<driver name="qemu" type="qcow2" />' in out
     status, out, _ = config("--disk", "vda=/dev/vg/vm1", stdin=stream(file()))
     assert '<source dev="/dev/vg/vm1" />' in out
-    reason = "vnb-config: --disk: no disk vdz at point p0, there is vda\n"
+    reason = "vnb-config: --disk: no disk vdz at restore point p0, there is vda\n"
     assert config("--disk", "vdz=/x", stdin=stream()) == (1, "", reason)
 
 

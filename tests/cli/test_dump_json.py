@@ -191,7 +191,7 @@ def data_line(**changes):
 
 @pytest.mark.parametrize("changes, reason", [
     ({"disk": -1}, "malformed"), ({"disk": 65536}, "malformed"), ({"disk": "0"}, "malformed"), ({"disk": True}, "malf"),
-    ({"disk": 9}, "no disk"), ({"offset": 1 << 64}, "malformed"), ({"offset": None}, "malformed"),
+    ({"disk": 9}, "does not have"), ({"offset": 1 << 64}, "malformed"), ({"offset": None}, "malformed"),
     ({"length": 0}, "too large"), ({"length": 4}, "has a payload of 3"), ({"length": 1 << 32}, "malformed"),
     ({"length": f.MAX_DATA + 1}, "malformed"), ({"codec": "lzma"}, 'needs "hash"'), ({"codec": ["none"]}, "needs"),
     ({"codec": "lzma", "hash": "0" * 16}, "malformed"), ({"codec": ["x"], "hash": "0" * 16}, "malformed"),

@@ -60,7 +60,7 @@ def test_more_wrong_heads(key, value):
 
 def test_full_with_a_parent():
     refused(segment(head("p1", "p0", level="full"), DISKS, WHOLE), "level full and parent p0")
-    refused(segment(head("p1", "p1"), DISKS, WHOLE), "its own parent")
+    refused(segment(head("p1", "p1"), DISKS, WHOLE), "its own base")
 
 
 def test_newer_version():

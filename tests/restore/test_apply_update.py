@@ -441,7 +441,7 @@ def test_recover_reads_nothing(tmp_path, segments):
         count += 1
     done = applied.apply(b"not read", "--update", "--resume", "--format", "raw", copy)
     assert (done.returncode, done.stderr) == (
-        0, f"vnb-apply: {copy}: goes on with {makers.point(1)}, which was not finished\n"
+        0, f"vnb-apply: {copy}: going on with {makers.point(1)}, whose update was interrupted\n"
     )
     check(copy, 1, tmp_path, "raw")
     update(b"not read", copy, "--resume", format_="raw")

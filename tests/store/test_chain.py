@@ -283,7 +283,7 @@ def test_path_against_the_model(segments):
         try:
             found = chain.path(segments, "set", point)
         except Error as error:
-            assert not possible or "circle" in str(error)
+            assert not possible or "circular" in str(error)
             continue
         assert found in possible
         assert len(found) == min(map(len, possible))
@@ -307,7 +307,7 @@ def test_a_circle_is_only_claimed_where_there_is_one(segments):
     try:
         chain.check(segments, "set")
     except Error as error:
-        assert "circle" in str(error)
+        assert "circular" in str(error)
         parents = {}
         for segment in segments:
             parents.setdefault(segment.head["point"], set()).add(segment.head["parent"])

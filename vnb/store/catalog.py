@@ -107,8 +107,10 @@ class Catalog:
             made = make_directories(self.directory, 0o700)
         except OSError as error:
             # Whoever stores the segment may have other rights than we have, but no other names.
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
-                raise Error(self.directory, f"no directory can be made there: {error.strerror}") from None
+            if error.errno == errno.ENOENT:  # which says nothing to a user who wants to make one
+                raise Error(self.directory, "no directory can be made there") from None
+            if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+                raise os_error(self.directory, error) from None
             return
         for path in reversed(made):
             with contextlib.suppress(OSError):  # somebody has put something into it meanwhile
