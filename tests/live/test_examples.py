@@ -169,7 +169,7 @@ def test_s3(lab, vm, s3):
         done_well(run(lab, "from-s3", url, directory, *point, **s3.env))
         holds(directory, references[number])
     done = run(lab, "from-s3", url, lab.path("never"), "vnb.main.0", **s3.env)
-    assert (done.returncode, done.stderr) == (1, f"from-s3: {url}: vnb.main.0: no such point\n")
+    assert (done.returncode, done.stderr) == (1, f"from-s3: {url}: vnb.main.0: no such restore point\n")
     done = run(lab, "from-s3", f"{url}/nothing", lab.path("never"), **s3.env)
     assert (done.returncode, done.stderr) == (1, f"from-s3: {url}/nothing: no backup here\n")
     directory = lab.new_directory("set")
