@@ -318,9 +318,9 @@ def _files(source, plan, job):
     found = []
     if source.kind != "images":
         xml = plan.head["domain_xml"]
-        described = {(file["role"], file["path"]): file for file in plan.head.get("files", ())}
+        of_head = {(file["role"], file["path"]): file for file in plan.head.get("files", ())}
         for role, path in domxml.files(xml):
-            file = described.get((role, path))
+            file = of_head.get((role, path))
             more = {} if file is None else {"same": plan.modes[role, path]} if "base" in file else {
                 "sha256": file["sha256"]
             }
