@@ -86,7 +86,7 @@ def test_list(tmp_path):
     status, out, err = dump("--list", tmp_path / "set")
     assert (status, err) == (0, "")
     assert out.split("\n\n")[1].splitlines() == [
-        f"latest {makers.point(2)}, from 3 segments", f"not on the way fork ({left})",
+        f"latest: {makers.point(2)}, from 3 segments", f"not needed for it: fork ({left})",
     ]
     rows = [line.split() for line in out.splitlines()[1:5]]
     assert [row[0] for row in rows] == ["fork", *(makers.point(n) for n in range(3))] or rows[0][0] == makers.point(0)
@@ -98,7 +98,7 @@ def test_list(tmp_path):
         f"vnb-dump: {tmp_path}/set: gap: {makers.point(2)} needs {makers.point(1)}, which is not here; "
         f"--until {makers.point(0)} is the newest that can be restored\n"
     )
-    assert f"cannot be restored {makers.point(2)}: needs {makers.point(1)}, which is not here\n" in out
+    assert f"cannot be restored: {makers.point(2)} needs {makers.point(1)}, which is not here\n" in out
 
 
 def test_list_of_several_sets(tmp_path):
@@ -115,8 +115,8 @@ def test_list_of_several_sets(tmp_path):
         f"{paths[0]}: vm1 ({makers.head(0)['uuid']})",
     ]
     assert [line for line in out.splitlines() if line.startswith("latest")] == [
-        f"latest {makers.point(2)}, from 3 segments", "latest other, from 1 segment",
-        f"latest {makers.point(0)}, from 1 segment",
+        f"latest: {makers.point(2)}, from 3 segments", "latest: other, from 1 segment",
+        f"latest: {makers.point(0)}, from 1 segment",
     ]
 
 

@@ -137,3 +137,24 @@ def test_a_standby(task, vm, saved):
 def test_a_domain_that_is_off(task, vm, saved):
     task("A domain that is off")
     assert vm.handle.isActive()
+
+
+def shape(text, host, vm):
+    """A text with its names, times and numbers made alike, as lines; what is said of an agent does not count."""
+    text = text.replace(f"{host.path}/", "/").replace(vm.name, "vm1")
+    text = re.sub(r"vnb\.main\.\S+Z\.[0-9a-f]+", "POINT", text)
+    text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME", text)
+    lines = [" ".join(re.sub(r"\b\d+\b", "N", line).split()) for line in text.splitlines()]
+    return [line for line in lines if line and "frozen" not in line]
+
+
+def test_what_the_page_shows_is_what_is_printed(task, vm):
+    first, later = re.findall(r"(?ms)-compact\n(.*?)^\.Ed", SECTIONS["A first backup, and a first restore"])
+    (listed,) = re.findall(
+        r"(?ms)-compact\n(.*?)^\.Ed", SECTIONS["Which restore points there are, and how old they are"]
+    )
+    for text in first, later:
+        done = task.host("vnb-backup -z vm1 /backup/vm1", vm)
+        assert shape(done.stderr, task.host, vm) == shape(text, task.host, vm)
+    done = task.host("vnb-dump --list /backup/vm1", vm)
+    assert shape(done.stdout.decode(), task.host, vm) == shape(listed, task.host, vm)

@@ -138,7 +138,7 @@ def test_what_does_not_need_it_works_in_every_command(saved, sound, way, number)
     assert ": left out" in listed.err.splitlines()[0] and all(point in listed.out.decode() for point in whole)
     for point in lost:
         if point != POINTS[number]:
-            assert f"cannot be restored {point}: needs {POINTS[number]}, which is " in listed.out.decode()
+            assert f"cannot be restored: {point} needs {POINTS[number]}, which is " in listed.out.decode()
     assert run("vnb-dump", dump, "--map", saved).status == 0
     run("vnb-dump", dump, "--brief", saved)
     images = saved_disk.Images([str(saved)], until=whole[-1])

@@ -324,7 +324,7 @@ def _list(operands):
 
 def _table(segments, damaged, name):
     """Print the restore points, and which of them lead to the latest one. Returns the exit status."""
-    rows = [("point", "level", "created", "bytes", "parent")]
+    rows = [("restore point", "level", "created", "bytes", "base")]
     for segment in sorted(segments, key=_age):
         head = segment.head
         rows.append((head["point"], head["level"], head["created"], str(segment.length), head["parent"] or "-"))
@@ -336,17 +336,17 @@ def _table(segments, damaged, name):
     show("\n")
     lacking = chain.lacks(segments)
     for point, needed in lacking.items():
-        show(f"cannot be restored {point}: needs {needed}, {one_line(chain.where(needed, damaged))}\n")
+        show(f"cannot be restored: {point} needs {needed}, {one_line(chain.where(needed, damaged))}\n")
     try:
         path = chain.path(segments, name, None, damaged)
     except Error as error:
         sys.stdout.flush()
         log.error(error)
         return 1
-    show(f'latest {path[-1].head["point"]}, from {len(path)} segment{"s" * (len(path) > 1)}\n')
+    show(f'latest: {path[-1].head["point"]}, from {len(path)} segment{"s" * (len(path) > 1)}\n')
     for segment in chain.off_path(segments, path):
         if segment.head["point"] not in lacking:
-            show(f'not on the way {segment.head["point"]} ({segment.name})\n')
+            show(f'not needed for it: {segment.head["point"]} ({segment.name})\n')
     return 0
 
 
