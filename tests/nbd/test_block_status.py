@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vnb.cli import extents
+from vnb.format import runs as runs_module
 from vnb.format.frame import DATA, HOLE, ZERO
 from vnb.nbd import block_status
 
@@ -153,7 +154,7 @@ class Frames:
 def test_batch_keeps_every_byte_and_merges_what_is_one(lists):
     """None: what an increment does not speak of."""
     out, batch, offset, expected = Frames(), None, 0, {}
-    with mock.patch.object(extents, "MAX_EXTENTS", 2):
+    with mock.patch.object(runs_module, "MAX_EXTENTS", 2):
         batch = extents._Batch(out, 5)
         for states in lists:
             runs = []

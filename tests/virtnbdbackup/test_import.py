@@ -273,7 +273,7 @@ def test_a_gap(tmp_path):
 def test_a_circle(tmp_path):
     backup(tmp_path)
     data_file(tmp_path / f"vda.inc.{CPT}.1.data", meta("vda", 1, parent=2), [(0, b"x")])
-    assert partly(tmp_path, "circular bases", f"inc.{CPT}.1", f"inc.{CPT}.2") == [f"{CPT}.0"]
+    assert partly(tmp_path, "circular base", f"inc.{CPT}.1", f"inc.{CPT}.2") == [f"{CPT}.0"]
 
 
 def test_an_increment_of_a_disk_that_was_left_out_before(tmp_path):

@@ -18,14 +18,14 @@ Options:
 
 import collections
 import functools
-from operator import eq
 
 from vnb.base import log
 from vnb.base.errors import Error, UsageError
 from vnb.cli import output
 from vnb.cli.stdio import stdin
 from vnb.format import heads, rules
-from vnb.format.frame import DATA, MAX_EXTENTS
+from vnb.format.frame import DATA
+from vnb.format.runs import batches, joined
 from vnb.nbd import block_status
 from vnb.nbd.connections import MOST_OF_EXTENTS, Connections
 
@@ -155,7 +155,7 @@ class _Batch:
 
     def add(self, runs):
         """Take runs (flat list of offset, length, state, ...) that follow those before."""
-        runs = _merged(self._held + runs)
+        runs = joined(self._held + runs)
         keep = 3 if runs and runs[-1] != DATA else 0
         self._held = runs[len(runs) - keep :]
         self._put(runs[: len(runs) - keep])
@@ -165,19 +165,5 @@ class _Batch:
         self._put(self._held)
 
     def _put(self, runs):
-        for at in range(0, len(runs), 3 * MAX_EXTENTS):
-            self.out.extents(self.disk, runs[at : at + 3 * MAX_EXTENTS])
-
-
-def _merged(runs):
-    """The runs, with neighbours of one state made one."""
-    states = runs[2::3]
-    if not any(map(eq, states, states[1:])):
-        return runs  # servers nearly always send them so, and then Python does nothing for each
-    merged = runs[:3]
-    for offset, length, state in zip(runs[3::3], runs[4::3], runs[5::3]):
-        if state == merged[-1] and merged[-3] + merged[-2] == offset:
-            merged[-2] += length
-        else:
-            merged += (offset, length, state)
-    return merged
+        for batch in batches(runs):
+            self.out.extents(self.disk, batch)

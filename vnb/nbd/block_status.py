@@ -7,6 +7,7 @@ from itertools import accumulate
 
 from vnb.base.errors import Error
 from vnb.format.frame import DATA, HOLE, MAX_EXTENTS, ZERO, GiB, MiB
+from vnb.format.runs import clipped
 
 BASE_ALLOCATION = "base:allocation"
 FIRST_SPAN = 16 * MiB  # of the first block status request: an answer soon
@@ -184,7 +185,7 @@ def allocation(base, size):
         runs[0::3] = offsets
         runs[1::3] = lengths
         runs[2::3] = [_STATES[flag & 3] for flag in flags]
-        yield runs if end <= size else _clipped(runs, size)
+        yield runs if end <= size else clipped(runs, size)
 
 
 def changes(dirty, base, size):
@@ -218,12 +219,3 @@ def _parts(walk, size):
             lengths = entries[at : at + 2 * MAX_EXTENTS : 2]
             yield offset, lengths, entries[at + 1 : at + 2 * MAX_EXTENTS : 2]
             offset += sum(lengths)
-
-
-def _clipped(runs, size):
-    """runs without what is beyond size: a server may tell of more than was asked."""
-    clipped = []
-    for offset, length, state in zip(runs[0::3], runs[1::3], runs[2::3]):
-        if offset < size:
-            clipped += (offset, min(length, size - offset), state)
-    return clipped

@@ -29,6 +29,7 @@ from vnb.format import codec, heads
 from vnb.format import frame as f
 from vnb.format.frame import FrameError
 from vnb.format.index import ROW_WORDS
+from vnb.format.runs import Joining
 from vnb.format.values import Data
 from vnb.store.domain_files import files_of, merged_files
 from vnb.store.overlay import Layers, pieces
@@ -195,17 +196,8 @@ class _Disk:
         self.out = out
         self.index = index
         self.number = number
-        self._runs = []
-
-    def extent(self, offset, length, state):
-        runs = self._runs
-        if runs and runs[-1] == state and runs[-3] + runs[-2] == offset:
-            runs[-2] += length
-            return
-        if len(runs) == 3 * f.MAX_EXTENTS:
-            self.flush()
-            runs = self._runs
-        runs += (offset, length, state)
+        runs = Joining(self._put)
+        self.extent, self.flush = runs.add, runs.flush
 
     def data(self, offset, length, compressed_as, hash_, payload):
         self.flush()
@@ -213,12 +205,10 @@ class _Disk:
         if self.index is not None:
             self.index.data(self.number, offset, length, *place)
 
-    def flush(self):
-        if self._runs:
-            self.out.extents(self.number, self._runs)
-            if self.index is not None:
-                self.index.extents(self.number, self._runs)
-            self._runs = []
+    def _put(self, runs):
+        self.out.extents(self.number, runs)
+        if self.index is not None:
+            self.index.extents(self.number, runs)
 
 
 def _refuse_unknown(segment, rows):

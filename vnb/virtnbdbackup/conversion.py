@@ -4,6 +4,7 @@
 from xxhash import xxh3_64_intdigest
 
 from vnb.format import frame as f
+from vnb.format.runs import Joining
 from vnb.virtnbdbackup.datafile import END, PIECE
 
 _ZEROES = bytes(PIECE)
@@ -18,7 +19,7 @@ class Copy:
         self.out = out
         self.number = number
         self.at = 0  # where the next extent may begin
-        self._runs = []
+        self._holes = Joining(lambda runs: out.extents(number, runs))
 
     def run(self):
         if self.file.is_raw:
@@ -29,7 +30,7 @@ class Copy:
             self.source.check_adler()
         if not self.file.incremental and self.at != self.file.size:
             raise self.source.error(f"{self.file.size - self.at} bytes of a full disk are missing")
-        self._flush()
+        self._holes.flush()
 
     def _stream(self):
         total = 0
@@ -69,20 +70,10 @@ class Copy:
         self.source.end()
 
     def _data(self, offset, plain):
-        self._flush()
+        self._holes.flush()
         self.out.data(self.number, offset, len(plain), "none", xxh3_64_intdigest(plain), plain)
         self.at = offset + len(plain)
 
     def _extent(self, offset, length):
-        if self._runs and self._runs[-3] + self._runs[-2] == offset:
-            self._runs[-2] += length
-        else:
-            if len(self._runs) == 3 * f.MAX_EXTENTS:
-                self._flush()
-            self._runs += (offset, length, f.HOLE)
+        self._holes.add(offset, length, f.HOLE)
         self.at = offset + length
-
-    def _flush(self):
-        if self._runs:
-            self.out.extents(self.number, self._runs)
-            self._runs = []
