@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Machines of another host: libvirt through ssh, exports through a forwarded socket, over TCP, with TLS."""
 
+import hashlib
 import os
 import shutil
 import socket
@@ -12,6 +13,8 @@ import pytest
 from backups import in_handshake, levels, record, restores
 from lab import ROOT, Disk, MiB, compare, wait_for
 from remote import SSHD, Gate, Hypervisor, Network
+
+from vnb.store.backupset import segments
 
 URI = "qemu+ssh://root@hv/system"
 STORE = "vnb-extents | vnb-read | vnb-pack -z -o {set}"
@@ -121,6 +124,8 @@ def test_files_of_the_other_host(lab, hv):
         backup(hv, vm, "copy", directory)
         target = lab.new_directory("files")
         hv.sh(f"vnb-cat --head {directory} | vnb-config --disk-dir {target} -o {target}/x.xml")
+        ((described,),) = [saved.head["files"] for saved in segments([directory])]
+        assert described["sha256"] == hashlib.sha256(b"k" * (2 * MiB + 5)).hexdigest()
         restored = [name for name in os.listdir(target) if "kernel" in name]
         assert restored
         with open(f"{target}/{restored[0]}", "rb") as file:
