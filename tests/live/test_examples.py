@@ -100,7 +100,7 @@ def test_restore_drill(lab):
         lab.sh(f"vnb-backup -z {vm.name} {directory}")
         done = run(lab, "restore-drill", directory, below, "100")
         assert (done.returncode, done.stderr) == (0, "")
-        assert f"{directory}: point vnb.main." in done.stdout
+        assert f"{directory}: restore point vnb.main." in done.stdout
         assert os.listdir(below) == []
     finally:
         vm.remove()
