@@ -7,7 +7,10 @@ import queue
 import select
 import threading
 
+from vnb.base.signals import held
+
 AT_ONCE = 4  # qemu-img processes: each takes 30 ms, mostly to start
+SIGNAL_SECONDS = 1  # the most that a signal waits for us while a thread works
 SMALL = 64 << 10  # below this malloc(3) has memory at hand that it was given back
 
 
@@ -62,7 +65,8 @@ def beside(function, wait):
 
     read_end, write_end = os.pipe()
     thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    with held:
+        thread.start()
     try:
         wait(read_end, select.POLLIN)
     finally:
@@ -125,8 +129,9 @@ class Ordered:
         self._queue.put(job)
         if len(self._threads) < min(self._count, len(self._jobs)):
             thread = threading.Thread(target=self._work, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+            with held:  # start() waits for the thread, and a signal that comes out of it leaves its lock in disorder
+                thread.start()
+                self._threads.append(thread)
 
     def append(self, result):
         """A result that needs no call, in its place in the order."""
@@ -137,8 +142,10 @@ class Ordered:
     def pop(self):
         """The result of the oldest call; raises what it raised."""
         job = self._jobs[0]
-        with job.done:
-            self._jobs.popleft()
+        # A signal that comes just before this waits is handled only when it wakes up.
+        while not job.done.acquire(timeout=SIGNAL_SECONDS):
+            pass
+        self._jobs.popleft()
         if job.error is not None:
             raise job.error
         return job.result
