@@ -284,7 +284,7 @@ def test_wrong_list_of_files(files, base):
     refused(segment(head("p1", base, files=files), DISKS, WHOLE), 'malformed head: "files"')
 
 
-@pytest.mark.parametrize("payload", [b"abd", b"ab", b"abcd"])
+@pytest.mark.parametrize("payload", [b"xyz", b"ab", b"abcd"])
 def test_a_file_is_the_one_that_the_head_describes(payload):
     frames = (["file", part("kernel", "/k", size=len(payload))], payload), WHOLE
     refused(segment(head(files=[DESCRIBED]), DISKS, *frames), "is not the one that the head describes")
