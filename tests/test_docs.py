@@ -90,6 +90,13 @@ def test_version_without_a_library(tmp_path):
     assert ", no libvirt, libnbd " in done.stdout
 
 
+def test_the_runner_starts_with_nothing_of_the_format():
+    """What a command needs is imported where signals, and a lack of memory, are handled already."""
+    code = "import sys, vnb.cli.runner; sys.exit(sorted({'msgpack', 'xxhash', 'vnb.format'} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_libraries_are_asked_only_for_their_versions():
     """A stage of a pipeline starts without what it does not use."""
     code = "import sys, vnb.cli.runner, vnb.cli.cat; "

@@ -8,9 +8,8 @@ import sys
 
 from vnb import __version__
 from vnb.base import log, signals
-from vnb.base.errors import Error, Interrupted, Mistyped, OutputClosed, Saved, UsageError, lack, os_error
+from vnb.base.errors import Error, Followed, Interrupted, Mistyped, OutputClosed, Saved, UsageError, lack, os_error
 from vnb.cli import arguments
-from vnb.cli.stdio import said_by_another
 
 SAVED_BUT = 3  # exit status: saved, but something after it has failed
 
@@ -151,7 +150,12 @@ def _fail(error, debug, status=1, module=None, args=None):
         sys.stdout.flush()  # what was printed before it failed comes first
     except OSError:
         _discard_stdout()
-    (log.detail if said_by_another(error) else log.error)(error)
+    say = log.error
+    if isinstance(error, Followed):
+        from vnb.cli.stdio import said_by_another  # it has the format with it, which is imported where it is handled
+
+        say = log.detail if said_by_another(error) else log.error
+    say(error)
     if args is not None and getattr(module, "writes_stream", lambda _: False)(args):
         from vnb.cli import output
 
