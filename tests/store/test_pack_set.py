@@ -231,11 +231,10 @@ def test_a_signal_leaves_nothing_in_the_set(saved, tmp_path, signum, said, optio
     assert holds(tmp_path) == [f"{makers.point(0)}.full.vnb"]
 
 
-def wait_for_partial(directory):
-    """The name of a file that a vnb-pack writes, once it has it locked."""
-    with subprocess.Popen(["sh", "-c", 'until ls -A "$0" | grep .; do :; done', directory],
-                          stdout=subprocess.PIPE) as child:
-        name = child.communicate(timeout=DEADLINE)[0].decode().strip()
+def wait_for_partial(directory, number=1):
+    """The name of a file that a vnb-pack writes, once it and as many others are there, and it is locked."""
+    script = 'until [ "$(ls -A "$0" | wc -l)" -ge "$1" ]; do :; done; ls -A "$0"'
+    name = command("sh", "-c", script, directory, str(number)).ok().decode().split()[0]
     fd = os.open(directory / name, os.O_RDONLY)
     try:
         while True:
@@ -254,6 +253,7 @@ def test_two_at_once(saved, tmp_path):
         for child in (one, two):
             child.stdin.write(saved[0][:-1])
             child.stdin.flush()
+        wait_for_partial(tmp_path, 2)  # so that neither finds at its start that the segment is already here
         results = []
         for child in (one, two):
             child.stdin.write(saved[0][-1:])
