@@ -148,7 +148,7 @@ def test_media_and_disks_that_are_not_in_the_backup():
     assert [source.get("file") for source in root.iter("source")] == ["/restore/vda.qcow2"]
     assert said == [
         "sda: the cdrom has no medium in it any more", "fda: the floppy has no medium in it any more",
-        "sdc: is not in the backup: removed from the domain", "vdb: is not in the backup: removed from the domain",
+        "sdc: was not restored: removed from the domain", "vdb: was not restored: removed from the domain",
     ]
 
 

@@ -478,7 +478,7 @@ def test_restore_of_one_disk_at_an_earlier_point(tmp_path):
     with_xml(tmp_path / "set", PLAN, XML)
     options = [f"--until={point(0)}", "--disk", "vdb", "--format=raw"]
     done = porcelain("vnb-restore", *options, tmp_path / "set", tmp_path / "t")
-    assert (done.returncode, done.stderr) == (0, "vnb-config: vda: is not in the backup: removed from the domain\n")
+    assert (done.returncode, done.stderr) == (0, "vnb-config: vda: was not restored: removed from the domain\n")
     assert (tmp_path / "t" / "vdb.raw").read_bytes() == images(PLAN)[0]["vdb"]
 
 

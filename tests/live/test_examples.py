@@ -13,7 +13,7 @@ import guest
 import libvirt
 import pytest
 from backups import backup, levels, restores
-from lab import ROOT, Disk, MiB, compare
+from lab import ROOT, Disk, MiB, compare, wait_for
 from remote import SSHD, Hypervisor
 from stores import MOTO, S3
 
@@ -116,6 +116,21 @@ def test_restore_drill_of_what_does_not_live(lab, vm):
     done = run(lab, "restore-drill", directory, below, "1")
     assert done.returncode == 1
     assert done.stderr == f"restore-drill: {directory}: its guest agent has not answered within 1 s\n"
+    assert os.listdir(below) == []
+    assert {domain.name() for domain in lab.connection.listAllDomains()} == set(lab.domains)
+
+
+def test_restore_drill_that_is_ended(lab, vm):
+    """A signal to the script alone is not kept waiting by the boot that it waits for."""
+    below, directory = lab.new_directory("drill"), lab.new_directory("set")
+    os.chmod(below, 0o711)  # noqa: S103 - QEMU's user must get through
+    lab.sh(f"vnb-backup --no-freeze {vm.name} {directory}")
+    argv = [EXAMPLES / "restore-drill", directory, below, "1000"]
+    with subprocess.Popen(argv, env=lab.env, stderr=subprocess.PIPE) as child:
+        wait_for(lambda: any(domain.name().startswith("drill") for domain in lab.connection.listAllDomains()
+                             if domain.isActive()), "the drill's domain")
+        child.terminate()
+        assert (child.communicate(timeout=60)[1], child.returncode) == (b"", 143)
     assert os.listdir(below) == []
     assert {domain.name() for domain in lab.connection.listAllDomains()} == set(lab.domains)
 

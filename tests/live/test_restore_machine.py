@@ -302,7 +302,7 @@ def test_xml_that_virsh_takes(lab, machine):
     vm, _ = machine
     done, target = restore(lab, machine)
     assert done.stderr.splitlines() == [
-        "vnb-config: vdb: is not in the backup: removed from the domain",
+        "vnb-config: vdb: was not restored: removed from the domain",
         "vnb-config: sda: the cdrom has no medium in it any more",
         "vnb-config: vnc: switched off, since its password, if it had one, is not in the backup: set one, "
         "or say --keep-graphics",

@@ -82,8 +82,8 @@ def main(args):
                 show(xml)
             if args["--keep-identity"] and not any(_bitmaps(restored.places).values()):
                 every = f"$(virsh checkpoint-list {shlex.quote(domain.name)} --name --topological | tac)"
-                log.note(f"{domain.name}: where libvirt knows checkpoints of it, which {_IN_THE_WAY}: "
-                         f"{_forget_checkpoints(domain.name, None, every)}")
+                log.note(f"{domain.name}: the restored disks have no checkpoints: if libvirt knows some of it, "
+                         f"delete them before the next backup: {_forget_checkpoints(domain.name, None, every)}")
     finally:
         if restored is not None:
             restored.files.close()
@@ -280,8 +280,9 @@ def _define(args, domain, xml, restored):
         log.note(f"{domain.name}: defined")
         left = _without_bitmaps(defined.checkpoints(), restored.places if defined.is_local else {})
         if left:
-            log.note(f"{domain.name}: libvirt knows {len(left)} checkpoints of it, which {_IN_THE_WAY}: "
-                     f"{_forget_checkpoints(domain.name, args['--connect'], shlex.join(left))}")
+            delete = _forget_checkpoints(domain.name, args["--connect"], shlex.join(left))
+            log.note(f"{domain.name}: libvirt knows {len(left)} checkpoints that the restored disks do not have: "
+                     f"delete them before the next backup: {delete}")
 
 
 def _without_bitmaps(checkpoints, places):
@@ -326,10 +327,6 @@ def _give_data_files(restored, user):
                 log.note(f"{name}: {path} is QEMU's now (user {user[0]}): libvirt before 10.10 does not see to it")
         finally:
             os.close(fd)
-
-
-# vnb takes the disks in full then, and says so; others fail.
-_IN_THE_WAY = "the restored disks do not have, in the way of its next backup until libvirt forgets them"
 
 
 def _forget_checkpoints(name, uri, which):

@@ -226,7 +226,7 @@ class Domain:
                 _remove(disk, ".", tag)
             disk.set("type", "file")
         elif name not in places:
-            self.say(f"{name}: is not in the backup: removed from the domain")
+            self.say(f"{name}: was not restored: removed from the domain")
             self.root.find("devices").remove(disk)
         elif places[name] is not None:
             self._place(disk, name, places[name])
