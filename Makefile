@@ -26,6 +26,7 @@ demo: setup
 
 check: setup
 	.venv/bin/ruff check --quiet --output-format concise .
+	.venv/bin/mypy --no-error-summary
 	packaging/completion/generate build/completion
 	shellcheck -x $(SCRIPTS)
 	codespell

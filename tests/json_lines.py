@@ -14,22 +14,18 @@ def to_lines(content, payloads=True):
     """The lines of a sound stream, as vnb-dump --json prints them."""
     lines = []
     with samples.memory(content) as fd:
-        for segment_ in stream.Reader(fd, "sample", passed=lambda raw: lines.append(line_of(raw, payloads))):
-            segment_.finish()
+        for raw in stream.Reader(fd, "sample").raws():
+            lines.append(line_of(raw, payloads))
     return lines
 
 
 def from_lines(lines):
     """The stream of lines, as vnb-dump --from-json writes it."""
     written = bytearray()
-
-    def passed(raw):
+    text = b"".join(line if isinstance(line, bytes) else line.encode() + b"\n" for line in lines)
+    reader = JsonReader(io.BytesIO(text), "stdin")
+    for raw in reader.raws():
         check_data(reader, raw)
         written.extend(raw.header)
         written.extend(raw.payload or b"")
-
-    text = b"".join(line if isinstance(line, bytes) else line.encode() + b"\n" for line in lines)
-    reader = JsonReader(io.BytesIO(text), "stdin", passed)
-    for segment_ in reader:
-        segment_.finish()
     return bytes(written)

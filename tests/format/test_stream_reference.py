@@ -21,16 +21,13 @@ def fast(content):
     """As reference_reader.segments, or None: refused."""
     found = []
     with samples.memory(content) as fd:
-        def passed(raw):
-            if raw.fields[0] not in ("vnb", "disk", "end", "tail"):
-                frames.append((raw.fields, None if raw.payload is None else bytes(raw.payload)))
-
-        frames = []
         try:
-            for segment in stream.Reader(fd, "sample", passed=passed):
-                segment.finish()
-                found.append((segment.head, segment.disks, frames[:], segment.end, segment.length))
-                frames.clear()
+            for segment in stream.Reader(fd, "sample"):
+                frames = [
+                    (raw.fields, None if raw.payload is None else bytes(raw.payload))
+                    for raw in segment.raws() if raw.fields[0] not in ("end", "tail")
+                ]
+                found.append((segment.head, segment.disks, frames, segment.end, segment.length))
         except Error:
             return None
     return found

@@ -14,7 +14,7 @@ from xxhash import xxh3_64_intdigest
 
 from vnb.base.errors import Error
 from vnb.format import writing
-from vnb.nbd import sinks
+from vnb.nbd import connections
 from vnb.restore import targets
 
 PLAN = [{"vda": "64k:A 64k:- 64k:0 64k:? 512k:B 1M:-"}, {"vda": "32k:0 64k:C 32k:- 64k:0 4k:. 4k:D 200k:."}]
@@ -187,7 +187,7 @@ def test_interrupted_while_connecting(tmp_path, content):
 
 def test_a_server_that_never_greets(tmp_path, monkeypatch):
     """It may have as many clients as it takes: nobody knows for how long."""
-    monkeypatch.setattr(sinks, "PATIENCE", 0.3)
+    monkeypatch.setattr(connections, "PATIENCE", 0.3)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         listener.listen(1)
@@ -195,8 +195,7 @@ def test_a_server_that_never_greets(tmp_path, monkeypatch):
         with pytest.raises(Error) as raised:
             targets.Export("vda", uri).open(4096)
     assert str(raised.value) == (
-        f"{uri}: cannot connect: no answer within 0.3 seconds: "
-        "a firewall may be in between, or the server has as many clients as it takes"
+        f"{uri}: cannot connect: no greeting within 0.3 seconds: the server may have as many clients as it takes"
     )
 
 

@@ -383,7 +383,7 @@ def run(content, directory):
     copy = Standby(str(directory), Recipe("raw"), {}, ["--format raw"], buffers)
     with samples.memory(content) as fd, copy as standby:
         standby.resume()
-        for segment in stream.Reader(fd, "stdin", pool=buffers, passed=standby.passed):
+        for segment in stream.Reader(fd, "stdin", pool=buffers):
             standby.take(segment)
         standby.check_reached()
 

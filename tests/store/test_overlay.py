@@ -73,7 +73,7 @@ def test_lookup_gives_the_rows_that_meet_a_range(found, cuts):
 def test_tail_of_a_grown_disk_is_nobodys():
     """What was added to a disk and never written is in no segment, and reads as zeroes."""
     layers = Layers("vda", [layer([]), layer([(0, 16, 0, ZERO)])], SIZE, 16)
-    assert list(layers.pieces()) == [(0, 16, 1, (0, 16, 0, ZERO)), (16, SIZE - 16, None, None)]
+    assert list(layers.pieces()) == [(0, 16, 1, (0, 16, 0, ZERO)), (16, SIZE - 16, 2, None)]
 
 
 def test_hole_in_the_index_of_a_full_is_an_error():

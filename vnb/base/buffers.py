@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Buffers that are used again: a fresh one of half a MiB costs its page faults each time."""
 
+from __future__ import annotations
+
 import collections
 import os
 import queue
 import select
 import threading
+from collections.abc import Callable
 
 from vnb.base.signals import held
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 
 AT_ONCE = 4  # qemu-img processes: each takes 30 ms, mostly to start
 SIGNAL_SECONDS = 1  # the most that a signal waits for us while a thread works
@@ -21,12 +29,12 @@ class Pool:
     limit (int): bytes that are kept for later; what is out is for the caller to bound.
     """
 
-    def __init__(self, limit=16 << 20):
+    def __init__(self, limit: int = 16 << 20) -> None:
         self._limit = limit
         self._kept = 0
-        self._free = {}  # size: list of bytearray of that size, a power of 2
+        self._free: dict[int, list[bytearray]] = {}  # size: list of bytearray of that size, a power of 2
 
-    def take(self, size):
+    def take(self, size: int) -> memoryview:
         """A memoryview of size bytes, with anything in it."""
         if size < SMALL:
             return memoryview(bytearray(size))
@@ -37,9 +45,10 @@ class Pool:
             return memoryview(free.pop())[:size]
         return memoryview(bytearray(rounded))[:size]
 
-    def give(self, view):
+    def give(self, view: memoryview) -> None:
         """Take back a view from take(); nobody may use it any more."""
         buffer = view.obj
+        assert isinstance(buffer, bytearray)
         size = len(buffer)
         if size < SMALL:
             return
@@ -51,11 +60,12 @@ class Pool:
         self._kept += size
 
 
-def beside(function, wait):
+def beside(function: Callable[[], Any], wait: Callable[[int, int], None]) -> Any:
     """Call a function that may block, in a thread; wait() until it has returned. Gives what it gave, or raises that."""
-    result, raised = [], []
+    result: list[Any] = []
+    raised: list[Exception] = []
 
-    def work():
+    def work() -> None:
         try:
             result.append(function())
         except Exception as error:
@@ -88,20 +98,20 @@ class Ordered:
     threads (int): 0 calls it at once, in this thread. They start when there is something to do.
     """
 
-    def __init__(self, function, threads):
+    def __init__(self, function: Callable[[Any], Any], threads: int) -> None:
         self._function = function
-        self._jobs = collections.deque()
-        self._threads = []
+        self._jobs: collections.deque[_Job] = collections.deque()
+        self._threads: list[threading.Thread] = []
         self._count = threads
         # Two calls a thread: one that it works on, and one that waits, so that it need not.
         self._depth = max(1, 2 * threads)
-        self._queue = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._ending = False
 
-    def __enter__(self):
+    def __enter__(self) -> Ordered:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         """End the threads. Calls that no thread has begun are dropped."""
         self._ending = True
         # One word for all, which each thread passes on. A count would be wrong: a signal may come out of start(), of a
@@ -110,15 +120,15 @@ class Ordered:
         for thread in self._threads:
             thread.join()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._jobs)
 
     @property
-    def full(self):
+    def full(self) -> bool:
         """A result should be taken before the next call."""
         return len(self._jobs) >= self._depth
 
-    def call(self, argument):
+    def call(self, argument: Any) -> None:
         """Have function(argument) called."""
         job = _Job(argument)
         self._jobs.append(job)
@@ -133,13 +143,13 @@ class Ordered:
                 thread.start()
                 self._threads.append(thread)
 
-    def append(self, result):
+    def append(self, result: Any) -> None:
         """A result that needs no call, in its place in the order."""
         job = _Job(None)
         job.result = result
         self._jobs.append(job)
 
-    def pop(self):
+    def pop(self) -> Any:
         """The result of the oldest call; raises what it raised."""
         job = self._jobs[0]
         # A signal that comes just before this waits is handled only when it wakes up.
@@ -150,7 +160,7 @@ class Ordered:
             raise job.error
         return job.result
 
-    def _work(self):
+    def _work(self) -> None:
         while (job := self._queue.get()) is not None and not self._ending:
             job.run(self._function)
             job.done.release()
@@ -160,12 +170,13 @@ class Ordered:
 class _Job:
     __slots__ = ("argument", "done", "error", "result")
 
-    def __init__(self, argument):
+    def __init__(self, argument: Any) -> None:
         self.argument = argument
         self.done = threading.Lock()
-        self.error = self.result = None
+        self.error: Exception | None = None
+        self.result: Any = None
 
-    def run(self, function):
+    def run(self, function: Callable[[Any], Any]) -> None:
         try:
             self.result = function(self.argument)
         except Exception as error:  # raised again by pop(), in the thread that reports

@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A bounded cache of bytes that threads share: what one of them loads, the others wait for and get."""
 
+from __future__ import annotations
+
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 
 
 class Cache:
@@ -12,14 +20,14 @@ class Cache:
     A value that is larger than the limit is handed on and not kept.
     """
 
-    def __init__(self, limit):
+    def __init__(self, limit: int) -> None:
         self.limit = limit
         self.size = 0
-        self._values = OrderedDict()
-        self._loading = {}
+        self._values: OrderedDict[Hashable, Any] = OrderedDict()
+        self._loading: dict[Hashable, _Flight] = {}
         self._lock = threading.Lock()
 
-    def get(self, key, load):
+    def get(self, key: Hashable, load: Callable[[], Any]) -> Any:
         """
         The value (memoryview) of a key; load() makes it if it is not here.
 
@@ -49,7 +57,7 @@ class Cache:
             flight.done.release()
         return value
 
-    def peek(self, key):
+    def peek(self, key: Hashable) -> Any:
         """The value of a key, or None if it is not here."""
         with self._lock:
             value = self._values.get(key)
@@ -57,16 +65,16 @@ class Cache:
                 self._values.move_to_end(key)
             return value
 
-    def put(self, key, value):
+    def put(self, key: Hashable, value: Any) -> None:
         """Keep a value."""
         with self._lock:
             if key not in self._values:
                 self._keep(key, value)
 
-    def __contains__(self, key):
+    def __contains__(self, key: Hashable) -> bool:
         return key in self._values
 
-    def _keep(self, key, value):
+    def _keep(self, key: Hashable, value: Any) -> None:
         if value.nbytes > self.limit:
             return
         self._values[key] = value
@@ -80,7 +88,7 @@ class _Flight:
 
     __slots__ = ("done", "value")
 
-    def __init__(self):
-        self.value = None
+    def __init__(self) -> None:
+        self.value: Any = None
         self.done = threading.Lock()
         self.done.acquire()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Directories that are still there after a power failure, with the names in them."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import os
@@ -8,7 +10,7 @@ import os
 from vnb.base.errors import os_error
 
 
-def sync_directory(path):
+def sync_directory(path: str) -> None:
     """Make the names in a directory durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -17,7 +19,7 @@ def sync_directory(path):
         os.close(fd)
 
 
-def make_directories(path, mode):
+def make_directories(path: str, mode: int) -> list[str]:
     """
     Make a directory, and those above it, unless they are there; the absolute paths of those made, uppermost first.
 
@@ -48,7 +50,7 @@ def make_directories(path, mode):
     return made
 
 
-def make_private_directory(path):
+def make_private_directory(path: str) -> None:
     """Make a directory, and those above it, with mode 0700, unless it is there. What was made is durable."""
     try:
         make_directories(path, 0o700)

@@ -2,6 +2,9 @@
 """What can go wrong, as facts; vnb.cli.runner turns them into a line on stderr and an exit status."""
 
 
+from __future__ import annotations
+
+
 class Error(Exception):
     """
     An expected failure: exit status 1 and one line, `command: object: where: reason`.
@@ -13,16 +16,16 @@ class Error(Exception):
     is_damage (bool): it says that what was read is not as it was written.
     """
 
-    errno = None
+    errno: int | None = None
     is_damage = False
 
-    def __init__(self, what, reason, where=None):
+    def __init__(self, what: str | None, reason: object, where: str | None = None) -> None:
         super().__init__(what, reason, where)
         self.what = what
         self.where = where
         self.reason = str(reason)  # some callers have an exception here, which no JSON can hold
 
-    def __str__(self):
+    def __str__(self) -> str:
         return ": ".join(one_line(part) for part in (self.what, self.where, self.reason) if part)
 
 
@@ -52,7 +55,7 @@ class Mistyped(UsageError):
     """A command line with a known mistake, and the reason says how it has to be typed: the usage is not printed."""
 
 
-def lack(error):
+def lack(error: BaseException) -> Error | None:
     """The Error of a MemoryError, ImportError or RuntimeError by which this process lacks something; else None."""
     if isinstance(error, MemoryError):
         return Error(None, "out of memory")
@@ -66,7 +69,7 @@ def lack(error):
 class Interrupted(BaseException):
     """A signal that asks us to end. Not an Exception, so that nothing takes it for a failure."""
 
-    def __init__(self, signum):
+    def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
 
@@ -75,7 +78,7 @@ class OutputClosed(BaseException):
     """Whoever read our standard output has closed it: clean up, then die by SIGPIPE."""
 
 
-def one_line(text, limit=4096):
+def one_line(text: object, limit: int = 4096) -> str:
     """
     The text with what would break the line or steer a terminal made visible: it may come from a stream.
 
@@ -87,7 +90,7 @@ def one_line(text, limit=4096):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def os_error(what, error, where=None):
+def os_error(what: str | None, error: OSError, where: str | None = None) -> Error:
     """An OSError as an Error, with the system's words."""
     failure = Error(what, error.strerror or str(error), where)
     failure.errno = error.errno

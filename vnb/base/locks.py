@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """flock(2) on open files: taken at once or not at all, or waited for with a word to the user."""
 
+from __future__ import annotations
+
 import fcntl
 import threading
 
@@ -9,12 +11,12 @@ from vnb.base import log, waiting
 SAY_SECONDS = 5  # of waiting without a word: a lock is held for moments, unless its holder was stopped
 
 
-def take(fd, shared=False):
+def take(fd: int, shared: bool = False) -> None:
     """Take the lock of an open file. Raises BlockingIOError where somebody else has it."""
     fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
-def wait_for(fd, name, shared=False):
+def wait_for(fd: int, name: str, shared: bool = False) -> None:
     """Take the lock of an open file. If that takes long, a note says which file it is. Raises OSError."""
     try:
         take(fd, shared)

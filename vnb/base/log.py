@@ -10,12 +10,20 @@ One process is one command, so what was chosen for it is chosen once: begin(), c
 environment, which a pipeline needs to be given only once.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import sys
+from collections.abc import Mapping
 
 from vnb.base import terminal
 from vnb.base.errors import UsageError, one_line
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 
 FORMATS = ("text", "json", "journald")
 LEVELS = ("quiet", "normal", "verbose")
@@ -33,11 +41,11 @@ class _Chosen:
     command = "vnb"
     format = "text"
     level = "normal"
-    run = None
-    line = None
+    run: str | None = None
+    line: Any = None
 
 
-def begin(command):
+def begin(command: str) -> None:
     """Say all under the name of a command, as the environment wants it. Raises UsageError."""
     _Chosen.command = command
     _Chosen.run = os.environ.get("VNB_RUN") or None
@@ -52,22 +60,22 @@ def begin(command):
             raise UsageError(FILE, f"{os.environ[FILE]}: {failure.strerror}") from None
 
 
-def choose(args):
+def choose(args: Mapping[str, Any]) -> None:
     """The same by options: --verbose, --quiet, --log-format. Raises UsageError."""
     if args.get("--verbose") and args.get("--quiet"):
         raise UsageError("--quiet", "contradicts --verbose")
     if args.get("--verbose") or args.get("--quiet"):
         _set_level("verbose" if args.get("--verbose") else "quiet", None)
     if args.get("--log-format"):
-        _set_format(args.get("--log-format"), "--log-format")
+        _set_format(args["--log-format"], "--log-format")
 
 
-def environment():
+def environment() -> dict[str, str | None]:
     """What was chosen, as the variables (dict) by which commands that are started choose the same, and the run."""
     return {"VNB_LOG_LEVEL": _Chosen.level, "VNB_LOG_FORMAT": _Chosen.format, "VNB_RUN": _Chosen.run}
 
 
-def name_run():
+def name_run() -> None:
     """This process is the first of a run: name it, also for those that it starts."""
     if not os.environ.get("VNB_RUN"):
         import secrets
@@ -76,65 +84,65 @@ def name_run():
     _Chosen.run = os.environ["VNB_RUN"]
 
 
-def take_run(head):
+def take_run(head: Mapping[str, Any]) -> None:
     """A segment with this head begins: all that follows is of its run, where the environment names no other one."""
     if not os.environ.get("VNB_RUN"):
         _Chosen.run = head.get("run")
     detail(f'{head["domain"]}: {head["point"]}: level {head["level"]}')
 
 
-def run():
+def run() -> str | None:
     """The name (str) of the run, or None as long as it is not known."""
     return _Chosen.run
 
 
-def command():
+def command() -> str:
     """The name (str) of this command."""
     return _Chosen.command
 
 
-def is_verbose():
+def is_verbose() -> bool:
     return _Chosen.level == "verbose"
 
 
-def is_quiet():
+def is_quiet() -> bool:
     return _Chosen.level == "quiet"
 
 
-def error(failure, more=""):
+def error(failure: object, more: str = "") -> None:
     """What failed (Error, or a line). more (str): lines for people alone."""
     _tell(ERROR, str(failure), more)
 
 
-def warn(text):
+def warn(text: object) -> None:
     """What goes on, but not as it should."""
     _tell(WARNING, one_line(text))
 
 
-def note(text):
+def note(text: object) -> None:
     """What a user should know of a command that goes on."""
     _tell(NOTICE, one_line(text))
 
 
-def detail(text):
+def detail(text: object) -> None:
     """What --verbose asks for."""
     _tell(INFO, one_line(text))
 
 
-def record(**fields):
+def record(**fields: object) -> None:
     """A JSON line for programs on standard error, with time, command and run; values as JSON has them."""
     import json
 
     _write(json.dumps({"time": _now(), "command": _Chosen.command, "run": _Chosen.run, **fields}))
 
 
-def _set_level(level, what):
+def _set_level(level: str, what: str | None) -> None:
     if level not in LEVELS:
         raise UsageError(what, f'"{level}" is not one of {", ".join(LEVELS)}')
     _Chosen.level = level
 
 
-def _set_format(format_, what):
+def _set_format(format_: str, what: str | None) -> None:
     if format_ not in FORMATS:
         raise UsageError(what, f'"{format_}" is not one of {", ".join(FORMATS)}')
     _Chosen.format = format_
@@ -144,7 +152,7 @@ def _set_format(format_, what):
         warn(f"{what}: journald: {missing}: logging to standard error instead")
 
 
-def _missing_for_journal():
+def _missing_for_journal() -> str | None:
     """Why nothing can be sent to the journal, or None."""
     try:
         from systemd import journal  # noqa: F401
@@ -156,7 +164,7 @@ def _missing_for_journal():
     return None
 
 
-def _tell(priority, text, more=""):
+def _tell(priority: int, text: str, more: str = "") -> None:
     if os.environ.get(FILE) and priority <= max(NOTICE, _MOST[_Chosen.level]):
         _to_file(text)
     if priority > _MOST[_Chosen.level]:
@@ -170,7 +178,7 @@ def _tell(priority, text, more=""):
         _write(f"{_Chosen.command}: {run}{text}{more}")
 
 
-def _to_file(text):
+def _to_file(text: str) -> None:
     """Write a line to the end of the log file; opened for each, as a keeper lives on and must not hold it open."""
     run = f"[{one_line(_Chosen.run)}] " if _Chosen.run else ""
     with contextlib.suppress(OSError):  # it is said on standard error, too
@@ -181,17 +189,17 @@ def _to_file(text):
             os.close(fd)
 
 
-def _open_file():
+def _open_file() -> int:
     return os.open(os.environ[FILE], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o600)
 
 
-def _now():
+def _now() -> str:
     import datetime
 
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _send(priority, text):
+def _send(priority: int, text: str) -> None:
     from systemd import journal
 
     fields = {"VNB_RUN": _Chosen.run} if _Chosen.run else {}
@@ -201,7 +209,7 @@ def _send(priority, text):
         _write(f"{_Chosen.command}: {text} (not in the journal: {failure.strerror})")
 
 
-def _write(text):
+def _write(text: str) -> None:
     hidden = terminal.hidden() if _Chosen.line is None else _Chosen.line.hidden()
     # Nobody is left to be told when this fails, and what came before is told by the exit status.
     with contextlib.suppress(OSError), hidden as erase:
@@ -210,6 +218,6 @@ def _write(text):
         sys.stderr.flush()
 
 
-def show_line(line):
+def show_line(line: Any) -> None:
     """Have a line (object with hidden(), or None) make room for all that is said from now on."""
     _Chosen.line = line

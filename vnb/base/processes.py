@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Other programs: run to their end, or started, waited for by events, and ended."""
 
+from __future__ import annotations
+
 import os
 import select
 import signal
 import subprocess
 import time
+from collections.abc import Collection, Mapping, Sequence
 
 from vnb.base import waiting
 from vnb.base.errors import Error, one_line
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+
 
 END_SECONDS = 30  # for a qemu-nbd that was told to end; it has nothing to write
 PATIENCE = 10  # seconds that a program gets to end before it is killed
@@ -35,11 +43,12 @@ class Child:
     """
 
     def __init__(
-        self, command, package, listener=None, keep=(), environment=None, directory=None, ending=signal.SIGTERM,
-        debug=False, stderr=None, talk=False,
-    ):
+        self, command: Sequence[str], package: str, listener: socket.socket | None = None, keep: Collection[int] = (),
+        environment: Mapping[str, str] | None = None, directory: str | None = None,
+        ending: signal.Signals = signal.SIGTERM, debug: bool = False, stderr: int | None = None, talk: bool = False,
+    ) -> None:
         self.name = command[0]
-        self.fd = None
+        self.fd: int | None = None
         self._package = package
         self._ending = ending
         # Read when it is dead, so it goes where it cannot block.
@@ -49,7 +58,7 @@ class Child:
             self.process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", ending.name[len("SIG") :], "--", "sh", "-c", script, str(os.getpid()),
                  *command],
-                stdin=subprocess.PIPE if talk else subprocess.DEVNULL if listener is None else listener,
+                stdin=subprocess.PIPE if talk else subprocess.DEVNULL if listener is None else listener.fileno(),
                 stdout=subprocess.PIPE if talk else subprocess.DEVNULL,
                 stderr=self._stderr if stderr is None else stderr,
                 pass_fds=keep,
@@ -64,13 +73,13 @@ class Child:
             raise self._not_started(error.strerror) from None
         self.fd = os.pidfd_open(self.process.pid)  # readable when it has ended
 
-    def __enter__(self):
+    def __enter__(self) -> Child:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.end()
 
-    def failure(self):
+    def failure(self) -> Error:
         """The Error that says why it ended: its last words. It has ended, or is about to."""
         status = self.process.wait()
         lines = self.words().decode(errors="replace").strip().splitlines()
@@ -81,18 +90,18 @@ class Child:
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         return Error(self.name, f"it {how}")
 
-    def words(self):
+    def words(self) -> bytes:
         """The end of what it has said (bytes), when it has ended."""
         if self._stderr is None:
             return b""
         size = os.fstat(self._stderr).st_size
         return os.pread(self._stderr, 4096, max(0, size - 4096))
 
-    def reason(self, lines):
+    def reason(self, lines: list[str]) -> str:
         """The line that says why it failed, of all that it said (list of str, not empty)."""
         return lines[-1]
 
-    def end(self):
+    def end(self) -> None:
         """End it, and wait until it has ended; harmless when it has."""
         if self.fd is None:
             return
@@ -104,17 +113,19 @@ class Child:
         self.process.wait()
         self._close()
 
-    def has_spoken(self, fd):
+    def has_spoken(self, fd: int) -> bool:
         """
         Wait until a server speaks on a connection (descriptor), or ends; False where it does neither for a long time.
         """
+        assert self.fd is not None
         return wait_for([fd, self.fd], START_SECONDS) is not None
 
-    def wait(self, seconds):
+    def wait(self, seconds: float | None) -> bool:
         """Whether it ends within this time."""
+        assert self.fd is not None
         return wait_for([self.fd], seconds) is not None
 
-    def _close(self):
+    def _close(self) -> None:
         if self._stderr is not None:
             os.close(self._stderr)
             self._stderr = None
@@ -125,11 +136,11 @@ class Child:
             os.close(self.fd)
             self.fd = None
 
-    def _not_started(self, reason):
+    def _not_started(self, reason: str | None) -> Error:
         return Error(self.name, f"{reason} (it is in the package {self._package})")
 
 
-def wait_for(fds, seconds=None):
+def wait_for(fds: Sequence[int], seconds: float | None = None) -> int | None:
     """The first of these descriptors that is readable, or closed at its other end; None when the time is over."""
     poll = select.poll()
     for fd in fds:
@@ -145,7 +156,7 @@ def wait_for(fds, seconds=None):
             return None
 
 
-def run(what, *argv):
+def run(what: str | None, *argv: str) -> bytes:
     """Run a program, give its standard output; Error with its words where it fails."""
     try:
         with waiting.on(f"{argv[0]}, about {what}"):
@@ -158,7 +169,7 @@ def run(what, *argv):
     return done.stdout
 
 
-def end(pid):
+def end(pid: int) -> None:
     """Have a process end, and wait for it; harmless where it is gone."""
     try:
         fd = os.pidfd_open(pid)

@@ -5,6 +5,8 @@ Signals that ask us to end: an Interrupted wherever Python just is, but not with
 That would print it, and take it for a failure of its own.
 """
 
+from __future__ import annotations
+
 import signal
 import threading
 
@@ -16,16 +18,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class _Held:
     """A context in which no signal raises anything: that is done at its end. For moments, and not nested."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.active = False
         self._main = threading.main_thread().ident  # signals are handled there
-        self._came = None
+        self._came: int | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         if threading.get_ident() == self._main:
             self.active = True
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if threading.get_ident() != self._main:
             return
         self.active = False
@@ -33,7 +35,7 @@ class _Held:
         if came is not None:
             raise Interrupted(came)
 
-    def keep(self, signum):
+    def keep(self, signum: int) -> None:
         """One has come meanwhile."""
         self._came = signum
 
@@ -41,7 +43,7 @@ class _Held:
 held = _Held()
 
 
-def handle(signum, _stack):
+def handle(signum: int, _stack: object) -> None:
     """The handler of these signals."""
     # A second signal must not break the cleaning up that the first one started.
     for other in SIGNALS:

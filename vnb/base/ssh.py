@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Another host, through ssh(1): its files, its programs, and a socket of it forwarded to one of ours."""
 
+from __future__ import annotations
+
 import select
 import shlex
 import urllib.parse
+from collections.abc import Iterable, Sequence
 
 from vnb.base.errors import Error
 from vnb.base.processes import Child, run
@@ -28,13 +31,15 @@ class Host:
     Others than BatchMode's ways to log in are not tried: nobody is there to answer.
     """
 
-    def __init__(self, destination, options=(), carries_libvirt=False):
+    def __init__(self, destination: str, options: Iterable[str] = (), carries_libvirt: bool = False) -> None:
         self.carries_libvirt = carries_libvirt
         self.destination = destination
         self.options = list(options)
 
     @classmethod
-    def of_uri(cls, uri, user=None, port=None, key=None):
+    def of_uri(
+        cls, uri: str, user: str | None = None, port: int | str | None = None, key: str | None = None,
+    ) -> Host | None:
         """
         The host of libvirt's URI, None where it is ours.
 
@@ -66,26 +71,26 @@ class Host:
             options.append(f"-l{user}")
         return cls(name, options, is_ssh)
 
-    def argv(self, command, options=()):
+    def argv(self, command: str, options: Sequence[str] = ()) -> list[str]:
         """The arguments of an ssh that runs a command (str, for a shell there)."""
         return ["ssh", *OPTIONS, *self.options, *options, "--", self.destination, command]
 
-    def run(self, what, *argv):
+    def run(self, what: str | None, *argv: str) -> bytes:
         """Run a program there, give its standard output (bytes). Raises Error for what (str)."""
         return run(what, *self.argv(shlex.join(argv)))
 
-    def glob(self, what, pattern):
+    def glob(self, what: str, pattern: str) -> list[str]:
         """The paths (list of str) that match a pattern, which goes to a shell: it must hold no data. Raises Error."""
         found = run(what, *self.argv(f"for path in {pattern}; do printf '%s\\0' \"$path\"; done"))
         return [path for path in found.decode(errors="surrogateescape").split("\0") if path and path != pattern]
 
-    def describe(self, path):
+    def describe(self, path: str) -> tuple[int, int, str]:
         """(mode, size, SHA-256 as hexadecimal digits) of a regular file there. Raises Error."""
         name = shlex.quote(path)
         found = run(path, *self.argv(f"test -f {name} && stat -L -c '%a %s' -- {name} && sha256sum < {name}")).split()
         return int(found[0], 8) & 0o777, int(found[1]), found[2].decode()
 
-    def read(self, path, limit):
+    def read(self, path: str, limit: int) -> tuple[int, bytes]:
         """(mode, bytes) of a regular file or a block device there of at most limit bytes. Raises Error."""
         name = shlex.quote(path)
         # One byte more than the limit: a longer file is seen.
@@ -105,11 +110,13 @@ class Forward:
     It ends with us, even by SIGKILL. Raises Error where it does not work.
     """
 
-    def __init__(self, host, here, there):
+    def __init__(self, host: Host, here: str, there: str) -> None:
         places = ":".join(path.replace("\\", "\\\\").replace(":", "\\:") for path in (here, there))
-        self._asked = None
-        self._room = {}
+        self._asked: str | None = None
+        self._room: dict[str, int | None] = {}
         self.child = Child(host.argv(_ROOM, [*FORWARD, "-L", places]), "openssh-client", talk=True)
+        assert self.child.process.stdin is not None and self.child.process.stdout is not None
+        self._questions, self._answers = self.child.process.stdin, self.child.process.stdout
         try:
             # Sockets that are to be forwarded are open before the session begins.
             if self._answer(READY_SECONDS) != "ready":
@@ -120,7 +127,7 @@ class Forward:
             self.child.end()
             raise
 
-    def room(self, directory):
+    def room(self, directory: str) -> int | None:
         """Free bytes of a directory's file system, None while unknown. Never waits: asks for the next time."""
         if self._asked is not None:
             line = self._answer(0)
@@ -130,16 +137,15 @@ class Forward:
                 self._asked = None
         if self._asked is None and "\n" not in directory:
             try:
-                self.child.process.stdin.write(directory.encode(errors="surrogateescape") + b"\n")
-                self.child.process.stdin.flush()
+                self._questions.write(directory.encode(errors="surrogateescape") + b"\n")
+                self._questions.flush()
             except BrokenPipeError:
                 return None
             self._asked = directory
         return self._room.get(directory)
 
-    def _answer(self, seconds):
+    def _answer(self, seconds: float) -> str | None:
         """A line (str), or None when none came within these seconds or will come."""
-        stdout = self.child.process.stdout
-        if not select.select([stdout], [], [], seconds)[0]:
+        if not select.select([self._answers], [], [], seconds)[0]:
             return None
-        return stdout.readline().decode(errors="replace").strip() or None
+        return self._answers.readline().decode(errors="replace").strip() or None

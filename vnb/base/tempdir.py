@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Where private directories for sockets and the like are made: where nobody else can put another in their place."""
 
+from __future__ import annotations
+
 import errno
 import os
 import stat
@@ -11,13 +13,13 @@ from vnb.base.errors import Error, os_error
 MOST_LINKS = 40  # on the way to a file, as the kernel has it
 
 
-def runtime_directory():
+def runtime_directory() -> str:
     """XDG_RUNTIME_DIR, if it is ours as it has to be (sudo -E leaves another's), else temporary_directory()."""
     path = os.environ.get("XDG_RUNTIME_DIR")
     return path if path and _weak_point(path) is None else temporary_directory()
 
 
-def temporary_directory():
+def temporary_directory() -> str:
     """The path of the directory for temporary files: TMPDIR, or the system's. Raises Error if it is another user's."""
     path = tempfile.gettempdir()
     try:
@@ -30,7 +32,7 @@ def temporary_directory():
     raise Error(path, f"another user can replace what is made in it{through}: set TMPDIR to a directory of your own")
 
 
-def _weak_point(path):
+def _weak_point(path: str) -> str | None:
     """
     The first directory or link on the way to a directory, or this itself, in which others can replace what is there.
 
@@ -57,7 +59,7 @@ def _weak_point(path):
             return None
 
 
-def _is_open(found):
+def _is_open(found: os.stat_result) -> bool:
     """Whether others than its owner can rename and remove what is in a directory; found: os.stat() of it."""
     if found.st_mode & stat.S_ISVTX:
         return False
@@ -66,5 +68,5 @@ def _is_open(found):
     return bool(found.st_mode & (stat.S_IWOTH if is_own else stat.S_IWOTH | stat.S_IWGRP))
 
 
-def _names(path):
+def _names(path: str) -> list[str]:
     return [name for name in path.split("/") if name not in ("", ".")]

@@ -6,14 +6,17 @@ Their standard error is the same file, mostly a terminal, so whoever holds a rec
 a lock is of a process, even where the open file is shared, and it ends with the process, whatever ends that.
 """
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import os
+from collections.abc import Iterator
 
 ERASE = "\r\x1b[K"  # to the line's start, and what is in it goes: ECMA-48, as all terminals in use have it
 
 
-def claim():
+def claim() -> bool:
     """True if this process may show how far it is, from now on; False if another one does already."""
     try:
         fcntl.lockf(2, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -22,14 +25,14 @@ def claim():
     return True
 
 
-def release():
+def release() -> None:
     """Leave it to others."""
     with contextlib.suppress(OSError):
         fcntl.lockf(2, fcntl.LOCK_UN)
 
 
 @contextlib.contextmanager
-def hidden():
+def hidden() -> Iterator[str]:
     """
     Gives what has to be written in front of a line (str), in the same write.
 

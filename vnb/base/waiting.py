@@ -6,16 +6,24 @@ What this process waits for, in words, for whoever waits for this process: see v
         ...
 """
 
+from __future__ import annotations
+
 import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 
 
 class _Now:
-    tell = None  # function (str or None) that passes it on
-    all = []  # what is waited for now; what came first says most, as others are waited for within it
+    tell: Callable[[str | None], None] | None = None  # function (str or None) that passes it on
+    all: list[list[str]] = []  # what is waited for now; what came first says most, as others are waited for within it
 
 
 @contextlib.contextmanager
-def on(what):
+def on(what: str) -> Iterator[None]:
     """This may take long, for what it is (str) that others have to do."""
     entry = [what]
     _Now.all.append(entry)
@@ -28,7 +36,7 @@ def on(what):
 
 
 @contextlib.contextmanager
-def told_to(tell):
+def told_to(tell: Callable[[str | None], None]) -> Iterator[None]:
     """Have a function (str or None) told of each wait that begins in this process, and of its end."""
     before, _Now.tell = _Now.tell, tell
     if _Now.all:
@@ -39,7 +47,7 @@ def told_to(tell):
         _Now.tell = before
 
 
-def is_told():
+def is_told() -> bool:
     """Whether anybody is told of what this process waits for."""
     return _Now.tell is not None
 
@@ -47,23 +55,23 @@ def is_told():
 class Told:
     """An object whose methods wait for others. words (dict): for what, by the method's name. other (str): else."""
 
-    def __init__(self, object_, words, other):
+    def __init__(self, object_: Any, words: Mapping[str, str], other: str) -> None:
         self._object = object_
         self._words = words
         self._other = other
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         found = getattr(self._object, name)
         if not callable(found):
             return found
 
-        def call(*args):
+        def call(*args: Any) -> Any:
             with on(self._words.get(name, self._other)):
                 return found(*args)
 
         return call
 
 
-def _tell():
+def _tell() -> None:
     if _Now.tell is not None:
         _Now.tell(_Now.all[0][0] if _Now.all else None)

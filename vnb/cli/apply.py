@@ -84,7 +84,6 @@ def update(args, recipe, chosen, buffers):
     with Progress(args["--progress"]) as progress, Standby(args["DIR"], recipe, chosen, words, buffers) as standby:
         standby.resume()
         if reader is not None:
-            reader.passed = standby.passed
             for segment in reader:
                 progress.begin(segment.head)
                 report = proof.Report(segment.head)

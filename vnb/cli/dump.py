@@ -92,15 +92,14 @@ def _paths(operand):
 class _Dump:
     """Reads one stream, and says of each fault that it found one. run() returns the exit status."""
 
-    def __init__(self, fd, name):
-        self.reader = stream.Reader(fd, name, passed=self.passed)
+    def __init__(self, reader):
+        self.reader = reader
         self.status = 0
 
     def run(self):
         try:
-            for segment in self.reader:
-                segment.finish()
-                self.segment_ends(segment)
+            for raw in self.reader.raws():
+                self.show(raw)
         except StreamError as error:
             self.rest()
             self.fault(error)
@@ -119,11 +118,8 @@ class _Dump:
         except Error as error:
             self.fault(error)
 
-    def passed(self, raw):
+    def show(self, raw):
         """A frame was checked."""
-
-    def segment_ends(self, segment):
-        """All of a segment was checked."""
 
     def rest(self):
         """A fault was found: show what can be shown all the same."""
@@ -132,21 +128,25 @@ class _Dump:
         """The stream has ended, or it is damaged."""
 
 
-class _JsonDump(_Dump):
+class _Showing(stream.Reader):
     """Prints each frame with a sound sum, whether it may stand where it is or not: it helps who looks for the fault."""
 
-    def __init__(self, fd, name, no_payload):
-        super().__init__(fd, name)
-        self.payloads = not no_payload
-        self._read = self.reader.raw
-        self.reader.raw = self._raw
+    payloads = True
 
-    def _raw(self):
-        raw = self._read()
+    def raw(self):
+        raw = super().raw()
         show(line_of(raw, self.payloads) + "\n")
         return raw
 
-    def passed(self, raw):
+
+class _JsonDump(_Dump):
+    """Prints all frames, and finds what is wrong with their payloads."""
+
+    def __init__(self, fd, name, no_payload):
+        super().__init__(_Showing(fd, name))
+        self.reader.payloads = not no_payload
+
+    def show(self, raw):
         self.check(raw)
 
     def rest(self):
@@ -161,7 +161,7 @@ class _TextDump(_Dump):
     """Prints what is in the frames: heads, disks, files, extents merged into runs, totals."""
 
     def __init__(self, fd, name, brief):
-        super().__init__(fd, name)
+        super().__init__(stream.Reader(fd, name))
         self.brief = brief
         self.points = []
         self.runs = {}
@@ -169,10 +169,11 @@ class _TextDump(_Dump):
         self.index_frames = self.index_rows = 0
         self.printers = {
             "vnb": self._vnb, "disk": self._disk, "file": self._file, "same": self._same,
-            "extent": self._extent, "data": self._data, "index": self._index, "end": self._pass, "tail": self._pass,
+            "extent": self._extent, "data": self._data, "index": self._index, "end": self._pass,
+            "tail": self._tail,
         }
 
-    def passed(self, raw):
+    def show(self, raw):
         kind, *rest = raw.fields
         if kind in self.printers:
             self.printers[kind](raw, *rest)
@@ -180,8 +181,10 @@ class _TextDump(_Dump):
             payload = "" if raw.payload is None else f", {len(raw.payload)} bytes of payload"
             show(f"frame {kind}: {one_line(json.dumps(rest), SHOWN_TEXT)}{payload}\n")
 
-    def segment_ends(self, segment):
+    def _tail(self, _raw, *_fields):
+        """All of a segment was checked."""
         self._end_runs()
+        segment = self.reader.segment
         head = segment.head
         self.points.append(f'{head["point"]} ({head["level"]})')
         names = [disk["name"] for disk in segment.disks]
@@ -383,23 +386,18 @@ def _map(operands, columns, draw):
 
 def _from_json():
     out = output.stdout()
-
-    def passed(raw):
+    reader = JsonReader(open(0, "rb", buffering=1 << 20, closefd=False), "stdin")  # noqa: SIM115
+    for raw in reader.raws():
         check_data(reader, raw)
         out.write(raw.header, raw.payload)
-
-    reader = JsonReader(open(0, "rb", buffering=1 << 20, closefd=False), "stdin", passed)  # noqa: SIM115
-    for segment in reader:
-        segment.finish()
     out.finish()
 
 
 def check_data(reader, raw):
     """Raise an Error if the payload of a data frame differs from its hash. Frames of other types pass."""
-    if raw.fields[0] == "data":
-        _, disk, offset, length, name, hash_ = raw.fields
-        data = values.Data(disk, offset, length, name, hash_, raw.payload)
+    data = raw.frame
+    if data.__class__ is values.Data:
         try:
-            codec.check(data, reader.segment.disks[disk]["name"])
+            codec.check(data, reader.segment.disks[data.disk]["name"])
         except Error as error:
             raise reader.error(error, raw.start) from None

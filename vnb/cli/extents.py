@@ -37,7 +37,7 @@ def writes_stream(_args):
 
 def main(args):
     # Output that the next stage has not taken yet is work for that stage. It may need the connection that we wait for.
-    connections = Connections(MOST_OF_EXTENTS, is_used=lambda: output.unread(1) > 0)
+    connections = Connections(MOST_OF_EXTENTS, is_used=lambda: output.unread(1) > 0, of_job=True)
     wait = functools.partial(connections.wait_for, give_back=True)
     if args["URI"]:
         log.name_run()

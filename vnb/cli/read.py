@@ -53,7 +53,7 @@ def main(args):
     if request_size & (request_size - 1):
         raise UsageError("--request-size", f'"{args["--request-size"]}" is not a power of 2')
     most = arguments.integer(args, "--connections", 1, 64)
-    connections = Connections(max(most, MOST_OF_READ))
+    connections = Connections(max(most, MOST_OF_READ), of_job=True)
     # The connections stay while the output is blocked, since there is work for them.
     out = output.stdout(functools.partial(connections.wait_for, give_back=False))
     pipeline = Pipeline(connections, requests)

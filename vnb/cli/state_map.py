@@ -7,7 +7,7 @@ from xml.sax.saxutils import escape
 
 from vnb.format.frame import DATA, HOLE, ZERO
 
-MUCH, SOME, ZEROES, HOLES, NOTHING = "#+0-."
+MUCH, SOME, ZEROES, HOLES, NOTHING = tuple("#+0-.")
 MEANING = {
     MUCH: "data", SOME: "less than half of it data", ZEROES: "zero", HOLES: "hole", NOTHING: "not in the segment",
 }

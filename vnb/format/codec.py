@@ -1,12 +1,23 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Compression of data frames and the hash of their plain bytes. This module owns all lz4 and zstd settings."""
 
+from __future__ import annotations
+
 import re
 import threading
 
 from xxhash import xxh3_64_intdigest
 
 from vnb.base.errors import Error, NotInstalled, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from vnb.format.types import Bytes
+    from vnb.format.values import Data
+
 
 LZ4_MAX_LEVEL = 16  # lz4's LZ4HC_CLEVEL_MAX is 12, the library takes up to 16; 0 is the fast mode
 ZSTD_MAX_LEVEL = 22
@@ -18,7 +29,7 @@ ZSTD_WINDOW = 4 << 20  # a frame is never longer than this, so neither is what i
 _CHECK_SIZE = 8
 
 
-def compressor(codec, level=None):
+def compressor(codec: str, level: int | None = None) -> Callable[[Bytes], tuple[str, Bytes]]:
     """
     A function (plain bytes) -> (codec, payload): payload is shorter than plain, or plain itself ("none").
 
@@ -28,7 +39,7 @@ def compressor(codec, level=None):
         return lambda plain: ("none", plain)
     compress = _lz4(level) if codec == "lz4" else _zstd(level)
 
-    def pack(plain):
+    def pack(plain: Bytes) -> tuple[str, Bytes]:
         compressed = compress(plain)
         if len(compressed) + _CHECK_SIZE >= len(plain):
             return "none", plain
@@ -37,7 +48,7 @@ def compressor(codec, level=None):
     return pack
 
 
-def parse(text):
+def parse(text: str) -> tuple[str, int | None]:
     """(codec, level or None) of an argument CODEC[:LEVEL]; UsageError."""
     match = re.fullmatch(r"(none|lz4|zstd)(?::([0-9]{1,2}))?", text)
     if match is None or (match[1] == "none" and match[2]):
@@ -49,7 +60,7 @@ def parse(text):
     return match[1], level
 
 
-def plain(data, where):
+def plain(data: Data, where: str) -> Bytes:
     """
     The plain bytes (bytes-like) of a Data frame, decompressed and held against the hash of their source.
 
@@ -61,7 +72,7 @@ def plain(data, where):
     return payload
 
 
-def check(data, where):
+def check(data: Data, where: str) -> None:
     """Raise Error if the payload of a Data frame has changed since it was made. Nothing is decompressed."""
     if data.codec == "none":
         plain(data, where)
@@ -69,7 +80,7 @@ def check(data, where):
         _compressed(data, where)
 
 
-def _lz4(level):
+def _lz4(level: int | None) -> Callable[[Bytes], bytes]:
     from lz4.block import compress
 
     if level:
@@ -77,19 +88,20 @@ def _lz4(level):
     return lambda plain: compress(plain, store_size=False)
 
 
-def _zstd(level):
+def _zstd(level: int | None) -> Callable[[Bytes], bytes]:
     zstandard = _zstandard()
     own = threading.local()  # a compressor serves one thread at a time, and its memory is worth keeping
 
-    def compress(plain):
+    def compress(plain: Bytes) -> bytes:
         if not hasattr(own, "compressor"):
             own.compressor = zstandard.ZstdCompressor(level=3 if level is None else level, write_content_size=True)
-        return own.compressor.compress(plain)
+        compressed: bytes = own.compressor.compress(plain)
+        return compressed
 
     return compress
 
 
-def _zstandard():
+def _zstandard() -> Any:
     try:
         import zstandard
     except ImportError:
@@ -98,7 +110,7 @@ def _zstandard():
     return zstandard
 
 
-def _compressed(data, where):
+def _compressed(data: Data, where: str) -> memoryview:
     """The payload of a compressed frame without its checksum, which is right."""
     compressed = memoryview(data.payload)[_CHECK_SIZE:]
     if len(compressed) == 0 or xxh3_64_intdigest(compressed) != int.from_bytes(data.payload[:_CHECK_SIZE], "big"):
@@ -106,13 +118,14 @@ def _compressed(data, where):
     return compressed
 
 
-def _decompress(data, where):
+def _decompress(data: Data, where: str) -> Bytes:
     compressed = _compressed(data, where)
     if data.codec == "lz4":
         from lz4.block import LZ4BlockError, decompress
 
         try:
-            return decompress(compressed, uncompressed_size=data.length)
+            unpacked: bytes = decompress(compressed, uncompressed_size=data.length)
+            return unpacked
         except (LZ4BlockError, ValueError) as error:
             reason = error
     else:
@@ -121,7 +134,8 @@ def _decompress(data, where):
             if zstandard.get_frame_parameters(compressed).content_size != data.length:
                 raise zstandard.ZstdError("length differs")
             decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
-            return decompressor.decompress(compressed, max_output_size=data.length)
+            plain: bytes = decompressor.decompress(compressed, max_output_size=data.length)
+            return plain
         except zstandard.ZstdError as error:
             reason = error
     raise Error(where, f"damaged {data.codec} data ({reason})", f"offset {data.offset}")

@@ -5,10 +5,21 @@ Frames: one msgpack array each, as formats/extent-stream.md says. Bytes to field
 This module owns every msgpack setting and every limit of the format; it opens nothing.
 """
 
+from __future__ import annotations
+
 import struct
 
 import msgpack
-from xxhash import xxh3_64_intdigest as xxh3
+import xxhash
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from vnb.format.types import Bytes, Fields
+
+
+xxh3 = xxhash.xxh3_64_intdigest
 
 KiB = 1 << 10
 MiB = 1 << 20
@@ -63,7 +74,7 @@ class Incomplete(Exception):
     """There may be a frame here, but more bytes are needed to tell."""
 
 
-def encode(fields, payload=None):
+def encode(fields: Fields, payload: Bytes | None = None) -> tuple[bytes, int]:
     """
     The bytes of a frame up to its payload's first byte, and its sum.
 
@@ -86,7 +97,7 @@ def encode(fields, payload=None):
     return body + _SUM.pack(_U64, sum_) + _BIN.pack(_BIN32, len(payload)), sum_
 
 
-def encode_data(disk, offset, length, codec, hash_, stored):
+def encode_data(disk: int, offset: int, length: int, codec: str, hash_: int, stored: int) -> tuple[bytes, int]:
     """The bytes of a data frame up to its payload's first byte, and its sum. stored: bytes of payload."""
     body = _DATA[len(codec)].pack(
         _DATA_MAGIC, _U16, disk, _U64, offset, _U32, length, _CODEC_BYTES[codec], _U64, hash_
@@ -95,25 +106,25 @@ def encode_data(disk, offset, length, codec, hash_, stored):
     return body + _SUM.pack(_U64, sum_) + _BIN.pack(_BIN32, stored), sum_
 
 
-def encode_tail(segment_length, back):
+def encode_tail(segment_length: int, back: int) -> bytes:
     """The bytes of a tail: both are distances in bytes, see formats/extent-stream.md."""
     body = TAIL.pack(_TAIL_MAGIC, _U64, segment_length, _U64, back, _U64, 0)[:-8]
     return body + struct.pack(">Q", xxh3(body[:-1]))
 
 
-def _body(fields, has_payload):
+def _body(fields: Fields, has_payload: bool) -> bytes:
     count = len(fields) + (2 if has_payload else 1)
     return _array(count) + b"".join(map(msgpack.packb, fields))
 
 
-def decode_tail(view):
+def decode_tail(view: memoryview) -> tuple[int, int]:
     """(segment length, distance to the last index frame or 0) of a tail's bytes; FrameError."""
     if len(view) != TAIL.size or view[:6] != _TAIL_MAGIC:
         raise FrameError("no tail at the end")
     return _decode_tail(view)[:2]
 
 
-def _decode_tail(view):
+def _decode_tail(view: memoryview) -> tuple[int, int, int]:
     _, t1, length, t2, back, t3, sum_ = TAIL.unpack(view)
     if (t1, t2, t3) != (_U64, _U64, _U64):
         raise FrameError('frame "tail" is not in its one msgpack form')
@@ -122,7 +133,7 @@ def _decode_tail(view):
     return length, back, sum_
 
 
-def decode(view):
+def decode(view: memoryview) -> tuple[Fields, int, int, int | None]:
     """
     Read the frame at the start of view (memoryview): (fields, sum, header size, payload size or None).
 
@@ -160,7 +171,7 @@ def decode(view):
         raise FrameError(f"not a frame ({error or type(error).__name__})") from None
 
 
-def _skip(view):
+def _skip(view: memoryview) -> None:
     """
     Raise OutOfData unless all of a frame but its last element is here.
 
@@ -173,7 +184,7 @@ def _skip(view):
         unpacker.skip()
 
 
-def _decode(view, unpacker):
+def _decode(view: memoryview, unpacker: Any) -> tuple[Fields, int, int, int | None]:
     count = unpacker.read_array_header()
     if not 2 < count <= MAX_ELEMENTS:
         raise FrameError(f"not a frame (an array of {count})")
@@ -222,7 +233,7 @@ def _decode(view, unpacker):
     return fields, sum_, size, payload
 
 
-def _decode_data(view):
+def _decode_data(view: memoryview) -> tuple[Fields, int, int, int]:
     if len(view) < MAX_DATA_HEADER - 1:
         raise Incomplete
     name_length = view[23] & 0x1F  # a fixstr's length is in its first byte
@@ -249,12 +260,12 @@ def _decode_data(view):
     return ["data", disk, offset, length, codec, hash_], sum_, size, payload
 
 
-def is_name(value):
+def is_name(value: object) -> bool:
     """Whether a value is a string that may name something, and may be printed as it is."""
     return isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable()
 
 
-def _check_fields(fields, has_payload):
+def _check_fields(fields: Fields, has_payload: bool) -> None:
     if not fields or not is_name(fields[0]):
         raise FrameError("a frame without a type")
     kind = fields[0]
@@ -270,7 +281,7 @@ def _check_fields(fields, has_payload):
     _check_values(kind, fields)
 
 
-def _check_values(kind, fields):
+def _check_values(kind: str, fields: Fields) -> None:
     """Raise FrameError for values that not everybody reads alike, that can't be said in JSON, or that are too many."""
     level = fields
     values = depth = 0
@@ -299,22 +310,20 @@ def _check_values(kind, fields):
         depth += 1
 
 
-def sum_over(header, payload):
+def sum_over(header: Bytes, payload: Bytes) -> int:
     """xxh3-64 of header and payload together. header: all bytes before the sum."""
-    from xxhash import xxh3_64
-
-    state = xxh3_64(bytes(header))
+    state = xxhash.xxh3_64(bytes(header))
     state.update(payload)
     return state.intdigest()
 
 
-def check_payload_sum(kind, header, sum_, payload):
+def check_payload_sum(kind: str, header: Bytes, sum_: int, payload: Bytes) -> None:
     """Check the sum of a frame with a payload. header: its bytes up to the payload's first byte; FrameError."""
     if sum_over(header[: len(header) - SUM_SIZE - BIN_SIZE], payload) != sum_:
         raise FrameError(f'bad sum in frame "{kind}"')
 
 
-def _kind(view):
+def _kind(view: memoryview) -> object:
     """The type of a frame of which only the start is there, or None."""
     unpacker = msgpack.Unpacker(max_buffer_size=64)
     unpacker.feed(view[:40])
@@ -325,11 +334,11 @@ def _kind(view):
         return None
 
 
-def _array(count):
+def _array(count: int) -> bytes:
     return bytes([0x90 | count]) if count < 16 else struct.pack(">BH", 0xDC, count)
 
 
-def _refuse_ext(code, _data):
+def _refuse_ext(code: int, _data: bytes) -> None:
     raise ValueError(f"extension type {code}")
 
 

@@ -7,6 +7,8 @@ starts, in bytes from the start of the segment, and size is the bytes of the who
 extent position is 0 and size is the state. Rows of one disk ascend and do not overlap.
 """
 
+from __future__ import annotations
+
 import sys
 from array import array
 from bisect import bisect_right
@@ -14,6 +16,15 @@ from struct import Struct
 
 from vnb.base.errors import StreamError
 from vnb.format import frame as f
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Protocol
+
+    from vnb.base.cache import Cache
+    from vnb.format.types import Bytes, Row, Runs
+
 
 ROW_WORDS = 4
 ROW_SIZE = 8 * ROW_WORDS
@@ -23,19 +34,26 @@ MAX_SIZE = f.MAX_DATA_HEADER + f.MAX_DATA  # of what a row points to
 MAX_WAITING = 8 * FRAME_ROWS  # rows gathered over all disks: 1 MiB
 
 
+if TYPE_CHECKING:
+    class Out(Protocol):
+        """Takes index frames: vnb.format.writing.SegmentWriter."""
+
+        def index(self, disk: int, rows: int, payload: Bytes) -> None: ...
+
+
 class Builder:
     """Gathers rows and writes them as index frames into out (vnb.format.writing.SegmentWriter) as it goes."""
 
-    def __init__(self, out):
+    def __init__(self, out: Out) -> None:
         self.out = out
-        self._rows = {}
+        self._rows: dict[int, array[int]] = {}
         self._waiting = 0
 
-    def data(self, disk, offset, length, position, size):
+    def data(self, disk: int, offset: int, length: int, position: int, size: int) -> None:
         """A data frame was written at position."""
         self._add(disk, offset, length, position, size)
 
-    def extents(self, disk, runs):
+    def extents(self, disk: int, runs: Runs) -> None:
         """Extents were written: flat list of offset, length, state. Neighbours with one state share a row."""
         rows = self._rows.setdefault(disk, array("Q"))
         for offset, length, state in zip(runs[0::3], runs[1::3], runs[2::3]):
@@ -45,12 +63,12 @@ class Builder:
                 self._add(disk, offset, length, 0, state)
                 rows = self._rows.setdefault(disk, array("Q"))
 
-    def finish(self):
+    def finish(self) -> None:
         """Write the rows that are still here."""
         for disk in sorted(self._rows):
             self._write(disk)
 
-    def _add(self, disk, offset, length, position, size):
+    def _add(self, disk: int, offset: int, length: int, position: int, size: int) -> None:
         rows = self._rows.setdefault(disk, array("Q"))
         if len(rows) >= FRAME_ROWS * ROW_WORDS:
             self._write(disk)
@@ -61,7 +79,7 @@ class Builder:
         rows.extend((offset, length, position, size))
         self._waiting += 1
 
-    def _write(self, disk):
+    def _write(self, disk: int) -> None:
         rows = self._rows.get(disk)
         if rows:
             self._waiting -= len(rows) // ROW_WORDS
@@ -84,20 +102,23 @@ class Rows:
     Raises StreamError for a row that overlaps, descends or points outside, when a reader comes to it.
     """
 
-    def __init__(self, name, disk_size, segment_length, firsts, load, cache=None):
+    def __init__(
+        self, name: str, disk_size: int, segment_length: int, firsts: Sequence[int], load: Callable[[int], Bytes],
+        cache: Cache | None = None,
+    ) -> None:
         self.name = name
         self.disk_size = disk_size
         self.segment_length = segment_length
         self.firsts = firsts
         self._load = load
         self._cache = cache
-        self._latest = None  # most look-ups are near the one before
+        self._latest: Page | None = None  # most look-ups are near the one before
 
-    def cursor(self):
+    def cursor(self) -> Cursor:
         """A Cursor, to look up ascending offsets."""
         return Cursor(self)
 
-    def lookup(self, offset, end):
+    def lookup(self, offset: int, end: int) -> Iterator[Row]:
         """Yield (offset, length, position, size) of all rows that meet [offset, end), ascending and whole."""
         cursor = Cursor(self)
         row = cursor.at(offset)
@@ -105,7 +126,7 @@ class Rows:
             yield row
             row = cursor.at(row[0] + row[1])
 
-    def page(self, number):
+    def page(self, number: int) -> Page:
         """A Page, that any number of readers may share."""
         page = self._latest
         if page is None or page.number != number:
@@ -116,7 +137,7 @@ class Rows:
             self._latest = page
         return page
 
-    def _fetch(self, number):
+    def _fetch(self, number: int) -> Page:
         return Page(number, self._load(number))
 
 
@@ -125,7 +146,7 @@ class Page:
 
     __slots__ = ("nbytes", "number", "offsets", "rows")
 
-    def __init__(self, number, payload):
+    def __init__(self, number: int, payload: Bytes) -> None:
         self.number = number
         self.rows = memoryview(_native(payload)).cast("B")
         self.offsets = self.rows.cast("Q")[::ROW_WORDS]
@@ -141,14 +162,14 @@ class Cursor:
 
     __slots__ = ("_at", "_end", "_page", "_row", "_rows")
 
-    def __init__(self, rows):
+    def __init__(self, rows: Rows) -> None:
         self._rows = rows
-        self._page = None
+        self._page: Page | None = None
         self._at = 0  # bytes into the page
-        self._row = None
+        self._row: Row | None = None
         self._end = -1  # where the row ends, in the disk
 
-    def at(self, offset):
+    def at(self, offset: int) -> Row | None:
         """
         The first row that ends after offset, as (offset, length, position, size), or None if there is none.
 
@@ -164,19 +185,21 @@ class Cursor:
                 self._step()
         return self._row
 
-    def _seek(self, offset):
+    def _seek(self, offset: int) -> None:
         number = bisect_right(self._rows.firsts, offset) - 1
         if self._page is None or number > self._page.number:
             if not self._open(max(0, number)):
                 return
         elif number < self._page.number:
             return  # the page's first row comes after offset
+        assert self._page is not None
         at = max(0, ROW_SIZE * (bisect_right(self._page.offsets, offset) - 1))
         if at > self._at:
             self._at = at
             self._take()
 
-    def _step(self):
+    def _step(self) -> None:
+        assert self._page is not None
         self._at += ROW_SIZE
         if self._at >= self._page.nbytes:
             if not self._open(self._page.number + 1):
@@ -184,7 +207,7 @@ class Cursor:
             self._at = 0
         self._take()
 
-    def _open(self, number):
+    def _open(self, number: int) -> bool:
         """Go to before the first row of a page; False if there is no such page."""
         if number < len(self._rows.firsts):
             self._page = self._rows.page(number)
@@ -194,7 +217,8 @@ class Cursor:
         self._end = f.MAX_OFFSET + 1  # nothing is sought after this
         return False
 
-    def _take(self):
+    def _take(self) -> None:
+        assert self._page is not None
         offset, length, position, size = row = _ROW.unpack_from(self._page.rows, self._at)
         end = offset + length
         if (
@@ -209,13 +233,13 @@ class Cursor:
         self._end = end
 
 
-def in_memory(name, disk_size, segment_length, payloads):
+def in_memory(name: str, disk_size: int, segment_length: int, payloads: Sequence[Bytes]) -> Rows:
     """Rows of one disk from the payloads (list of bytes, in stream order) of its index frames, all of them here."""
     firsts = [_ROW.unpack_from(_native(payload))[0] for payload in payloads]
     return Rows(name, disk_size, segment_length, firsts, payloads.__getitem__)
 
 
-def _native(payload):
+def _native(payload: Bytes) -> Bytes | array[int]:
     """Rows in the machine's own byte order."""
     if sys.byteorder == "little":
         return payload

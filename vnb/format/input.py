@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Bytes of a stream from a file descriptor, some of them read ahead."""
 
+from __future__ import annotations
+
 import os
 import select
 import stat
 
 from vnb.base.errors import os_error
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vnb.format.types import Wait
+
 
 AHEAD = 4096  # read beyond a payload, so that the next header costs no system call; it is copied once more
 
@@ -18,7 +25,7 @@ class Input:
     wait (callable or None): is given fd and an event of poll(2) before each read, and returns when that has come.
     """
 
-    def __init__(self, fd, name, wait=None):
+    def __init__(self, fd: int, name: str, wait: Wait | None = None) -> None:
         self.fd = fd
         self.name = name
         self._wait = wait
@@ -26,7 +33,7 @@ class Input:
         self._buffer = bytearray(2 * AHEAD)
         self._start = self._end = 0
 
-    def fill(self, size):
+    def fill(self, size: int) -> memoryview:
         """Have at least size bytes in the window, fewer only at the end of file; the window (memoryview)."""
         while self._end - self._start < size:
             if self._start + size > len(self._buffer):
@@ -40,14 +47,14 @@ class Input:
             self._end += count
         return memoryview(self._buffer)[self._start : self._end]
 
-    def skip(self, size):
+    def skip(self, size: int) -> None:
         """Leave size bytes of the window behind."""
         self._start += size
         self.offset += size
         if self._start == self._end:
             self._start = self._end = 0
 
-    def read_into(self, view):
+    def read_into(self, view: memoryview) -> int:
         """Fill view; returns how many bytes were there before the end of file."""
         have = min(len(view), self._end - self._start)
         view[:have] = memoryview(self._buffer)[self._start : self._start + have]
@@ -62,7 +69,7 @@ class Input:
             have += count - self._end
         return have
 
-    def _readv(self, views):
+    def _readv(self, views: list[memoryview]) -> int:
         while True:
             if self._wait is not None:
                 self._wait(self.fd, select.POLLIN)
@@ -74,14 +81,14 @@ class Input:
                 raise os_error(self.name, error, f"stream offset {self.offset}") from None
 
 
-def is_pipe(fd):
+def is_pipe(fd: int) -> bool:
     try:
         return stat.S_ISFIFO(os.fstat(fd).st_mode)
     except (OSError, TypeError):
         return False
 
 
-def wait_for_fd(fd, event):
+def wait_for_fd(fd: int, event: int) -> None:
     """Wait for an event of poll(2) on a descriptor that may be non-blocking."""
     # ssh makes its standard streams non-blocking, and whoever shares them with it gets the same.
     poll = select.poll()

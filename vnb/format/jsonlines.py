@@ -5,6 +5,8 @@ Frames as lines of JSON and back: one object a frame, and nothing lost; vnb-dump
 Sums, hashes and the digest are strings of 16 hexadecimal digits: many JSON readers round what is over 2^53.
 """
 
+from __future__ import annotations
+
 import base64
 import json
 import re
@@ -13,6 +15,14 @@ from vnb.base.errors import StreamError, os_error
 from vnb.format import frame as f
 from vnb.format import stream, values
 from vnb.format.frame import FrameError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any, BinaryIO
+
+    from vnb.format.types import Fields
+
 
 # The elements of the frames that the format knows, after their type. Others, and malformed ones, have "elements".
 KEYS = {
@@ -34,7 +44,7 @@ _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
 _HEX = re.compile("[0-9a-f]{16}")
 
 
-def line_of(raw, payloads=True):
+def line_of(raw: values.Raw, payloads: bool = True) -> str:
     """
     The line (str, no newline) of a frame (vnb.format.values.Raw). It is plain ASCII, so it does no harm to a terminal.
 
@@ -68,22 +78,22 @@ class JsonReader(stream.Reader):
     any key of "fields", or all of it; in "tail" "length" and "back".
     """
 
-    def __init__(self, file, name, passed=None):
-        super().__init__(None, name, passed=passed)
-        self._file = file  # binary
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        super().__init__(-1, name)
+        self._file = file
         self._number = 0
-        self._next = None
+        self._next: bytes | None = None
 
-    def error(self, reason, offset=None):
+    def error(self, reason: object, offset: int | None = None) -> StreamError:
         return StreamError(self.input.name, reason, f"line {self._number}")
 
-    def more(self):
+    def more(self) -> bool:
         self._next = self._line()
         if self._next is None and self._number == 0:
             raise StreamError(self.input.name, "empty input, expected lines of JSON")
         return self._next is not None
 
-    def raw(self):
+    def raw(self) -> values.Raw:
         line = self._line() if self._next is None else self._next
         self._next = None
         if line is None:
@@ -95,7 +105,7 @@ class JsonReader(stream.Reader):
         self.input.offset += len(raw.header) + (0 if raw.payload is None else len(raw.payload))
         return raw
 
-    def _line(self):
+    def _line(self) -> bytes | None:
         try:
             line = self._file.readline(MAX_LINE + 1)
         except OSError as error:
@@ -107,9 +117,9 @@ class JsonReader(stream.Reader):
             raise self.error(f"longer than {MAX_LINE} bytes")
         return line
 
-    def _raw(self, line):
+    def _raw(self, line: dict[str, Any]) -> values.Raw:
         kind = line.get("frame")
-        if not f.is_name(kind):
+        if not isinstance(kind, str) or not f.is_name(kind):
             raise ValueError('no frame: "frame" must name its type')
         names = ("elements",) if "elements" in line or kind not in KEYS else KEYS[kind]
         for key in line:
@@ -131,9 +141,9 @@ class JsonReader(stream.Reader):
         header, sum_ = _encode(fields, payload)
         if "sum" in line and _hex(line["sum"], "sum") != sum_:
             raise ValueError('"sum" is not that of the frame; left out it is made')
-        return values.Raw(fields, sum_, self.input.offset, header, payload)
+        return values.Raw(fields, sum_, self.input.offset, header, None if payload is None else memoryview(payload))
 
-    def _completed(self, kind, line, payload):
+    def _completed(self, kind: str, line: dict[str, Any], payload: bytes | None) -> dict[str, Any]:
         """The line with what follows from the rest, and with numbers for hexadecimal digits."""
         line = dict(line)
         if kind == "data":
@@ -156,7 +166,7 @@ class JsonReader(stream.Reader):
         return line
 
 
-def _encode(fields, payload):
+def _encode(fields: Fields, payload: bytes | None) -> tuple[bytes, int]:
     """(header, sum) of any frame; FrameError."""
     kind = fields[0]
     if kind == "data" and len(fields) == 6:
@@ -178,11 +188,11 @@ def _encode(fields, payload):
     return f.encode(fields, payload)
 
 
-def _are_integers(values, tops):
+def _are_integers(values: Iterable[object], tops: Iterable[int]) -> bool:
     return all(type(value) is int and 0 <= value <= top for value, top in zip(values, tops))
 
 
-def _parse(line):
+def _parse(line: bytes) -> dict[str, Any]:
     if _STRING.sub(b"", line).count(b",") > MAX_COMMAS:
         raise ValueError("more values than a frame may have")
     try:
@@ -202,30 +212,30 @@ def _parse(line):
     return value
 
 
-def _integer(text):
+def _integer(text: str) -> int:
     if len(text) > 20:  # more digits than 64 bits take; to convert millions of them takes minutes
         raise ValueError("an integer is out of range")
     return int(text)
 
 
-def _number(text):
+def _number(text: str) -> int:
     raise ValueError(f"{text[:40]} is not an integer")
 
 
-def _map(pairs):
+def _map(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         raise ValueError("a key is there twice")
     return result
 
 
-def _hex(text, key):
+def _hex(text: object, key: str) -> int:
     if not isinstance(text, str) or not _HEX.fullmatch(text):
         raise ValueError(f'"{key}" must have 16 hexadecimal digits')
     return int(text, 16)
 
 
-def _base64(text):
+def _base64(text: object) -> bytes:
     if not isinstance(text, str):
         raise ValueError('"payload" must be base64')
     try:

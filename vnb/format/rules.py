@@ -1,9 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What heads, disks and files of a stream may have in them. Pure: it raises what it is given."""
 
+from __future__ import annotations
+
 import re
 
 from vnb.format import frame as f
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from vnb.base.errors import Error
+    from vnb.format.types import Disk, Fields, FileFields, Head, SameFields
+
 
 # What a segment holds: disks alone, their extents, or their data. Each stage needs one and makes the next.
 STAGES = ("disks", "extents", "data")
@@ -14,7 +25,7 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)  # so it sorts as text
 
 
-def checked_head(fields, payload, error):
+def checked_head(fields: Fields, payload: object, error: Callable[[str], Error]) -> Head:
     """The head of a "vnb" frame's fields, or raise error(reason)."""
     if fields[0] != "vnb" or len(fields) != 3 or payload is not None or not isinstance(fields[2], dict):
         raise error("malformed head")
@@ -24,7 +35,7 @@ def checked_head(fields, payload, error):
         newer = error(f"format version {fields[1]}, this vnb knows version {f.VERSION}: a newer vnb is needed")
         newer.is_damage = False
         raise newer
-    head = fields[2]
+    head: Any = fields[2]
     for key in ("id", "point", "uuid"):
         if not f.is_name(head.get(key)):
             raise error(f'malformed head: "{key}" is no name of 1 to 255 printable characters')
@@ -55,10 +66,11 @@ def checked_head(fields, payload, error):
         raise error('malformed head: "files"')
     if head["parent"] == head["point"]:
         raise error("malformed head: the segment is its own base")
-    return head
+    checked: Head = head
+    return checked
 
 
-def checked_disk(fields, payload, before, error):
+def checked_disk(fields: Fields, payload: object, before: list[Disk], error: Callable[[str], Error]) -> Disk:
     """The disk of a "disk" frame's fields, or raise error(reason). before: the disks of earlier frames."""
     if len(fields) != 3 or payload is not None or not isinstance(fields[2], dict):
         raise error('malformed frame "disk"')
@@ -66,7 +78,7 @@ def checked_disk(fields, payload, before, error):
         raise error(f'malformed frame "disk": its number is not {len(before)}, which is next')
     if len(before) >= f.MAX_DISKS:
         raise error(f"more than {f.MAX_DISKS} disks")
-    disk = fields[2]
+    disk: Any = fields[2]
     name = disk.get("name")
     if not is_safe_name(name):
         raise error("a disk without a name that may be a part of a file name")
@@ -77,34 +89,37 @@ def checked_disk(fields, payload, before, error):
         raise error(f"{name}: malformed size, or a level that is not one of {', '.join(DISK_LEVELS)}")
     if not all(isinstance(disk.get(key, {}), dict) for key in ("image", "source")):
         raise error(f"{name}: malformed image or source")
-    return disk
+    checked: Disk = disk
+    return checked
 
 
-def checked_file(fields, payload, error):
+def checked_file(fields: Fields, payload: memoryview | None, error: Callable[[str], Error]) -> FileFields:
     """The fields of a "file" frame, or raise error(reason)."""
     if len(fields) != 2 or payload is None or not isinstance(fields[1], dict):
         raise error('malformed frame "file"')
-    file = fields[1]
+    file: Any = fields[1]
     path = file.get("path")
     if not names_a_file(file):
         raise error('malformed frame "file"')
     numbers = [file.get(key) for key in ("size", "offset", "mode")]
     if any(type(number) is not int for number in numbers) or file["offset"] + len(payload) > file["size"]:
         raise error(f'malformed frame "file": {path}')
-    return file
+    checked: FileFields = file
+    return checked
 
 
-def checked_same(fields, payload, error):
+def checked_same(fields: Fields, payload: object, error: Callable[[str], Error]) -> SameFields:
     """The fields of a "same" frame, or raise error(reason)."""
     if len(fields) != 2 or payload is not None or not isinstance(fields[1], dict):
         raise error('malformed frame "same"')
-    same = fields[1]
+    same: Any = fields[1]
     if not names_a_file(same) or type(same.get("mode")) is not int:
         raise error('malformed frame "same"')
-    return same
+    checked: SameFields = same
+    return checked
 
 
-def is_list_of_files(files, parent):
+def is_list_of_files(files: object, parent: str | None) -> bool:
     """Whether a value may be "files" of a head whose base is parent (str or None)."""
     if not (isinstance(files, list) and all(isinstance(file, dict) and names_a_file(file) for file in files)):
         return False
@@ -117,16 +132,16 @@ def is_list_of_files(files, parent):
     return len({(file["role"], file["path"]) for file in files}) == len(files)
 
 
-def names_a_file(fields):
+def names_a_file(fields: dict[str, Any]) -> bool:
     path = fields.get("path")
     return f.is_name(fields.get("role")) and isinstance(path, str) and len(path) <= LONGEST_PATH
 
 
-def is_domain_name(name):
+def is_domain_name(name: object) -> bool:
     """Whether a value may be the name of a domain: libvirt takes tabs and joiners, which are not printable."""
     return isinstance(name, str) and 0 < len(name) <= f.MAX_NAME and "\0" not in name and "\n" not in name
 
 
-def is_safe_name(name):
+def is_safe_name(name: object) -> bool:
     """Whether a name from a stream may become a part of a file name: nothing that leaves a directory or hides."""
-    return f.is_name(name) and "/" not in name and not name.startswith(".")
+    return isinstance(name, str) and f.is_name(name) and "/" not in name and not name.startswith(".")

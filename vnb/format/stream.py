@@ -8,10 +8,14 @@ Streams: segments of frames from and to file descriptors, in bounded memory.
             ...
         out.end()                             only when all before it succeeded
 
+    for raw in reader.raws():                 every frame of the stream, for whoever shows or passes on its bytes
+
 A Reader yields nothing that it did not check: sums, digest, counts, order, that extents ascend, stay
 inside their disk and do not overlap, and that those of a full disk leave nothing out. What it does not
 check is the hash of a data frame: that is for whoever uses the bytes (vnb.format.codec.plain).
 """
+
+from __future__ import annotations
 
 import hashlib
 
@@ -23,39 +27,56 @@ from vnb.format.input import Input, is_pipe
 from vnb.format.rules import STAGES, checked_disk, checked_file, checked_head, checked_same
 from vnb.format.values import FAILED, Counts, Data, Extents, File, Other, Raw, Same
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+    from vnb.format.types import Buffers, Disk, Fields, FileFields, Frame, Head, SameFields, Wait
+
+
 
 class Reader:
     """
     Iterate over the segments of a stream.
 
-    fd (int): any file descriptor. name (str): for messages.
-    stage (str or None): refuse a segment that is not at this stage, see STAGES.
-    consumer (bool): refuse frames of a required type that this version does not know.
-    pool (object with take(size) and give(view), or None): where payloads go; see Data.
-    begun (callable or None): is given each head (dict), before anything that follows it is read.
-    passed (callable or None): is given each frame (Raw), head, disks, index, end and tail too, once it was checked
-    and before it is yielded: for whoever passes on the very bytes.
-    wait (callable or None): see Input.
+    fd: any file descriptor. name: for messages.
+    stage: refuse a segment that is not at this stage, see STAGES.
+    consumer: refuse frames of a required type that this version does not know.
+    pool: where payloads go; see Data.
+    begun: is given each head, before anything that follows it is read.
+    wait: see Input.
     Raises StreamError for all that is wrong with the input, Error for the operating system's failures.
     """
 
-    def __init__(self, fd, name, stage=None, consumer=False, pool=None, passed=None, begun=None, wait=None):
+    def __init__(
+        self, fd: int, name: str, stage: str | None = None, consumer: bool = False, pool: Buffers | None = None,
+        begun: Callable[[Head], None] | None = None,
+        wait: Wait | None = None,
+    ) -> None:
         self.input = Input(fd, name, wait)
         self.stage = stage
         self.consumer = consumer
         self.pool = pool
-        self.passed = passed
         self.begun = begun
-        self.segment = None  # the one that is read
+        self.segment: Segment | None = None  # the one that is read
         self._own = bytearray()
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Segment]:
         while self.more():
             segment = Segment(self)
+            segment.front.extend(segment.begin())
             yield segment
             segment.finish()
 
-    def more(self):
+    def raws(self) -> Iterator[Raw]:
+        """Yield all frames of all segments, head and tail too, each when it was checked: segment is the one."""
+        while self.more():
+            segment = Segment(self)
+            yield from segment.begin()
+            yield from segment.raws()
+
+    def more(self) -> bool:
         """Whether a segment starts here: the end of the input is no segment, and all else a StreamError."""
         first = self.input.offset
         window = self.input.fill(len(f.HEAD_MAGIC))
@@ -63,8 +84,8 @@ class Reader:
             if first == 0:
                 before = ": the command before this one has written nothing" if is_pipe(self.input.fd) else ""
                 raise StreamError(self.input.name, f"empty input, expected a stream{before}")
-            head = self.segment.head if self.segment is not None else {}
-            if "next" in head:  # who wrote it may have ended between two segments
+            head = self.segment.head if self.segment is not None else None
+            if head is not None and "next" in head:  # who wrote it may have ended between two segments
                 raise self.error(f'the input ends at {head["point"]}, but {head["next"]} was to follow')
             return False
         if window[: len(f.HEAD_MAGIC)] != f.HEAD_MAGIC:
@@ -74,11 +95,11 @@ class Reader:
             raise self.error(f"not {expected} of vnb (it starts with {bytes(window[:5]).hex(' ')})")
         return True
 
-    def error(self, reason, offset=None):
+    def error(self, reason: object, offset: int | None = None) -> StreamError:
         """A StreamError at a stream offset (int), by default that of the next byte."""
         return StreamError(self.input.name, reason, f"stream offset {self.input.offset if offset is None else offset}")
 
-    def next_frame(self):
+    def next_frame(self) -> tuple[Fields, int, int, int | None, bytes]:
         """(fields, sum, size, payload size or None, header bytes): the next frame up to its payload."""
         want = f.MAX_DATA_HEADER
         while True:
@@ -100,7 +121,7 @@ class Reader:
             self.input.skip(size)
             return fields, sum_, size, payload, header
 
-    def raw(self):
+    def raw(self) -> Raw:
         """The next frame (Raw) with a sound sum. Whether it may stand here, Segment tells."""
         start = self.input.offset
         fields, sum_, _size, payload_size, header = self.next_frame()
@@ -114,7 +135,7 @@ class Reader:
                     raise self.error(error, start) from None
         return Raw(fields, sum_, start, header, payload)
 
-    def payload(self, size, start):
+    def payload(self, size: int, start: int) -> memoryview:
         """The payload (memoryview) that comes next. start: of its frame, for messages."""
         if self.pool is not None:
             view = self.pool.take(size)
@@ -130,92 +151,98 @@ class Reader:
 
 class Segment:
     """
-    One segment: head (dict), disks (list of dict) at once; iterate, once, for its frames.
+    One segment: head and disks are there at once; iterate, once, for its frames.
 
-    positions (list of int): of each disk, where the last extent that was read ends. counts (Counts): of all so far.
-    end (dict) and length (int, bytes of the whole segment) are there after the last frame. Index frames are checked
-    for their place and not passed on: a stage that keeps an index makes its own.
+    front: the frames of head and disks. positions: of each disk, where the last extent that was read ends.
+    counts: of all so far. end and length, in bytes of the whole segment, are there after the last frame. Index frames
+    are checked for their place and not yielded as frames: a stage that keeps an index makes its own.
     """
 
-    def __init__(self, reader):
+    head: Head
+    positions: list[int]
+    _pending: Raw  # the first frame behind the disks
+
+    def __init__(self, reader: Reader) -> None:
         self.reader = reader
         reader.segment = self
         self.start = reader.input.offset
         self.counts = Counts()
-        self.end = None
-        self.length = None
+        self.end: dict[str, int] | None = None
+        self.length: int | None = None
         self.last_index = 0  # where the last index frame starts, in the stream; 0: there was none
-        self._file = None  # the file of which a part was seen, and more are to come
-        self._sha256 = None  # of what was seen of it, where the head says what it is
-        self.head = self._read_head()
+        self._file: dict[str, Any] | None = None  # the file of which a part was seen, and more are to come
+        self._sha256 = hashlib.sha256()  # of what was seen of it, where the head says what it is
+        self._came: set[tuple[str, str]] = set()  # of these, what was stored or named
+        self.disks: list[Disk] = []
+        self.front: list[Raw] = []
+        self._raws = self._iterate()
+
+    def __iter__(self) -> Iterator[Frame]:
+        pool = self.reader.pool
+        for raw in self._raws:
+            if raw.frame is not None:
+                yield raw.frame
+            elif raw.payload is not None and pool is not None:
+                pool.give(raw.payload)  # of an index frame: nobody else sees it
+
+    def raws(self) -> Iterator[Raw]:
+        """Iterate, once, for all frames behind the disks, index, end and tail too."""
+        return self._raws
+
+    def begin(self) -> Iterator[Raw]:
+        """Read the head and the disks; yield their frames."""
+        yield self._read_head()
         self._described = {(file["role"], file["path"]): file for file in self.head.get("files", ())}
-        self._came = set()  # of these, what was stored or named
-        self.disks = []
-        self._pending = self._read_disks()
+        yield from self._read_disks()
         self.positions = [0] * len(self.disks)
         self._covered = [0] * len(self.disks)
-        self._frames = self._iterate()
 
-    def __iter__(self):
-        return self._frames
-
-    def _iterate(self):
+    def _iterate(self) -> Iterator[Raw]:
         raw = self._pending
-        self._pending = None
         in_files = True
         while True:
             kind = raw.fields[0]
-            frame = None
             if self._file is not None and kind != "file":
                 raise self.reader.error(f'file {self._file["path"]}: a part is missing', raw.start)
             if kind == "data":
-                frame = self._data(raw)
+                raw.frame = self._data(raw)
             elif kind == "extent":
-                frame = self._extents(raw)
+                raw.frame = self._extents(raw)
             elif kind == "file":
                 if not in_files:
                     raise self.reader.error('frame "file" after the first extent', raw.start)
-                frame = self._part_of_file(raw)
+                raw.frame = self._part_of_file(raw)
             elif kind == "same":
                 if not in_files:
                     raise self.reader.error('frame "same" after the first extent', raw.start)
-                frame = self._same(raw)
+                raw.frame = self._same(raw)
             elif kind == "index":
                 self._index(raw)
             elif kind == "end":
                 self._check_files(raw)
-                self._end(raw)
+                yield from self._read_end(raw)
                 return
             elif kind in ("vnb", "disk", "tail"):
                 raise self.reader.error(f'frame "{kind}" out of order', raw.start)
             else:
-                frame = Other(raw.fields, raw.payload)
-                if self.reader.consumer and not frame.optional:
+                raw.frame = other = Other(raw.fields, raw.payload)
+                if self.reader.consumer and not other.optional:
                     raise self.reader.error(f'unknown frame type "{kind}"', raw.start)
-            self._accept(raw)
+            self.counts.add(raw.sum)
             if in_files and kind in ("extent", "data"):
                 in_files = False
                 self._check_files(raw)
-            if frame is not None:
-                yield frame
-            elif raw.payload is not None and self.reader.pool is not None and self.reader.passed is None:
-                self.reader.pool.give(raw.payload)  # of an index frame: nobody else sees it
+            yield raw
             raw = self.reader.raw()
 
-    def finish(self):
+    def finish(self) -> None:
         """Read and check what was not iterated over."""
         for _ in self:
             pass
 
-    def _accept(self, raw, counted=True):
-        if counted:
-            self.counts.add(raw.sum)
-        if self.reader.passed is not None:
-            self.reader.passed(raw)
-
-    def _read_head(self):
+    def _read_head(self) -> Raw:
         raw = self.reader.raw()
-        head = checked_head(raw.fields, raw.payload, lambda reason: self.reader.error(reason, raw.start))
+        self.head = head = checked_head(raw.fields, raw.payload, lambda reason: self.reader.error(reason, raw.start))
         if self.reader.begun is not None:
             self.reader.begun(head)
         stage = self.reader.stage
@@ -227,17 +254,18 @@ class Segment:
                 else f'the segment holds {head["stage"]} already, where {stage} are needed',
                 raw.start,
             )
-        self._accept(raw)
-        return head
+        self.counts.add(raw.sum)
+        return raw
 
-    def _read_disks(self):
+    def _read_disks(self) -> Iterator[Raw]:
         room = f.MAX_DISK_FRAMES
         while True:
             raw = self.reader.raw()
             if raw.fields[0] != "disk":
-                return raw
+                self._pending = raw
+                return
 
-            def error(reason, start=raw.start):
+            def error(reason: object, start: int = raw.start) -> StreamError:
                 return self.reader.error(reason, start)
 
             disk = checked_disk(raw.fields, raw.payload, self.disks, error)
@@ -249,9 +277,10 @@ class Segment:
             if room < 0:
                 raise error(f"the disks take more than {f.MAX_DISK_FRAMES} bytes")
             self.disks.append(disk)
-            self._accept(raw)
+            self.counts.add(raw.sum)
+            yield raw
 
-    def _place(self, disk, offset, length, start):
+    def _place(self, disk: int, offset: int, length: int, start: int) -> None:
         """Check that [offset, offset + length) of a disk is where it may be, and move that disk's cursor."""
         if not (type(disk) is type(offset) is type(length) is int and 0 <= disk < len(self.disks)):
             raise self.reader.error("the extent is of a disk that the segment does not have", start)
@@ -270,17 +299,18 @@ class Segment:
         self.positions[disk] = offset + length
         self._covered[disk] += length
 
-    def _data(self, raw):
+    def _data(self, raw: Raw) -> Data:
         _, disk, offset, length, codec, hash_ = raw.fields
         if self.head["stage"] != "data":
             raise self.reader.error(f'frame "data" in a segment of {self.head["stage"]}', raw.start)
         self._place(disk, offset, length, raw.start)
         self.counts.bytes[DATA] += length
+        assert raw.payload is not None
         self.counts.stored += len(raw.payload)
         size = len(raw.header) + len(raw.payload)
         return Data(disk, offset, length, codec, hash_, raw.payload, raw.start - self.start, size)
 
-    def _extents(self, raw):
+    def _extents(self, raw: Raw) -> Extents:
         fields, start = raw.fields, raw.start
         if len(fields) != 3 or raw.payload is not None or not isinstance(fields[2], list):
             raise self.reader.error('malformed frame "extent"', start)
@@ -299,21 +329,23 @@ class Segment:
             totals[state] += length
         return frame
 
-    def _part_of_file(self, raw):
+    def _part_of_file(self, raw: Raw) -> File:
         file = checked_file(raw.fields, raw.payload, lambda reason: self.reader.error(reason, raw.start))
         before = self._file
         if before is None:
             fits = file["offset"] == 0
         else:
-            fits = file["offset"] == before["end"] and all(file[key] == before[key] for key in ("role", "path", "size"))
+            is_same = (file["role"], file["path"], file["size"]) == (before["role"], before["path"], before["size"])
+            fits = is_same and file["offset"] == before["end"]
+        assert raw.payload is not None
         end = file["offset"] + len(raw.payload)
         if not fits or (end < file["size"] and not raw.payload):
             raise self.reader.error(f'file {file["path"]}: a part is missing', raw.start)
         self._file = {**file, "end": end} if end < file["size"] else None
-        self._check_content(file, raw)
+        self._check_content(file, raw.payload, raw)
         return File(file, raw.payload)
 
-    def _check_content(self, file, raw):
+    def _check_content(self, file: FileFields, payload: memoryview, raw: Raw) -> None:
         """Check a part of a file against what the head says of all of it."""
         described = self._described.get((file["role"], file["path"]))
         if described is None:
@@ -321,34 +353,34 @@ class Segment:
         if file["offset"] == 0:
             self._sha256 = hashlib.sha256()
             self._comes(file, raw)
-        self._sha256.update(raw.payload)
+        self._sha256.update(payload)
         whole = self._file is None
         differs = whole and self._sha256.hexdigest() != described["sha256"]
         if "base" in described or file["size"] != described["size"] or differs:
             raise self.reader.error(f'file {file["path"]}: is not the one that the head describes', raw.start)
 
-    def _same(self, raw):
+    def _same(self, raw: Raw) -> Same:
         same = checked_same(raw.fields, raw.payload, lambda reason: self.reader.error(reason, raw.start))
-        described = self._described.get((same["role"], same["path"]), {})
-        if "base" not in described:
+        described = self._described.get((same["role"], same["path"]))
+        if described is None or "base" not in described:
             raise self.reader.error(f'file {same["path"]}: the head does not say that the base has it', raw.start)
         self._comes(same, raw)
         return Same(same)
 
-    def _comes(self, file, raw):
+    def _comes(self, file: SameFields, raw: Raw) -> None:
         key = file["role"], file["path"]
         if key in self._came:
             raise self.reader.error(f'file {file["path"]}: is there twice', raw.start)
         self._came.add(key)
 
-    def _check_files(self, raw):
+    def _check_files(self, raw: Raw) -> None:
         """All files have come, but where a catalog keeps the head alone: those that the head describes are there."""
         missing = set(self._described) - self._came
         if missing and self.head["stage"] != "disks":
             role, path = min(missing)
             raise self.reader.error(f"file {path}: the head describes this {role}, and the segment lacks it", raw.start)
 
-    def _index(self, raw):
+    def _index(self, raw: Raw) -> None:
         fields, start = raw.fields, raw.start
         if len(fields) != 4 or raw.payload is None or not all(type(field) is int for field in fields[1:]):
             raise self.reader.error('malformed frame "index"', start)
@@ -359,7 +391,7 @@ class Segment:
             raise self.reader.error('frame "index" does not point to the one before it', start)
         self.last_index = start
 
-    def _end(self, raw):
+    def _read_end(self, raw: Raw) -> Iterator[Raw]:
         fields, start = raw.fields, raw.start
         if len(fields) != 2 or raw.payload is not None or not isinstance(fields[1], dict):
             raise self.reader.error('malformed frame "end"', start)
@@ -378,7 +410,7 @@ class Segment:
                 if disk["level"] == "full" and covered != disk["size"]:
                     missing = disk["size"] - covered
                     raise self.reader.error(f'{disk["name"]}: {missing} bytes of a full disk are missing', start)
-        self._accept(raw, counted=False)
+        yield raw
         tail = self.reader.raw()
         if tail.fields[0] != "tail":
             raise self.reader.error(f'frame "{tail.fields[0]}" where the tail must be', tail.start)
@@ -386,5 +418,5 @@ class Segment:
         self.length = tail.start + f.TAIL.size - self.start
         if length != self.length or back != (tail.start - self.last_index if self.last_index else 0):
             raise self.reader.error("the tail does not fit the segment", tail.start)
-        self._accept(tail, counted=False)
         self.end = end
+        yield tail

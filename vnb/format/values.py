@@ -1,26 +1,36 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What is in a stream: frames as values, and the counts of a segment."""
 
+from __future__ import annotations
+
 from xxhash import xxh3_64
 
 from vnb.format import frame as f
 from vnb.format.frame import DATA, HOLE, STATE_NAMES, ZERO
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vnb.format.types import Bytes, Fields, FileFields, Frame, Runs, SameFields
+
 
 FAILED = f.encode([f.FAILED, None])[0]  # what a command writes that fails before it has written anything
 
 
 class Raw:
     """
-    A frame as it stands in the stream. fields (list): all before the sum. start (int): its stream offset.
+    A frame as it stands in the stream. fields: all before the sum. start: its stream offset.
 
-    header (bytes): all of it up to its payload's first byte. payload (memoryview or None): valid as long as
-    that of Data is.
+    header: all of it up to its payload's first byte. payload: valid as long as that of Data is.
+    frame: what it says, where that is for whoever takes the segment: None for head, disks, index, end and tail.
     """
 
-    __slots__ = ("fields", "header", "payload", "start", "sum")
+    __slots__ = ("fields", "frame", "header", "payload", "start", "sum")
 
-    def __init__(self, fields, sum_, start, header, payload):
+    def __init__(self, fields: Fields, sum_: int, start: int, header: bytes, payload: memoryview | None) -> None:
         self.fields = fields
+        self.frame: Frame | None = None
         self.sum = sum_
         self.start = start
         self.header = header
@@ -32,7 +42,7 @@ class File:
 
     __slots__ = ("fields", "payload")
 
-    def __init__(self, fields, payload):
+    def __init__(self, fields: FileFields, payload: memoryview) -> None:
         self.fields = fields
         self.payload = payload
 
@@ -43,7 +53,7 @@ class Same:
     __slots__ = ("fields",)
     payload = None
 
-    def __init__(self, fields):
+    def __init__(self, fields: SameFields) -> None:
         self.fields = fields
 
 
@@ -52,11 +62,11 @@ class Extents:
 
     __slots__ = ("disk", "runs")
 
-    def __init__(self, disk, runs):
+    def __init__(self, disk: int, runs: Runs) -> None:
         self.disk = disk
         self.runs = runs
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
         return zip(self.runs[0::3], self.runs[1::3], self.runs[2::3])
 
 
@@ -72,7 +82,10 @@ class Data:
 
     __slots__ = ("codec", "disk", "hash", "length", "offset", "payload", "position", "size")
 
-    def __init__(self, disk, offset, length, codec, hash_, payload, position=0, size=0):
+    def __init__(
+        self, disk: int, offset: int, length: int, codec: str, hash_: int, payload: Bytes, position: int = 0,
+        size: int = 0,
+    ) -> None:
         self.disk = disk
         self.offset = offset
         self.length = length
@@ -88,29 +101,30 @@ class Other:
 
     __slots__ = ("fields", "payload")
 
-    def __init__(self, fields, payload):
+    def __init__(self, fields: Fields, payload: memoryview | None) -> None:
         self.fields = fields
         self.payload = payload
 
     @property
-    def optional(self):
+    def optional(self) -> bool:
         """Consumers may skip it."""
-        return self.fields[0].startswith("+")
+        kind: str = self.fields[0]
+        return kind.startswith("+")
 
 
 class Counts:
     """What the end frame says of a segment: frames before it, bytes of each state, bytes stored of data."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.frames = 0
         self.bytes = {DATA: 0, ZERO: 0, HOLE: 0}
         self.stored = 0
         self._digest = xxh3_64()
 
-    def add(self, sum_):
+    def add(self, sum_: int) -> None:
         self.frames += 1
         self._digest.update(sum_.to_bytes(8, "big"))
 
-    def fields(self):
+    def fields(self) -> dict[str, int]:
         counts = {STATE_NAMES[state]: count for state, count in self.bytes.items()}
         return {"frames": self.frames, **counts, "stored": self.stored, "digest": self._digest.intdigest()}

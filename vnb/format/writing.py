@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Segments of frames to a file descriptor, in bounded memory."""
 
+from __future__ import annotations
+
 import functools
 import os
 import select
@@ -9,7 +11,14 @@ from vnb.base.errors import Error, OutputClosed, os_error
 from vnb.format import frame as f
 from vnb.format.frame import DATA, FrameError
 from vnb.format.input import wait_for_fd
-from vnb.format.values import Counts, Data, Extents, File, Same
+from vnb.format.values import Counts, Data, Extents, File, Other, Same
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vnb.format.types import Bytes, Disk, Fields, FileFields, Frame, Head, Runs, SameFields, Taken, Wait
+
 
 SMALL = 64 << 10  # frames are gathered up to this many bytes before they are written
 
@@ -24,9 +33,12 @@ class Writer:
     put (callable or None): writes some of a list of bytes-like, as os.writev() does to fd, and gives their count.
     """
 
-    report = None
+    report: Callable[[Head], Taken] | None = None
 
-    def __init__(self, fd, name="stdout", wait=None, put=None):
+    def __init__(
+        self, fd: int, name: str = "stdout", wait: Wait | None = None,
+        put: Callable[[list[memoryview]], int] | None = None,
+    ) -> None:
         self.fd = fd
         self.name = name
         self.stdout = fd == 1
@@ -35,11 +47,11 @@ class Writer:
         self.offset = 0
         self._small = bytearray()
 
-    def segment(self, head, disks):
+    def segment(self, head: Head, disks: list[Disk]) -> SegmentWriter:
         """Begin a segment: write head and disks (dicts); returns its SegmentWriter."""
         return SegmentWriter(self, head, disks)
 
-    def write(self, header, payload=None):
+    def write(self, header: Bytes, payload: Bytes | None = None) -> None:
         """Write a frame's bytes; small ones may wait for flush()."""
         self._small += header
         self.offset += len(header)
@@ -54,22 +66,22 @@ class Writer:
         if len(self._small) >= SMALL:
             self.flush()
 
-    def flush(self):
+    def flush(self) -> None:
         """Let whoever reads them have all bytes that wait."""
         if self._small:
             parts = [memoryview(self._small)]
             self._small = bytearray()
             self._writev(parts)
 
-    def finish(self):
+    def finish(self) -> None:
         """Have all bytes with the operating system; more may follow. Raises Error."""
         self.flush()
 
-    def wait(self):
+    def wait(self) -> None:
         """Wait until more can be written, where the descriptor does not do that itself."""
         self._wait(self.fd, select.POLLOUT)
 
-    def _writev(self, parts):
+    def _writev(self, parts: list[memoryview]) -> None:
         try:
             while parts:
                 try:
@@ -96,35 +108,35 @@ class SegmentWriter:
     positions (dict): {disk number: where the last extent that was written ends}. counts (Counts): of all so far.
     """
 
-    def __init__(self, writer, head, disks):
+    def __init__(self, writer: Writer, head: Head, disks: list[Disk]) -> None:
         self.writer = writer
         self.disks = disks
         self.positions = dict.fromkeys(range(len(disks)), 0)
         self.start = writer.offset
         self.counts = Counts()
-        self.last_index = None
+        self.last_index: int | None = None
         self._report = None if writer.report is None else writer.report(head)
         self._frame(["vnb", f.VERSION, head])
         for number, disk in enumerate(disks):
             self._frame(["disk", number, disk])
         writer.flush()
 
-    def file(self, fields, payload):
+    def file(self, fields: FileFields, payload: Bytes) -> None:
         """A part of a file, at most MAX_PAYLOAD bytes of it. fields: role, path, mode, size, offset."""
         self._frame(["file", fields], payload)
 
-    def same(self, fields):
+    def same(self, fields: SameFields) -> None:
         """A file that the base has, as the head says. fields: role, path, mode."""
         self._frame(["same", fields])
 
-    def extents(self, disk, runs):
+    def extents(self, disk: int, runs: Runs) -> None:
         """Extents of a disk, at most MAX_EXTENTS. runs: flat list of offset, length, state."""
         for length, state in zip(runs[1::3], runs[2::3]):
             self.counts.bytes[state] += length
         self.positions[disk] = sum(runs[-3:-1])
         self._frame(["extent", disk, runs])
 
-    def data(self, disk, offset, length, codec, hash_, payload):
+    def data(self, disk: int, offset: int, length: int, codec: str, hash_: int, payload: Bytes) -> tuple[int, int]:
         """A data frame; returns (position in the segment, size) in bytes. payload may be reused afterwards."""
         position = self.writer.offset - self.start
         header, sum_ = f.encode_data(disk, offset, length, codec, hash_, len(payload))
@@ -135,23 +147,26 @@ class SegmentWriter:
         self.counts.stored += len(payload)
         return position, len(header) + len(payload)
 
-    def index(self, disk, rows, payload):
+    def index(self, disk: int, rows: int, payload: Bytes) -> None:
         """An index frame of rows (int) entries of one disk; see vnb.format.index."""
         start = self.writer.offset
         self._frame(["index", disk, rows, start - self.last_index if self.last_index else 0], payload)
         self.last_index = start
 
-    def frame(self, frame):
+    def frame(self, frame: Frame) -> None:
         """Pass on a frame that a Reader gave."""
-        if frame.__class__ is Data:
+        if type(frame) is Data:
             self.data(frame.disk, frame.offset, frame.length, frame.codec, frame.hash, frame.payload)
-        elif frame.__class__ is Extents:
+        elif type(frame) is Extents:
             self.extents(frame.disk, frame.runs)
-        else:
-            kind = {File: ["file"], Same: ["same"]}.get(frame.__class__)
-            self._frame([*kind, frame.fields] if kind else frame.fields, frame.payload)
+        elif type(frame) is File:
+            self.file(frame.fields, frame.payload)
+        elif type(frame) is Same:
+            self.same(frame.fields)
+        elif type(frame) is Other:
+            self._frame(frame.fields, frame.payload)
 
-    def end(self):
+    def end(self) -> None:
         """All went well: write end and tail, and finish."""
         header, _sum = f.encode(["end", self.counts.fields()])
         self.writer.write(header)
@@ -162,7 +177,7 @@ class SegmentWriter:
         if self._report is not None:
             self._report.taken()
 
-    def _frame(self, fields, payload=None):
+    def _frame(self, fields: Fields, payload: Bytes | None = None) -> None:
         try:
             header, sum_ = f.encode(fields, payload)
         except FrameError as error:

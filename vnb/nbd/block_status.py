@@ -3,11 +3,23 @@
 NBD exports: which parts of one are data, zero, hole or dirty, as its server says when it is asked for block status.
 """
 
+from __future__ import annotations
+
 from itertools import accumulate
 
 from vnb.base.errors import Error
 from vnb.format.frame import DATA, HOLE, MAX_EXTENTS, ZERO, GiB, MiB
 from vnb.format.runs import clipped
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from vnb.format.types import Runs
+    from vnb.nbd.connection import Connection
+    from vnb.nbd.connections import Connections
+
 
 BASE_ALLOCATION = "base:allocation"
 FIRST_SPAN = 16 * MiB  # of the first block status request: an answer soon
@@ -32,16 +44,19 @@ class Context:
     has_context = False
     minimum = 1  # bytes: of a request, see vnb.nbd.connection.Connection
 
-    def __init__(self, connections, uri, name, context, size=None, required=False):
+    def __init__(
+        self, connections: Connections, uri: str, name: str, context: str | None, size: int | None = None,
+        required: bool = False,
+    ) -> None:
         self.connections = connections
         self.uri = uri
         self.name = name
         self.context = context
         self.size = size
         self._required = required
-        self._connection = None
+        self._connection: Connection | None = None
 
-    def open(self):
+    def open(self) -> Connection:
         """The connection (Connection), made now where there is none. Raises Error where it is not as it has to be."""
         if self._connection is None or not self._connection.is_open:
             self._connection = found = self.connections.open(self.uri, self.name, self.context)
@@ -52,11 +67,11 @@ class Context:
             self.size, self.has_context, self.minimum = found.size, found.has_context, found.minimum
         return self._connection
 
-    def ask(self, offset, length):
+    def ask(self, offset: int, length: int) -> Question:
         """Begin to ask for the extents in [offset, offset + length); returns a Question."""
         return Question(self.open(), offset, length)
 
-    def close(self):
+    def close(self) -> None:
         """Close the connection; the next question makes another one."""
         if self._connection is not None:
             self.connections.release(self._connection)
@@ -70,25 +85,25 @@ class Question:
     or more than was asked, but says something: each length is over 0.
     """
 
-    def __init__(self, connection, offset, length):
+    def __init__(self, connection: Connection, offset: int, length: int) -> None:
         self.connection = connection
         self.offset = offset
-        self._entries = []
-        self._raised = None
+        self._entries: list[int] = []
+        self._raised: BaseException | None = None
         self._request = connection.status(offset, length, self._extent)
 
-    def answer(self):
+    def answer(self) -> list[int]:
         self.connection.connections.wait(self._request)
         if self._raised is not None:
             raise self._raised
-        entries, self._entries = self._entries, None
+        entries, self._entries = self._entries, []
         if not entries or 0 in entries[0::2]:
             raise Error(
                 self.connection.name, f"server gave no extents of {self.connection.context}", f"offset {self.offset}"
             )
         return entries
 
-    def _extent(self, context, offset, entries, error):
+    def _extent(self, context: str, offset: int, entries: list[int], error: Any) -> None:
         try:
             # A second list for one context would be against the protocol: it is not known what it goes on from.
             if context == self.connection.context and offset == self.offset and not error.value and not self._entries:
@@ -104,17 +119,17 @@ class Walk:
     unknown (int): the flags of what the server cannot be asked about: all of it without the context.
     """
 
-    def __init__(self, context, unknown):
+    def __init__(self, context: Context, unknown: int) -> None:
         self.context = context
         self._unknown = unknown
         self._span = FIRST_SPAN
-        self._question = None
-        self._entries = []
+        self._question: Question | _Unasked | None = None
+        self._entries: list[int] = []
         self._at = 0  # in entries: what is before it was left behind
         self._start = 0  # the offset of the extent there
         self._end = 0  # entries reach up to here
 
-    def within(self, offset, end, horizon=None):
+    def within(self, offset: int, end: int, horizon: int | None = None) -> Iterator[tuple[int, int, int]]:
         """
         Yield (offset, length, flags) that cover [offset, end) exactly. Calls must ascend.
 
@@ -134,7 +149,7 @@ class Walk:
             yield offset, stop - offset, self._entries[self._at + 1]
             offset = stop
 
-    def replies(self, end):
+    def replies(self, end: int) -> Iterator[tuple[int, list[int]]]:
         """Yield (offset, entries), one a reply, that cover [0, end) at least; entries as Question has them."""
         if end:
             self._ask(0, end)
@@ -146,7 +161,7 @@ class Walk:
                 self._ask(self._end, end)  # the server looks for the next ones while these are worked on
             yield offset, entries
 
-    def _ask(self, offset, end):
+    def _ask(self, offset: int, end: int) -> None:
         context = self.context
         length = min(max(self._span, context.minimum), end - offset)
         # What is left of the last block of an odd size cannot be asked for.
@@ -154,7 +169,8 @@ class Walk:
         self._start = offset
         self._question = context.ask(offset, length) if length else _Unasked(end - offset, self._unknown)
 
-    def _take(self):
+    def _take(self) -> None:
+        assert self._question is not None
         self._entries = self._question.answer()
         self._question = None
         self._at = 0
@@ -169,14 +185,14 @@ class Walk:
 class _Unasked:
     """In the place of a Question: length bytes that nobody is asked about."""
 
-    def __init__(self, length, flags):
+    def __init__(self, length: int, flags: int) -> None:
         self._entries = [length, flags]
 
-    def answer(self):
+    def answer(self) -> list[int]:
         return self._entries
 
 
-def allocation(base, size):
+def allocation(base: Context, size: int) -> Iterator[Runs]:
     """Yield runs that tile [0, size): a full backup's extents. runs: flat list of offset, length, state, ..."""
     for start, lengths, flags in _parts(Walk(base, unknown=0), size):
         offsets = list(accumulate(lengths, initial=start))
@@ -188,7 +204,7 @@ def allocation(base, size):
         yield runs if end <= size else clipped(runs, size)
 
 
-def changes(dirty, base, size):
+def changes(dirty: Context, base: Context, size: int) -> Iterator[Runs]:
     """
     Yield runs of what is dirty: an increment's extents. runs: flat list of offset, length, state, ...
 
@@ -202,7 +218,7 @@ def changes(dirty, base, size):
             if flag & DIRTY and start < size:
                 ranges.append((start, min(start + length, size)))
             start += length
-        runs = []
+        runs: Runs = []
         for offset, end in ranges:
             for piece, length, flag in walk.within(offset, end, ranges[-1][1]):
                 runs += (piece, length, _STATES[flag & 3])
@@ -212,7 +228,7 @@ def changes(dirty, base, size):
         yield runs
 
 
-def _parts(walk, size):
+def _parts(walk: Walk, size: int) -> Iterator[tuple[int, list[int], list[int]]]:
     """Yield (offset, lengths, flags) of the replies of a walk: one may be of a million extents, a part is not."""
     for offset, entries in walk.replies(size):
         for at in range(0, len(entries), 2 * MAX_EXTENTS):

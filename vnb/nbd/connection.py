@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One connection to an NBD server: opened within bounded time, its failures in words."""
 
+from __future__ import annotations
+
 import os
 import re
 import select
@@ -15,6 +17,14 @@ from vnb.base.errors import Error
 from vnb.base.signals import held
 from vnb.format.frame import MiB
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from vnb.nbd.connections import Connections
+
+
 CLOSE_SECONDS = 5  # for a server to hear that we leave
 
 _GONE = (ECONNABORTED, ECONNRESET, ENOTCONN, EPIPE)
@@ -25,33 +35,43 @@ _EVENTS = {
 }
 
 
+if TYPE_CHECKING:
+    Request = tuple["Connection", int]  # the connection, and libnbd's cookie
+
+
+class Lost(Error):
+    """The connection to an NBD server broke."""
+
+
 class Connection:
     """
     One connection to an export. It is begun here, and is ready when the server has said all that is below.
 
-    connections (Connections): those that it is one of. uri (str): nbd, nbds, nbd+unix, nbds+unix.
-    name (str): the disk, for messages. context (str or None): a meta context to ask for.
-    size (int): of the export, in bytes. has_context (bool): the server offers it. multi_conn (bool).
-    minimum, maximum (int): bytes; requests are at least this long, multiples of it, and at most that long.
-    failure (Error or None): why it never became ready. is_refused (bool): the server hung up without a word of why,
-    or has too many that wait, as one does that takes no more clients. is_unknown (bool): it says that there is no such
-    export.
+    connections: those that it is one of. uri: nbd, nbds, nbd+unix, nbds+unix. socket: one that is connected to the
+    server, in place of the URI. name: the disk, for messages. context: a meta context to ask for.
+    size: of the export, in bytes. has_context: the server offers it. multi_conn, is_read_only, can_zero, can_flush.
+    minimum, maximum: bytes; requests are at least this long, multiples of it, and at most that long.
+    failure: why it never became ready. is_refused: the server hung up without a word of why, or has too many that
+    wait, as one does that takes no more clients. is_unknown: it says that there is no such export.
     """
 
-    failure = None
+    failure: Error | None = None
     is_refused = is_unknown = False
     _is_ready = False
     _state = "START"  # libnbd's, while it connects
 
-    def __init__(self, connections, uri, name, context=None):
+    def __init__(
+        self, connections: Connections, uri: str, name: str, context: str | None = None,
+        socket: socket.socket | None = None,
+    ) -> None:
         self.connections = connections
         self.uri = uri
         self.name = name
         self.context = context
         self.began = time.monotonic()
         self.used = 0  # when a request was made last, by the clock of connections
-        self._pending = {}  # cookie: offset, oldest first
-        self._answered = {}  # cookie: None, or the Error of one that failed
+        self._pending: dict[int, int | None] = {}  # cookie: offset, oldest first
+        self._answered: dict[int, Error | None] = {}  # cookie: None, or the Error of one that failed
         self.handle = handle = nbd.NBD()
         handle.set_uri_allow_local_file(True)  # a URI names the files with TLS keys; it is our user's
         handle.set_pread_initialize(False)  # every completion is checked before a byte is used
@@ -60,19 +80,22 @@ class Connection:
         try:
             if context is not None:
                 handle.add_meta_context(context)
-            handle.aio_connect_uri(uri)
+            if socket is None:
+                handle.aio_connect_uri(uri)
+            else:
+                handle.aio_connect_socket(socket.detach())
         except ValueError as error:  # no text for C: both may come from a stream
             raise Error(name, f"cannot connect: {error}") from None
         except nbd.Error as error:
             self.failed(error)
 
     @property
-    def is_open(self):
+    def is_open(self) -> bool:
         """Whether it is ready, or may still become so."""
         return self.handle is not None
 
     @property
-    def ready(self):
+    def ready(self) -> bool:
         """Whether requests may be made of it."""
         if not self._is_ready and self.handle is not None and self.handle.aio_is_ready():
             try:
@@ -81,32 +104,35 @@ class Connection:
                 self.failed(error)
         return self._is_ready
 
-    def _learn(self):
+    def _learn(self) -> None:
         handle = self.handle
         self.size = handle.get_size()
         self.has_context = self.context is not None and handle.can_meta_context(self.context)
         self.multi_conn = handle.can_multi_conn()
+        self.is_read_only = handle.is_read_only()
+        self.can_zero = handle.can_zero()
+        self.can_flush = handle.can_flush()
         self.minimum = max(1, handle.get_block_size(nbd.SIZE_MINIMUM))
         self.maximum = handle.get_block_size(nbd.SIZE_MAXIMUM) or 32 * MiB
         self._is_ready = True
 
     @property
-    def in_flight(self):
+    def in_flight(self) -> int:
         """Requests whose answers were not taken yet."""
         return len(self._pending)
 
     @property
-    def is_asked(self):
+    def is_asked(self) -> bool:
         """Whether the server owes us answers."""
         return self._is_ready and self.handle.aio_in_flight() > 0
 
     @property
-    def expects(self):
+    def expects(self) -> bool:
         """Whether something is to come from the server: poll(2) for it."""
         return self.is_asked if self._is_ready else self.handle is not None and self.handle.aio_is_connecting()
 
     @property
-    def is_connected(self):
+    def is_connected(self) -> bool:
         """Whether there is a connection on which the server could say something; asked before it is ready."""
         try:
             # libnbd waits for the greeting without having waited for TCP's connection (libnbd 1.14).
@@ -117,16 +143,16 @@ class Connection:
         return True
 
     @property
-    def is_greeted(self):
+    def is_greeted(self) -> bool:
         """Whether the server has said anything; asked before it is ready."""
         return not self._look().startswith(("START", "CONNECT", "MAGIC"))
 
-    def _look(self):
+    def _look(self) -> str:
         if self.handle is not None:
             self._state = self.handle.connection_state()
         return self._state
 
-    def failed(self, error):
+    def failed(self, error: nbd.Error) -> None:
         """
         Something awaited brought an nbd.Error.
 
@@ -140,13 +166,14 @@ class Connection:
         self.is_unknown = error.errnum == ENOENT and self._state.startswith("NEWSTYLE")
         self.failure = self.error(error)
         path = re.search(r"[?&]socket=([^&]*)", self.uri)
-        if path and self._state == "START" and error.errnum in (ENOENT, ECONNREFUSED):
+        is_missing = self._state == "START" and error.errnum in (ENOENT, ECONNREFUSED)
+        if path and is_missing and self.connections.of_job:
             # A job takes its socket along when it ends.
             reason = f"{os.strerror(error.errnum)} (has its backup job ended)"
             self.failure = Error(self.name, f"cannot connect to {unquote(path[1])}: {reason}")
         self.handle = None  # the last one that has it: that closes the socket
 
-    def proceed(self, direction, events):
+    def proceed(self, direction: int, events: int) -> None:
         """Let it go on: poll(2) has seen these events, where libnbd waits for a direction."""
         if not self._is_ready:
             self._look()
@@ -160,16 +187,29 @@ class Connection:
         except nbd.Error as error:
             self.failed(error)
 
-    def read(self, offset, view):
+    def read(self, offset: int, view: memoryview) -> Request:
         """Begin to read into view (memoryview) from offset; returns the request."""
         # The view itself, which libnbd takes and lets go: its Buffer around it would never be freed (libnbd 1.14).
         return self._request(self.handle.aio_pread, offset, view, offset)
 
-    def status(self, offset, length, extent):
+    def status(self, offset: int, length: int, extent: Callable[[str, int, list[int], Any], None]) -> Request:
         """Begin to ask for the extents of the context, which libnbd gives to extent(); returns the request."""
         return self._request(self.handle.aio_block_status, offset, length, offset, extent)
 
-    def _request(self, function, offset, *args):
+    def write(self, offset: int, view: memoryview) -> Request:
+        """Begin to write view (memoryview) at offset; it must stay as it is until that is done. Returns the request."""
+        return self._request(self.handle.aio_pwrite, offset, view, offset)
+
+    def zero(self, offset: int, length: int, keep: bool) -> Request:
+        """Begin to make a range read as zeroes. keep (bool): it stays allocated. Returns the request."""
+        flags = nbd.CMD_FLAG_NO_HOLE if keep else 0
+        return self._request(self.handle.aio_zero, offset, length, offset, None, flags)
+
+    def flush(self) -> Request:
+        """Begin to have all durable of which the requests are done; returns the request."""
+        return self._request(self.handle.aio_flush, None)
+
+    def _request(self, function: Callable[..., int], offset: int | None, *args: Any) -> Request:
         try:
             cookie = function(*args)
         except nbd.Error as error:
@@ -178,7 +218,7 @@ class Connection:
         self._pending[cookie] = offset
         return self, cookie
 
-    def is_done(self, cookie):
+    def is_done(self, cookie: int) -> bool:
         """Whether the request with a cookie is done; raises Error if it failed. Not asked again when it is."""
         if not self.is_answered(cookie):
             return False
@@ -187,7 +227,7 @@ class Connection:
             raise error
         return True
 
-    def is_answered(self, cookie):
+    def is_answered(self, cookie: int) -> bool:
         """Whether the request with a cookie is done, well or not."""
         if cookie in self._answered:
             return True
@@ -201,13 +241,13 @@ class Connection:
         self._answered[cookie] = failure
         return True
 
-    def settle(self):
+    def settle(self) -> None:
         """Wait for all answers. They can be asked for as before, also when the connection is closed. Raises Error."""
         for cookie in tuple(self._pending):
             while not self.is_answered(cookie):
                 self.connections.turn()
 
-    def close(self):
+    def close(self) -> None:
         """
         End the connection, when all answers are there. Raises Error.
 
@@ -226,7 +266,7 @@ class Connection:
         self.handle = None
         self._is_ready = False
 
-    def error(self, error, offset=None):
+    def error(self, error: nbd.Error, offset: int | None = None) -> Error:
         """The Error for an nbd.Error of a request at an offset, or of whatever is in flight."""
         text = error.string or "unknown error"
         if _is_gone(error) or "invalid state" in text:
@@ -234,15 +274,16 @@ class Connection:
             text, offset = "server closed the connection", next(iter(self._pending.values()), offset)
         elif offset is None:
             offset = next(iter(self._pending.values()), None)
+        kind = Lost if _is_gone(error) else Error
         # What is left is the server's words, or the system's for its errno, without the names of libnbd's functions.
         text = re.sub(r"^nbd_\w+: ", "", text)
         text = re.sub(r"^(?:connect: |recv: |send: |handshake: |[a-z-]+: command failed: )", "", text)
-        if offset is None:
-            return Error(self.name, f"cannot connect: {text}")
-        return Error(self.name, text, f"offset {offset}")
+        if not self._is_ready:
+            return kind(self.name, f"cannot connect: {text}")
+        return kind(self.name, text, None if offset is None else f"offset {offset}")
 
 
-def explained(error, uri):
+def explained(error: Error, uri: str) -> Error:
     """The Error of a connection to a URI that failed, with what is wrong with TLS: libnbd says only that it fails."""
     if uri.startswith("nbds:"):
         from vnb.nbd import tls_diagnosis  # most have no need of it, and it is slow to import
@@ -253,6 +294,6 @@ def explained(error, uri):
     return error
 
 
-def _is_gone(error):
+def _is_gone(error: nbd.Error) -> bool:
     """Whether an nbd.Error says that the server closed the connection."""
     return error.errnum in _GONE or "disconnected unexpectedly" in (error.string or "")

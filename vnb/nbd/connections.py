@@ -16,6 +16,8 @@ Only libnbd's asynchronous calls are used, with a poll(2) of our own around them
 Python signal handler cannot run, so that Ctrl-C would do nothing while a server does not answer.
 """
 
+from __future__ import annotations
+
 import itertools
 import select
 import time
@@ -25,6 +27,14 @@ import nbd
 from vnb.base.errors import Error
 from vnb.nbd.connection import _EVENTS, Connection, explained
 from vnb.nbd.endpoint import PATIENCE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from vnb.nbd.connection import Request
+
 
 MOST_OF_EXTENTS, MOST_OF_READ = 4, 12  # the budget of a pipeline is 16: far from the 100 that QEMU takes
 CROWDED_SECONDS = 3  # after which a server that does not greet us may be waiting for us to leave
@@ -38,24 +48,28 @@ class Connections:
 
     patience (float): seconds that a server has to take one; None: PATIENCE. alone (bool): nobody else is its client.
     is_used (callable or None): whether the next stage still has work from us, and so a use for a connection that we
-    wait for. That time does not count.
+    wait for. That time does not count. of_job (bool): the servers are those of a backup job.
     """
 
-    def __init__(self, most, patience=None, alone=False, is_used=None):
+    def __init__(
+        self, most: int, patience: float | None = None, alone: bool = False, is_used: Callable[[], bool] | None = None,
+        of_job: bool = False,
+    ) -> None:
         self.most = most
         self.clock = itertools.count(1)
         self._patience = PATIENCE if patience is None else patience
         self._alone = alone
         self._is_used = is_used
-        self._all = []
+        self.of_job = of_job
+        self._all: list[Connection] = []
 
-    def open(self, uri, name, context=None):
-        """A new Connection that is ready. Another one makes way where that is needed. Raises Error."""
+    def open(self, uri: str, name: str, context: str | None = None, socket: socket.socket | None = None) -> Connection:
+        """A new Connection that is ready, see there. Another one makes way where that is needed. Raises Error."""
         while len(self._all) >= self.most:
             self._close(min(self._all, key=_by_use))
         is_refused = is_unknown = False
         since = time.monotonic()
-        connection = self._begin(uri, name, context)
+        connection = self._begin(uri, name, context, socket)
         while not connection.ready:
             now = time.monotonic()
             if connection.is_unknown and not is_unknown:
@@ -85,7 +99,7 @@ class Connections:
                 self.turn(min(CROWDED_SECONDS, since + self._patience - now))
         return connection
 
-    def another(self, first):
+    def another(self, first: Connection) -> Connection | None:
         """
         One more Connection to the export of one that is ready, or None where there is no room for it.
 
@@ -99,29 +113,29 @@ class Connections:
             self._close(min(idle, key=_by_use))
         return self._begin(first.uri, first.name, None)
 
-    def drop(self, connection):
+    def drop(self, connection: Connection) -> None:
         """Let go of a connection that is not ready."""
         self._all.remove(connection)
         connection.handle = None
 
-    def release(self, connection):
+    def release(self, connection: Connection) -> None:
         """Close a connection, if it is one of ours still; whether it became ready or not."""
         if connection in self._all:
             self._close(connection)
 
-    def give_back(self):
+    def give_back(self) -> None:
         """Close all connections, when their answers are there. Raises Error."""
         # A server may let go of none as long as it is speaking with one: those in its handshake first.
         while self._all:
             self._close(min(self._all, key=_by_use))
 
-    def wait(self, request):
+    def wait(self, request: Request) -> None:
         """Return when a request is done; those of the other connections go on meanwhile. Raises Error."""
         connection, cookie = request
         while not connection.is_done(cookie):
             self.turn()
 
-    def wait_for(self, fd, event, give_back):
+    def wait_for(self, fd: int, event: int, give_back: bool) -> None:
         """
         Return when a descriptor is ready for an event of poll(2); until then take what the servers send. Raises Error.
 
@@ -134,7 +148,9 @@ class Connections:
             if give_back and long and not any(connection.is_asked for connection in self._all):
                 self.give_back()
 
-    def turn(self, seconds=None, fd=None, event=0, leaving=None):
+    def turn(
+        self, seconds: float | None = None, fd: int | None = None, event: int = 0, leaving: Connection | None = None,
+    ) -> set[int]:
         """
         Wait until a connection can go on, and let those that can; returns the descriptors (set) that were ready.
 
@@ -164,18 +180,18 @@ class Connections:
                 connection.proceed(direction, events)
         return {number for number, _ in ready}
 
-    def _begin(self, uri, name, context):
-        connection = Connection(self, uri, name, context)
+    def _begin(self, uri: str, name: str, context: str | None, socket: socket.socket | None = None) -> Connection:
+        connection = Connection(self, uri, name, context, socket)
         self._all.append(connection)
         return connection
 
-    def _close(self, connection):
+    def _close(self, connection: Connection) -> None:
         try:
             connection.close()
         finally:
             self._all.remove(connection)
 
-    def _make_way_for(self, connection):
+    def _make_way_for(self, connection: Connection) -> bool:
         """Close all others, of which the server has too many, and have fewer from now on. Whether there were any."""
         others = [other for other in self._all if other is not connection]
         if not others:
@@ -185,7 +201,7 @@ class Connections:
             self._close(other)
         return True
 
-    def _unanswered(self, connection, is_refused):
+    def _unanswered(self, connection: Connection, is_refused: bool) -> Error:
         seconds = f"within {self._patience} seconds"
         if self._alone:
             reason = f"the server does not answer {seconds}"
@@ -200,6 +216,6 @@ class Connections:
         return Error(connection.name, f"cannot connect: {reason}")
 
 
-def _by_use(connection):
+def _by_use(connection: Connection) -> tuple[bool, int]:
     """Who makes way first: those in their handshake, then those that were used least lately."""
     return connection.ready, connection.used

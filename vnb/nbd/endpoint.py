@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Endpoints: where QEMU listens for NBD clients, and the URI by which they come there. Pure, but for choose_port()."""
 
+from __future__ import annotations
+
 import random
 import re
 import urllib.parse
@@ -22,14 +24,14 @@ class Unix:
 
     is_tcp = False
 
-    def __init__(self, path):
+    def __init__(self, path: str) -> None:
         self.key = self.path = path
 
-    def attributes(self):
+    def attributes(self) -> dict[str, str]:
         """Of the element server in libvirt's backup XML."""
         return {"transport": "unix", "socket": self.path}
 
-    def uri(self, export):
+    def uri(self, export: str) -> str:
         """The NBD URI of an export."""
         return f"nbd+unix:///{quoted(export)}?{_query('socket', self.path)}"
 
@@ -45,7 +47,9 @@ class Tcp:
 
     is_tcp = True
 
-    def __init__(self, address, port, host, tls=False, certificates=None):
+    def __init__(
+        self, address: str, port: int | None, host: str, tls: bool = False, certificates: str | None = None,
+    ) -> None:
         self.address = address
         self.is_given = port is not None
         self.port = port
@@ -55,36 +59,36 @@ class Tcp:
         if not self.is_given:
             self.choose_port()
 
-    def choose_port(self):
+    def choose_port(self) -> None:
         """Take another port: libvirt wants one to be named, and only trying tells whether it is free."""
         self.port = random.choice(PORTS)  # noqa: S311 -- any will do
 
     @property
-    def key(self):
+    def key(self) -> str:
         """As libvirt has it, see vnb.virt.domxml.backup_endpoint(): by it a job is known as ours."""
         return f"{self.attributes()['name']}:{self.port}"
 
-    def attributes(self):
+    def attributes(self) -> dict[str, str]:
         found = {"transport": "tcp", "name": self.address or "0.0.0.0", "port": str(self.port)}  # noqa: S104
         return {**found, "tls": "yes"} if self.tls else found
 
-    def uri(self, export):
+    def uri(self, export: str) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         # With nbds there is no connection without TLS, nor to a server whose certificate is not of this host.
         query = f"?{_query('tls-certificates', self.certificates)}" if self.certificates else ""
         return f"{'nbds' if self.tls else 'nbd'}://{host}:{self.port}/{quoted(export)}{query}"
 
 
-def quoted(export):
+def quoted(export: str) -> str:
     """The name of an export as it stands in a URI."""
     return urllib.parse.quote(export, safe="")
 
 
-def _query(name, path):
+def _query(name: str, path: str) -> str:
     return f"{name}={urllib.parse.quote(path)}"  # a + would not be a space for libnbd
 
 
-def parse_listen(text):
+def parse_listen(text: str) -> tuple[str, int | None]:
     """(address, port or None) of ADDRESS[:PORT], where an IPv6 address with a port is in brackets. UsageError."""
     match = _LISTEN.fullmatch(text)
     if match is None or not text:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Why a connection with TLS fails: libnbd says only that it does. Asked when it has, nothing else is decided here."""
 
+from __future__ import annotations
+
 import os
 import socket
 import ssl
@@ -20,7 +22,7 @@ _REFUSED = "the server ended the connection: it may not take our certificate"
 _STARTTLS, _ACK = 5, 1
 
 
-def why(uri):
+def why(uri: str) -> str | None:
     """What is wrong with TLS at an NBD URI (str) with certificates, or None: not known."""
     parts = urllib.parse.urlsplit(uri)
     directory = dict(urllib.parse.parse_qsl(parts.query)).get("tls-certificates")
@@ -51,14 +53,14 @@ def why(uri):
         return None
 
 
-def _starttls(connection):
+def _starttls(connection: socket.socket) -> bool:
     """Whether the server begins TLS when it is asked to."""
     _read(connection, _GREETING.size)
     connection.sendall(struct.pack(">I", 1) + _OPTION.pack(b"IHAVEOPT", _STARTTLS, 0))
-    return _REPLY.unpack(_read(connection, _REPLY.size))[2] == _ACK
+    return bool(_REPLY.unpack(_read(connection, _REPLY.size))[2] == _ACK)
 
 
-def _read(connection, size):
+def _read(connection: socket.socket, size: int) -> bytes:
     deadline = time.monotonic() + SECONDS
     found = b""
     while len(found) < size:

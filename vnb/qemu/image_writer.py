@@ -13,7 +13,8 @@ from vnb.base.errors import Error, os_error
 from vnb.base.processes import Child
 from vnb.base.syscalls import WriteBack
 from vnb.base.tempdir import temporary_directory
-from vnb.nbd.sinks import MAX_CLUSTER, Lost, Nbd
+from vnb.nbd.connection import Lost
+from vnb.nbd.sinks import MAX_CLUSTER, Nbd
 
 # QEMU takes a buffer for each request and gives it back, and glibc asks the kernel for each one of this size: half of
 # a restore was page faults. With these it keeps the memory, at most as much as was ever in flight at once.
@@ -200,9 +201,7 @@ class Image(Nbd):
         self._server = None
         try:
             self._server = Server(path, what, format_, unsafe=new, discard=not keep)
-            super().__init__(
-                name, what, lambda handle: handle.aio_connect_socket(self._server.connection.detach()), keep
-            )
+            super().__init__(name, what, "", self._server.connection, keep, alone=True)
             self.cluster = _cluster_size(self._files[0], format_)
         except BaseException as error:
             better = self._explained(error) if isinstance(error, Lost) else error
@@ -213,9 +212,9 @@ class Image(Nbd):
         super().write(offset, plain, done)
         self._write_back.count(len(plain))
 
-    def _start(self, *request, **how):
+    def _start(self, *request):
         with self._explaining():  # to begin a request is enough to hear that the connection is lost
-            super()._start(*request, **how)
+            super()._start(*request)
 
     def poll(self):
         with self._explaining():
@@ -255,7 +254,7 @@ class Image(Nbd):
 
     def _explained(self, error):
         """The Error that tells why the connection was lost: qemu-nbd ends when it is, and says more than libnbd."""
-        self._handle = None
+        super().close()
         try:
             self._server.wait()
         except Error as better:

@@ -53,8 +53,6 @@ class Standby:
         self._buffers = buffers
         self._reached = False
         self._skipped = None  # a point that was passed over and is not known
-        self._held = None  # frames of a segment, while it is not known what becomes of it
-        self._spool = None  # a Writer
         self._directory = None
         self._lock = None
         self._state = None
@@ -104,20 +102,8 @@ class Standby:
             self._apply_spool()
         self._remove_spool()
 
-    def passed(self, raw):
-        """Take a frame (vnb.format.values.Raw) that the Reader has checked."""
-        if raw.fields[0] == "vnb":
-            self._held = []
-        if self._held is not None:
-            self._held.append(raw.header)  # head and disks: they have no payloads
-        elif self._spool is not None:
-            self._spool.write(raw.header, raw.payload)
-        if raw.fields[0] == "index":
-            self._buffers.give(raw.payload)
-
     def take(self, segment):
         """Apply a segment that leads on from the point reached; pass over one that leads there. Raises Error."""
-        held, self._held = self._held, None
         if self._state["point"] is None:
             self._make(segment)
         elif self._is_passed_over(segment.head):
@@ -127,7 +113,7 @@ class Standby:
             self._check_unchanged()
             with Replay(self.path, *self._restore, self._state) as replay:
                 taking = replay.check(segment)
-            self._fill_spool(segment, held)
+            self._fill_spool(segment)
             self._commit_spool(taking)
             self._apply_spool()
             self._remove_spool()
@@ -175,7 +161,7 @@ class Standby:
                     raise
                 self._save_reached(segment, restore)
 
-    def _fill_spool(self, segment, held):
+    def _fill_spool(self, segment):
         """Write a segment to the spool, every byte checked, and make it durable."""
         path = self._directory.final(SPOOL)
         names = [disk["name"] for disk in segment.disks]
@@ -184,19 +170,19 @@ class Standby:
         except OSError as error:
             raise os_error(path, error) from None
         try:
-            self._spool = writing.Writer(fd, path)
-            for header in held:
-                self._spool.write(header)
-            for frame in segment:
-                if frame.__class__ is values.Data:
-                    codec.plain(frame, names[frame.disk])
-                self._give(frame)
-            self._spool.flush()
+            spool = writing.Writer(fd, path)
+            for raws in (segment.front, segment.raws()):
+                for raw in raws:
+                    if raw.frame.__class__ is values.Data:
+                        codec.plain(raw.frame, names[raw.frame.disk])
+                    spool.write(raw.header, raw.payload)
+                    if raw.payload is not None:
+                        self._buffers.give(raw.payload)
+            spool.flush()
             os.fsync(fd)
         except OSError as error:
             raise os_error(path, error) from None
         finally:
-            self._spool = None
             os.close(fd)
 
     def _commit_spool(self, taking):

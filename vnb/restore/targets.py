@@ -22,7 +22,6 @@ import stat
 from vnb.base import log
 from vnb.base.errors import Error, UsageError, os_error
 from vnb.nbd import sinks
-from vnb.nbd.connection import explained
 from vnb.qemu import image_writer
 from vnb.restore.in_use import BLKROGET, refuse_if_in_use, refuse_if_in_use_at
 
@@ -237,15 +236,7 @@ class Export(Existing):
 
     def open(self, size):
         """A target that writes to it. Raises Error if it is too small."""
-
-        def connect(handle):
-            handle.set_uri_allow_local_file(True)  # a URI names the files with TLS keys; it is our user's
-            handle.aio_connect_uri(self.text)
-
-        try:
-            export = sinks.Nbd(self.name, self.text, connect)
-        except sinks.Lost as error:
-            raise explained(error, self.text) from None
+        export = sinks.Nbd(self.name, self.text, self.text)
         try:
             self._check(export.size, size)
         except Error:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Backup sets: segments in files, found, opened and stored durably; formats/backup-set.md has the layout."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import os
@@ -15,6 +17,13 @@ from vnb.store import chain
 from vnb.store.damage import NOTHING, Damaged, newest_by_name
 from vnb.store.saved_segment import SavedSegment, open_file, places
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from vnb.format.types import Head
+
+
 SUFFIX = ".vnb"
 _OF_VIRTNBDBACKUP = re.compile(r"[^.]+\.(full|copy|(inc|diff)\..+)\.data", re.DOTALL)  # names of its files
 SET_ASIDE = ".damaged"  # behind the name of a file that vnb-verify has found damaged: it is no segment any more
@@ -23,7 +32,7 @@ LISTINGS = 5  # of a set from which files go while it is read
 LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # it is not the file that is damaged
 
 
-def segments(operands):
+def segments(operands: Sequence[str]) -> list[SavedSegment]:
     """The segments of sets (directories) and files, in no order that means anything. Raises Error for any damage."""
     found, damaged = readable(operands)
     for file in damaged:
@@ -31,7 +40,7 @@ def segments(operands):
     return found
 
 
-def some(operands):
+def some(operands: Sequence[str]) -> tuple[list[SavedSegment], list[Damaged]]:
     """readable(), where there has to be a segment. Raises Error."""
     found, damaged = readable(operands)
     if not found:
@@ -41,7 +50,7 @@ def some(operands):
     return found, damaged
 
 
-def readable(operands):
+def readable(operands: Sequence[str]) -> tuple[list[SavedSegment], list[Damaged]]:
     """
     (segments, damaged): of sets (directories) and files all segments that can be used, in no order that means
     anything, and a vnb.store.damage.Damaged for each file that has others.
@@ -60,9 +69,10 @@ def readable(operands):
     return found, damaged
 
 
-def _readable_in_set(directory):
+def _readable_in_set(directory: str) -> tuple[list[SavedSegment], list[Damaged]]:
     for _ in range(LISTINGS):
-        found, damaged = [], []
+        found: list[SavedSegment] = []
+        damaged: list[Damaged] = []
         for path in paths(directory):
             segments, files = _readable_in_file(path, directory)
             found += segments
@@ -76,9 +86,9 @@ def _readable_in_set(directory):
     return found, damaged + others
 
 
-def _readable_in_file(path, directory=None):
+def _readable_in_file(path: str, directory: str | None = None) -> tuple[list[SavedSegment], list[Damaged]]:
     """The same of one file. directory (str or None): the set that it is in."""
-    found = []
+    found: list[SavedSegment] = []
     try:
         fd = open_file(path)
     except Error as error:
@@ -101,7 +111,7 @@ def _readable_in_file(path, directory=None):
         os.close(fd)
 
 
-def _damaged(path, error, directory, fd=None, count=0):
+def _damaged(path: str, error: Error, directory: str | None, fd: int | None = None, count: int = 0) -> Damaged:
     """The Damaged of a file; fd (int or None): open. count (int): of its segments, 0 where that is not known."""
     if error.errno in LACKING:
         raise error
@@ -114,12 +124,12 @@ def _damaged(path, error, directory, fd=None, count=0):
         newest = None
     else:
         can_be_read = start is not None or os.path.exists(path) and not os.path.isfile(path)
-        starts_so = bool(start) and f.HEAD_MAGIC.startswith(start)
+        starts_so = start is not None and start != b"" and f.HEAD_MAGIC.startswith(start)
         newest = newest_by_name(name, starts_so or count or not can_be_read)
     return Damaged(path, error, advice, head, newest)
 
 
-def _front(path, fd):
+def _front(path: str, fd: int) -> tuple[bytes | None, Head | None]:
     """
     (the first bytes, the outline of the first head) of a file that may be damaged behind them.
 
@@ -138,14 +148,14 @@ def _front(path, fd):
         return (start if error.errno is None else None), None
 
 
-def _without_strangers(segments):
+def _without_strangers(segments: list[SavedSegment]) -> tuple[list[SavedSegment], list[Damaged]]:
     """(segments, damaged): the segments of a set without those that are none of its backups."""
     found = []
     data = [segment for segment in segments if segment.head["stage"] == "data"]
     for segment in segments if data else ():  # without any it is a catalog of heads
         if segment.head["stage"] != "data":
             found.append((segment.name, Error(segment.name, f'holds no data, but {segment.head["stage"]}')))
-    by_id = {}
+    by_id: dict[str, SavedSegment] = {}
     # Of a segment and its copy, the segment is the one that has the name.
     for segment in sorted(data or segments, key=lambda segment: not _has_its_name(segment)):
         first = by_id.setdefault(segment.head["id"], segment)
@@ -156,11 +166,11 @@ def _without_strangers(segments):
     return kept, [Damaged(file, error, "" if file in used else MOVE, newest=NOTHING) for file, error in found]
 
 
-def _has_its_name(segment):
+def _has_its_name(segment: SavedSegment) -> bool:
     return is_name_of(os.path.basename(segment.name), segment.head)
 
 
-def paths(directory):
+def paths(directory: str) -> list[str]:
     """The paths of a set's segments, sorted by name."""
     try:
         names = sorted(os.listdir(directory))
@@ -174,7 +184,7 @@ def paths(directory):
     return found
 
 
-def file_name(head, merged=False):
+def file_name(head: Head, merged: bool = False) -> str:
     """
     The name of a segment's file: its restore point, whose middle part is a time, and its level.
 
@@ -188,14 +198,16 @@ def file_name(head, merged=False):
     return name
 
 
-def is_name_of(name, head):
+def is_name_of(name: str, head: Head) -> bool:
     """Whether a file has the name that a segment with this head gets."""
     with contextlib.suppress(Error):
         return name in (file_name(head), file_name(head, merged=True))
     return False
 
 
-def of_domain(segments, directory, uuid, domain):
+def of_domain(
+    segments: list[SavedSegment], directory: str | None, uuid: str, domain: str,
+) -> tuple[list[SavedSegment], list[Damaged]]:
     """
     (segments, damaged): those of a set that are of this domain, and a Damaged for each file that has others.
 
@@ -217,12 +229,12 @@ def of_domain(segments, directory, uuid, domain):
     return ours, damaged
 
 
-def identity(found):
+def identity(found: os.stat_result) -> tuple[int, int, int, int]:
     """What tells a file, as os.stat() found it, from one that has taken its place or was written to since."""
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def set_aside(directory, files):
+def set_aside(directory: str, files: dict[str, tuple[int, int, int, int]]) -> dict[str, str]:
     """
     Give damaged files of a set names that are no segment's, durably. files (dict): {path: its identity()}.
 
@@ -250,7 +262,7 @@ def set_aside(directory, files):
 
 
 @contextlib.contextmanager
-def locked(directory):
+def locked(directory: str) -> Iterator[int]:
     """Keep other writers out of a set for as long as this lasts."""
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -263,7 +275,7 @@ def locked(directory):
         os.close(fd)
 
 
-def is_missing(directory):
+def is_missing(directory: str) -> bool:
     """Whether nothing is there; where that cannot be told, whoever opens it says why."""
     try:
         os.lstat(directory)

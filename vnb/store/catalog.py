@@ -5,6 +5,8 @@ Catalogs: what is known to be saved in a set, or at a destination that is no dir
 A set is its own catalog. For a destination, the heads of what was committed to it are kept in the state directory.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import hashlib
@@ -14,6 +16,16 @@ import socket
 from vnb.base.durable import make_directories, make_private_directory, sync_directory
 from vnb.base.errors import Error, os_error
 from vnb.store import backupset, storing
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from vnb.format.types import Disk, Head
+    from vnb.store.damage import Damaged
+    from vnb.store.saved_segment import SavedSegment
+
 
 NAME = "name"  # a file beside the heads: the destination's name, which need be no name for a directory
 
@@ -27,13 +39,13 @@ class Catalog:
     damaged (list of vnb.store.damage.Damaged): the files that could not be read when it was read last.
     """
 
-    def __init__(self, directory=None, destination=None):
+    def __init__(self, directory: str | None = None, destination: str | None = None) -> None:
         self.directory = directory and os.path.abspath(directory)
         self.destination = destination
-        self.damaged = []
+        self.damaged: list[Damaged] = []
 
     @classmethod
-    def of(cls, state, uuid, set_, destination):
+    def of(cls, state: str, uuid: str, set_: str | None, destination: str | None) -> Catalog:
         """The catalog of a set (its directory, or None) or of a destination (its name, or None) for a domain."""
         if destination is None:
             return cls(set_)
@@ -41,7 +53,7 @@ class Catalog:
         return cls(os.path.join(_home(state, uuid), name), destination)
 
     @classmethod
-    def destinations(cls, state, uuid):
+    def destinations(cls, state: str, uuid: str) -> list[Catalog]:
         """The catalogs of all destinations to which something of a domain was committed, by their names."""
         home = _home(state, uuid)
         try:
@@ -51,24 +63,25 @@ class Catalog:
         except OSError as error:
             raise os_error(home, error) from None
         found = [cls(directory, _name_in(directory)) for directory in directories]
-        return sorted((catalog for catalog in found if catalog.destination), key=lambda catalog: catalog.destination)
+        named = [catalog for catalog in found if catalog.destination]
+        return sorted(named, key=lambda catalog: str(catalog.destination))
 
     @property
-    def is_set(self):
+    def is_set(self) -> bool:
         return self.directory is not None and self.destination is None
 
     @property
-    def place(self):
+    def place(self) -> str | None:
         """What a user calls it."""
         return self.directory if self.destination is None else self.destination
 
     @property
-    def where(self):
+    def where(self) -> str:
         """The same, as it stands behind "is saved"."""
         return f"in {self.directory}" if self.destination is None else f"at {self.destination}"
 
     @property
-    def id(self):
+    def id(self) -> str | None:
         """
         What stands in a checkpoint's description, or None where nothing is known.
 
@@ -77,11 +90,11 @@ class Catalog:
         return self.directory and f"{socket.gethostname()}:{os.path.realpath(self.directory)}"
 
     @property
-    def key(self):
+    def key(self) -> dict[str, str | None]:
         """The arguments that make this catalog again (dict), for the record of a job."""
         return {"directory": self.directory, "destination": self.destination}
 
-    def segments(self):
+    def segments(self) -> list[SavedSegment]:
         """
         The segments in it that can be read; an empty list where the directory is not there yet.
 
@@ -99,9 +112,9 @@ class Catalog:
         found, self.damaged = backupset.readable([self.directory])
         return found
 
-    def refuse_impossible(self):
+    def refuse_impossible(self) -> None:
         """Raise Error where the directory of a set is not there and can never be, as below /proc."""
-        if not self.is_set or os.path.isdir(self.directory):
+        if self.directory is None or not self.is_set or os.path.isdir(self.directory):
             return
         try:
             made = make_directories(self.directory, 0o700)
@@ -116,13 +129,13 @@ class Catalog:
             with contextlib.suppress(OSError):  # somebody has put something into it meanwhile
                 os.rmdir(path)
 
-    def of_domain(self, uuid, domain):
+    def of_domain(self, uuid: str, domain: str) -> list[SavedSegment]:
         """The segments of this domain that can be read. Raises Error for a set of another one."""
         ours, damaged = backupset.of_domain(self.segments(), self.directory, uuid, domain)
         self.damaged += damaged
         return ours
 
-    def holds(self, head):
+    def holds(self, head: Head) -> bool:
         """
         Whether the restore point of this head is saved: by its segment, or by one that it was merged into.
 
@@ -135,47 +148,48 @@ class Catalog:
                 raise file.error
         return False
 
-    def lost(self):
+    def lost(self) -> str:
         """The end of a message: the files that could not be read, or ""."""
         names = [os.path.basename(file.name) for file in self.damaged]
         return f"; damaged: {', '.join(names)}" if names else ""
 
-    def record(self, head, disks):
+    def record(self, head: Head, disks: list[Disk]) -> None:
         """Keep a head durably: its segment is safe at the destination."""
-        self._keep_name()
+        assert self.directory is not None and self.destination is not None
+        self._keep_name(self.directory, self.destination)
         with storing.Store(self.directory, head, disks, check=False) as store:
             store.writer.segment({**head, "stage": "disks"}, disks).end()
             store.commit()
 
-    def _keep_name(self):
+    def _keep_name(self, directory: str, destination: str) -> None:
         """Have the destination's name beside the heads, before the first of them."""
-        path = os.path.join(self.directory, NAME)
+        path = os.path.join(directory, NAME)
         if os.path.exists(path):
             return
-        make_private_directory(self.directory)
+        make_private_directory(directory)
         try:
             with open(f"{path}.new", "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-                file.write(os.fsencode(self.destination))
+                file.write(os.fsencode(destination))
                 file.flush()
                 os.fsync(file.fileno())
             os.rename(f"{path}.new", path)
-            sync_directory(self.directory)
+            sync_directory(directory)
         except OSError as error:
             raise os_error(path, error) from None
 
 
-def _home(state, uuid):
+def _home(state: str, uuid: str) -> str:
     return os.path.join(state, "destinations", uuid)
 
 
-def _name_in(directory):
+def _name_in(directory: str) -> str | None:
     """The name of the destination whose heads a directory has, or None: it was begun, and is of no use."""
     with contextlib.suppress(OSError), open(os.path.join(directory, NAME), "rb") as file:
         return os.fsdecode(file.read())
     return None
 
 
-def of_checkpoint(about):
+def of_checkpoint(about: Mapping[str, Any]) -> str:
     """What a checkpoint of ours was made for, in words. about (dict): see vnb.virt.domxml.about()."""
     if isinstance(about.get("destination"), str):
         return f"destination {about['destination']}"

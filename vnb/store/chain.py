@@ -6,10 +6,22 @@ A segment here is any object with head (dict), disks (list of dict) and name (st
 from the links in the heads, never from file names or file times.
 """
 
+from __future__ import annotations
+
 import contextlib
 
 from vnb.base.errors import Error
 from vnb.store.damage import NOTHING
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterable, Iterator, Sequence
+    from typing import Any, TypeVar
+
+    from vnb.format.types import DescribedFile, Disk, Head, Saved
+    from vnb.store.damage import Damaged
+    S = TypeVar("S", bound=Saved)
+
 
 HEAD_KEYS = (
     "id", "stage", "level", "point", "parent", "checkpoint", "chain", "domain", "uuid", "created", "run", "files",
@@ -18,16 +30,15 @@ DISK_KEYS = ("name", "size", "level")
 NAMED = 3  # files that a message has room for
 
 
-def outline(head, disks):
+def outline(head: Head, disks: Sequence[Disk]) -> tuple[Head, list[Disk]]:
     """
     (head, disks) with nothing but what tells where a segment belongs.
 
     To be kept of many segments: the rest, XML above all, takes memory, up to seventy times of what it takes in a file.
     """
-    return (
-        {key: head[key] for key in HEAD_KEYS if key in head},
-        [{key: disk[key] for key in DISK_KEYS} for disk in disks],
-    )
+    kept: Any = {key: value for key, value in head.items() if key in HEAD_KEYS}
+    outlines: list[Any] = [{key: value for key, value in disk.items() if key in DISK_KEYS} for disk in disks]
+    return kept, outlines
 
 
 class Follow:
@@ -37,18 +48,18 @@ class Follow:
     force (bool): accept a segment whose parent is not the point before it.
     """
 
-    def __init__(self, name, force=False):
+    def __init__(self, name: str, force: bool = False) -> None:
         self.name = name
         self.force = force
-        self.head = None
-        self.disks = {}
+        self.head: Head | None = None
+        self.disks: dict[str, Disk] = {}
 
-    def begin(self, head, disks):
+    def begin(self, head: Head, disks: Sequence[Disk]) -> None:
         """Take the first segment as it is: what it may be an increment to is not here."""
         self.head = head
         self.disks = {disk["name"]: disk for disk in disks}
 
-    def accept(self, head, disks):
+    def accept(self, head: Head, disks: Sequence[Disk]) -> None:
         """Take a segment's head and disks. Raises Error, and stays as it was, if it does not follow."""
         before = self.head
         if before is None:
@@ -78,7 +89,7 @@ class Follow:
         self.begin(head, disks)
 
 
-def check(segments, name):
+def check(segments: Sequence[Saved], name: str) -> None:
     """Raise Error unless all segments are of one domain, with an id of their own and no circle of bases."""
     for fault in _faults_of_identity(segments, name):
         raise fault
@@ -86,7 +97,7 @@ def check(segments, name):
         raise fault
 
 
-def faults(segments, name, whole=True):
+def faults(segments: Sequence[Saved], name: str, whole: bool = True) -> Iterator[Error]:
     """
     Yield an Error for each thing that is wrong with segments that belong together.
 
@@ -115,7 +126,7 @@ def faults(segments, name, whole=True):
             yield error
 
 
-def check_files(head, bases, name):
+def check_files(head: Head, bases: Sequence[Head], name: str) -> None:
     """Raise Error unless a base has each file that a head says it has. bases (list of dict): heads with that point."""
     for file in head.get("files", ()):
         if "base" in file and not any(_has_file(base, file) for base in bases):
@@ -125,13 +136,16 @@ def check_files(head, bases, name):
             )
 
 
-def _has_file(head, file):
-    keys = ("role", "path", "size", "sha256")
-    return any(all(other[key] == file[key] for key in keys) for other in head.get("files", ()))
+def _has_file(head: Head, file: DescribedFile) -> bool:
+    return any(_content(other) == _content(file) for other in head.get("files", ()))
 
 
-def _faults_of_identity(segments, name):
-    ids = {}
+def _content(file: DescribedFile) -> tuple[str, str, int, str]:
+    return file["role"], file["path"], file["size"], file["sha256"]
+
+
+def _faults_of_identity(segments: Sequence[Saved], name: str) -> Iterator[Error]:
+    ids: dict[str, Saved] = {}
     for segment in segments:
         head = segment.head
         yield from _faults_of_domain((segments[0], segment), name)
@@ -140,7 +154,7 @@ def _faults_of_identity(segments, name):
             yield Error(name, f'{other.name} and {segment.name} claim the same id {head["id"]}')
 
 
-def _faults_of_domain(segments, name):
+def _faults_of_domain(segments: Sequence[Saved], name: str) -> Iterator[Error]:
     for segment in segments:
         head, first = segment.head, segments[0]
         if head["uuid"] != first.head["uuid"]:
@@ -151,11 +165,12 @@ def _faults_of_domain(segments, name):
             )
 
 
-def _circles(segments, name):
+def _circles(segments: Sequence[Saved], name: str) -> Iterator[Error]:
     by_point = points(segments)
-    seen = set()
-    for point in by_point:
-        trail = {}  # in order; a dict, since a chain may have many thousands of points
+    seen: set[str] = set()
+    for start in by_point:
+        point: str | None = start
+        trail: dict[str, None] = {}  # in order; a dict, since a chain may have many thousands of points
         while point is not None and point not in seen and point in by_point:
             if point in trail:
                 yield Error(name, _circle_at(point, trail))
@@ -165,13 +180,13 @@ def _circles(segments, name):
         seen.update(trail)
 
 
-def _circle_at(point, trail):
+def _circle_at(point: str, trail: Iterable[str]) -> str:
     """A circle, in words: trail (dict) has the points that lead to one of them once more."""
     circle = list(trail)[list(trail).index(point):]
     return f'circular bases: {" -> ".join([*circle, point])}'
 
 
-def points(segments):
+def points(segments: Sequence[S]) -> dict[str, S]:
     """
     {point: segment that brings one there}.
 
@@ -181,11 +196,11 @@ def points(segments):
     One with fewer disks than another is none: somebody has taken some disks out of that, and would lose the others.
     """
     segments = _with_all_disks(segments)
-    children = {}
+    children: dict[str | None, list[S]] = {}
     for segment in segments:
         children.setdefault(segment.head["parent"], []).append(segment)
-    chosen = {}
-    reached = [None]
+    chosen: dict[str, S] = {}
+    reached: list[str | None] = [None]
     while reached:
         found = [child for point in reached for child in children.get(point, ()) if child.head["point"] not in chosen]
         step = _newest(found)
@@ -194,18 +209,18 @@ def points(segments):
     return {**_newest([segment for segment in segments if segment.head["point"] not in chosen]), **chosen}
 
 
-def _with_all_disks(segments):
+def _with_all_disks(segments: Sequence[S]) -> list[S]:
     """The segments without those that lack disks which another one has for the same point."""
-    most = {}
+    most: dict[str, int] = {}
     for segment in segments:
         point = segment.head["point"]
         most[point] = max(most.get(point, 0), len(segment.disks))
     return [segment for segment in segments if len(segment.disks) == most[segment.head["point"]]]
 
 
-def _newest(segments):
+def _newest(segments: Sequence[S]) -> dict[str, S]:
     """{point: the newest of its segments}."""
-    newest = {}
+    newest: dict[str, S] = {}
     for segment in segments:
         other = newest.get(segment.head["point"])
         if other is None or _preference(segment) > _preference(other):
@@ -213,7 +228,7 @@ def _newest(segments):
     return newest
 
 
-def path(segments, name, until=None, damaged=()):
+def path(segments: Sequence[S], name: str, until: str | None = None, damaged: Sequence[Damaged] = ()) -> list[S]:
     """
     The segments to apply, in order, for a restore point: a full, then increments.
 
@@ -225,10 +240,11 @@ def path(segments, name, until=None, damaged=()):
         for file in damaged:
             raise file.error
         raise Error(name, "no segment here")
-    point = latest(segments, name, until, damaged)
-    segments = _of_domain_of(point, segments)
+    last = latest(segments, name, until, damaged)
+    segments = _of_domain_of(last, segments)
     by_point = points(segments)
-    found = {}
+    found: dict[str, S] = {}
+    point: str | None = last
     while point is not None:
         if point in found:
             raise Error(name, _circle_at(point, found))
@@ -238,23 +254,23 @@ def path(segments, name, until=None, damaged=()):
             raise Error(name, f"gap: {child} needs {point}, {where(point, damaged)}{_instead(segments, name)}")
         found[point] = segment
         point = segment.head["parent"]
-    found = list(found.values())[::-1]
-    ids = {segment.head["id"] for segment in found}
+    way = list(found.values())[::-1]
+    ids = {segment.head["id"] for segment in way}
     for fault in _faults_of_identity([segment for segment in segments if segment.head["id"] in ids], name):
         raise fault
     follow = Follow(name)
-    for segment in found:
+    for segment in way:
         follow.accept(segment.head, segment.disks)
-    return found
+    return way
 
 
-def _of_domain_of(point, segments):
+def _of_domain_of(point: str, segments: Sequence[S]) -> list[S]:
     """The segments of the domain of a restore point."""
     uuids = {segment.head["uuid"] for segment in segments if segment.head["point"] == point}
     return [segment for segment in segments if segment.head["uuid"] in uuids]
 
 
-def where(point, damaged):
+def where(point: str, damaged: Sequence[Damaged]) -> str:
     """Where a restore point is that no segment has, in words. damaged: see path()."""
     for file in damaged:
         if file.head is not None and file.head["point"] == point:
@@ -263,20 +279,20 @@ def where(point, damaged):
     return f"which is not here, or in what is damaged ({unknown})" if unknown else "which is not here"
 
 
-def _unknown(damaged):
+def _unknown(damaged: Sequence[Damaged]) -> str:
     """The files, in words, of which nobody knows what is in them; "" if there is none."""
     names = [file.name for file in damaged if file.may_be_after(NOTHING)]
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if names[NAMED:] else "")
 
 
-def _instead(segments, name):
+def _instead(segments: Sequence[Saved], name: str) -> str:
     """The end of a message: what can be restored."""
     by_point = points(segments)
     newest = max((by_point[point] for point in restorable(segments)), key=_age, default=None)
     return f"; --until {newest.head['point']} is the newest that can be restored" if newest is not None else ""
 
 
-def latest(segments, name, until=None, damaged=()):
+def latest(segments: Sequence[Saved], name: str, until: str | None = None, damaged: Sequence[Damaged] = ()) -> str:
     """
     The name of the restore point meant by until: itself, or the last one created by that time, or the latest.
 
@@ -287,12 +303,13 @@ def latest(segments, name, until=None, damaged=()):
     Raises Error.
     """
     by_point = points(segments)
-    if until in by_point:
+    if until is not None and until in by_point:
         return until
     lost = [file for file in damaged if file.head is not None and file.head["point"] not in by_point]
     for file in lost:
-        if file.head["point"] == until:
+        if file.head is not None and file.head["point"] == until:
             raise Error(name, f"{until} is damaged ({file.error}){_instead(segments, name)}")
+    end = None
     if until is None:
         what = "the latest restore point"
     else:
@@ -304,39 +321,41 @@ def latest(segments, name, until=None, damaged=()):
         what = f"the last restore point by {until}"
     for fault in _faults_of_domain(segments, name):
         raise fault
-    heads = [segment.head for segment in by_point.values()] + [file.head for file in lost]
-    if until is None:
+    heads = [segment.head for segment in by_point.values()]
+    heads += [file.head for file in lost if file.head is not None]
+    if end is None:
         parents = {head["parent"] for head in heads}
         found = [head for head in heads if head["point"] not in parents]
     else:
         found = [head for head in heads if head["created"] <= end]
-    if not found and until is None:
+    if not found and end is None:
         raise next(_circles(segments, name), Error(name, "circular bases"))
     chosen = max(found, key=_age_of_head, default=None)
     for file in damaged:
-        if file.may_be_after(chosen["created"] if chosen else NOTHING) and not (until and file.is_after(end)):
+        if file.may_be_after(chosen["created"] if chosen else NOTHING) and not (end and file.is_after(end)):
             raise Error(name, f"{what} may be in a file that cannot be read ({file.error}){_instead(segments, name)}")
     if chosen is None:
         oldest = min((head["created"] for head in heads), default=None)
         raise Error(name, f"no restore point is as old as {until}: the oldest is of {oldest}")
     if chosen["point"] not in by_point:
-        file = next(file for file in lost if file.head is chosen)
-        raise Error(name, f'{what}, {chosen["point"]}, is damaged ({file.error}){_instead(segments, name)}')
+        error = next(file.error for file in lost if file.head is chosen)
+        raise Error(name, f'{what}, {chosen["point"]}, is damaged ({error}){_instead(segments, name)}')
     return chosen["point"]
 
 
-def restorable(segments):
+def restorable(segments: Sequence[Saved]) -> list[str]:
     """The restore points (list of str) from which the links lead to a full."""
     lacking = lacks(segments)
     return [point for point in points(segments) if point not in lacking]
 
 
-def lacks(segments):
+def lacks(segments: Sequence[Saved]) -> dict[str, str]:
     """{restore point: the one that it needs, and that no segment has}; in a circle, or from it on, itself."""
     by_point = points(segments)
-    known = {None: None}
-    for point in by_point:
-        trail = {}
+    known: dict[str | None, str | None] = {None: None}
+    for start in by_point:
+        point: str | None = start
+        trail: dict[str | None, None] = {}
         while point not in known:
             trail[point] = None
             if point not in by_point or by_point[point].head["parent"] in trail:  # not there, or a circle
@@ -344,16 +363,17 @@ def lacks(segments):
                 break
             point = by_point[point].head["parent"]
         known.update((passed, known[point]) for passed in trail)
-    return {point: known[point] for point in by_point if known[point] is not None}
+    needed = {point: known[point] for point in by_point}
+    return {point: lacking for point, lacking in needed.items() if lacking is not None}
 
 
-def off_path(segments, chosen):
+def off_path(segments: Sequence[S], chosen: Sequence[Saved]) -> list[S]:
     """Segments that path() left out, oldest first, without those that a chosen one is an alternative to."""
     on = {segment.head["point"] for segment in chosen}
     return sorted((segment for segment in segments if segment.head["point"] not in on), key=_age)
 
 
-def newest_base(segments, checkpoints=None):
+def newest_base(segments: Sequence[S], checkpoints: Container[str] | None = None) -> S | None:
     """
     The segment whose checkpoint the next increment may start from, or None.
 
@@ -369,19 +389,19 @@ def newest_base(segments, checkpoints=None):
     return max(candidates, key=_age, default=None)
 
 
-def _preference(segment):
+def _preference(segment: Saved) -> tuple[str, str]:
     return (segment.head["created"], segment.head["id"])
 
 
-def _age(segment):
+def _age(segment: Saved) -> tuple[str, str]:
     return _age_of_head(segment.head)
 
 
-def _age_of_head(head):
+def _age_of_head(head: Head) -> tuple[str, str]:
     return (head["created"], head["point"])
 
 
-def _end_of(text, name):
+def _end_of(text: str, name: str) -> str | None:
     """The last moment of a time, as heads have it, or None for what is no time. Raises Error for what only looks so."""
     import re
 
@@ -398,17 +418,20 @@ def _end_of(text, name):
     raise Error(name, f'"{text}" is no time such as 2026-01-31T12:00 or 2026-01-31T12:00Z')
 
 
-def _last_moment(year, month=None, day=None, hour=None, minute=None, second=None, fraction=None, zone=None):
+def _last_moment(
+    year: str, month: str | None = None, day: str | None = None, hour: str | None = None, minute: str | None = None,
+    second: str | None = None, fraction: str | None = None, zone: str | None = None,
+) -> str:
     """The same of the parts (str) of a time, None for what is cut off. Raises ValueError or OverflowError."""
     from calendar import monthrange
     from datetime import datetime, timedelta, timezone
 
-    year, month = int(year), int(month or 12)
+    last = int(year), int(month or 12)
     moment = datetime(
-        year, month, int(day) if day else monthrange(year, month)[1],
+        *last, int(day) if day else monthrange(*last)[1],
         int(hour or 23), int(minute or 59), int(second or 59), int(((fraction or "") + "999999")[:6]),
     )
-    if zone == "Z" or year == 9999:  # which no point is of, and in other zones it ends later than what there is
+    if zone == "Z" or year == "9999":  # which no point is of, and in other zones it ends later than what there is
         ends = [moment]
     elif zone is None:
         # When clocks are put back, an hour is there twice: its end is that of the second one.

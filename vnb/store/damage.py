@@ -5,7 +5,15 @@ What is known of a file in a set that cannot be read: it costs the restore point
 Pure logic; vnb.store.backupset finds the facts.
 """
 
+from __future__ import annotations
+
 from vnb.format import heads
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vnb.base.errors import Error
+    from vnb.format.types import Head
+
 
 NOTHING = ""  # as Damaged.newest: older than any restore point
 MILLISECONDS = 23  # characters of a time up to them: that is what names have
@@ -21,7 +29,9 @@ class Damaged:
     None: not known.
     """
 
-    def __init__(self, name, error, advice="", head=None, newest=None):
+    def __init__(
+        self, name: str, error: Error, advice: str = "", head: Head | None = None, newest: str | None = None,
+    ) -> None:
         self.name = name
         self.error = error
         self.advice = advice
@@ -29,20 +39,20 @@ class Damaged:
         self.newest = newest
 
     @property
-    def line(self):
+    def line(self) -> str:
         """For the user."""
         return f"{self.error}: left out{self.advice and f'; {self.advice}'}"
 
-    def may_be_after(self, created):
+    def may_be_after(self, created: str) -> bool:
         """Whether it may have a restore point, nobody knows which, that was created after this time (str)."""
         return self.newest is None or self.newest > created
 
-    def is_after(self, created):
+    def is_after(self, created: str) -> bool:
         """Whether all that may be in it was created after this time (str), as far as that is known."""
-        return bool(self.newest) and self.newest[:MILLISECONDS] > created[:MILLISECONDS]
+        return self.newest is not None and self.newest[:MILLISECONDS] > created[:MILLISECONDS]
 
 
-def newest_by_name(name, is_segment):
+def newest_by_name(name: str, is_segment: object) -> str | None:
     """
     When the newest restore point of a file may have been created (str), NOTHING, or None: by the file's name (str).
 

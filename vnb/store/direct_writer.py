@@ -6,6 +6,8 @@ A copy into the page cache costs as much as all that vnb-pack does otherwise, wh
 end all the same, while everybody waits for fsync(2), and it pushes out what the guests need.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import fcntl
@@ -18,6 +20,11 @@ import threading
 from vnb.base.buffers import beside
 from vnb.base.errors import os_error
 from vnb.format import writing
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vnb.format.types import Bytes, Wait
+
 
 BLOCK = 2 << 20  # bytes of one write: large for disks, and all three small beside the cache of a processor
 ALIGNMENT = 4096  # bytes: of an offset that every disk takes
@@ -33,27 +40,29 @@ class DirectWriter(writing.Writer):
     through the page cache.
     """
 
-    def __init__(self, fd, name, start=0):
+    def __init__(self, fd: int, name: str, start: int = 0) -> None:
         super().__init__(fd, name)
         self._block = _block()
         self._fill = 0  # bytes in the block
         self._at = start  # where in the file it goes
         self._made = 1  # blocks
-        self._full = queue.SimpleQueue()  # (block, where it goes), or None in the end
-        self._free = queue.SimpleQueue()  # blocks that were written, or None from the thread that an error ended
-        self._error = None  # that error
-        self._thread = None
+        # (block, where it goes), or None in the end
+        self._full: queue.SimpleQueue[tuple[memoryview, int] | None] = queue.SimpleQueue()
+        # blocks that were written, or None from the thread that an error ended
+        self._free: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
+        self._error: OSError | None = None  # that error
+        self._thread: threading.Thread | None = None
 
-    def write(self, header, payload=None):
+    def write(self, header: Bytes, payload: Bytes | None = None) -> None:
         """Take a frame's bytes; they may be reused at once."""
         for part in (header,) if payload is None else (header, payload):
             self.offset += len(part)
             self._take(part)
 
-    def flush(self):
+    def flush(self) -> None:
         """Nothing: finish() is for that."""
 
-    def finish(self):
+    def finish(self) -> None:
         """Have all bytes written. Raises Error."""
         self.close()
         if self._error is not None:
@@ -65,14 +74,14 @@ class DirectWriter(writing.Writer):
         except OSError as error:
             raise os_error(self.name, error) from None
 
-    def close(self):
+    def close(self) -> None:
         """End the thread; what it was given is written before."""
         if self._thread is not None:
             self._full.put(None)
             self._thread.join()
             self._thread = None
 
-    def _take(self, part):
+    def _take(self, part: Bytes) -> None:
         begin = 0
         while begin < len(part):
             count = min(len(part) - begin, BLOCK - self._fill)
@@ -82,7 +91,7 @@ class DirectWriter(writing.Writer):
             if self._fill == BLOCK:
                 self._next_block()
 
-    def _next_block(self):
+    def _next_block(self) -> None:
         if self._thread is None:
             with contextlib.suppress(OSError):  # not every file system can
                 set_direct(self.fd, True)
@@ -95,14 +104,16 @@ class DirectWriter(writing.Writer):
             self._made += 1
             self._block = _block()
         else:
-            self._block = self._free_block()
-            if self._block is None:
+            block = self._free_block()
+            if block is None:
+                assert self._error is not None
                 raise os_error(self.name, self._error)
+            self._block = block
 
-    def _free_block(self):
+    def _free_block(self) -> memoryview | None:
         return self._free.get()
 
-    def _work(self):
+    def _work(self) -> None:
         while (job := self._full.get()) is not None:
             block, at = job
             try:
@@ -120,7 +131,7 @@ class DirectWriter(writing.Writer):
                 self._give(None)
                 return
 
-    def _give(self, block):
+    def _give(self, block: memoryview | None) -> None:
         self._free.put(block)
 
 
@@ -132,12 +143,12 @@ class Stdout(DirectWriter):
     wait (callable or None): see vnb.cli.output.stdout(); a file system on the network may keep us waiting.
     """
 
-    def __init__(self, fd, start, wait=None):
+    def __init__(self, fd: int, start: int, wait: Wait | None = None) -> None:
         super().__init__(fd, "stdout", start)
         self._wait_beside = wait
         self._given = None if wait is None else os.pipe()  # a byte for each block in the queue of free ones
 
-    def flush(self):
+    def flush(self) -> None:
         """
         Have in the file what was written. Raises Error.
 
@@ -145,7 +156,7 @@ class Stdout(DirectWriter):
         """
         self.finish()
 
-    def finish(self):
+    def finish(self) -> None:
         """See DirectWriter."""
         if self._wait_beside is None:
             super().finish()
@@ -153,25 +164,25 @@ class Stdout(DirectWriter):
             beside(super().finish, self._wait_beside)
         os.lseek(1, self._at + self._fill, os.SEEK_SET)
 
-    def _free_block(self):
-        if self._given is not None:
+    def _free_block(self) -> memoryview | None:
+        if self._given is not None and self._wait_beside is not None:
             self._wait_beside(self._given[0], select.POLLIN)
             os.read(self._given[0], 1)
         return super()._free_block()
 
-    def _give(self, block):
+    def _give(self, block: memoryview | None) -> None:
         super()._give(block)
         if self._given is not None:
             os.write(self._given[1], b"\0")
 
 
-def set_direct(fd, wanted):
+def set_direct(fd: int, wanted: bool) -> None:
     """Have what is written to a file go past the page cache, or not. Raises OSError."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT)
 
 
-def _block():
+def _block() -> memoryview:
     # Direct writes come from whole pages. The kernel looks up each of them for each write, which takes half as long as
     # the copy into them; of huge pages there is one.
     block = mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -180,7 +191,7 @@ def _block():
     return memoryview(block)
 
 
-def _write(fd, view, at):
+def _write(fd: int, view: memoryview, at: int) -> None:
     while len(view):
         count = os.pwrite(fd, view, at)
         view = view[count:]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The plain bytes of data frames in saved segments, wherever one wants them, and never unchecked."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 from array import array
@@ -13,6 +15,12 @@ from vnb.format import codec
 from vnb.format import frame as f
 from vnb.format.frame import FrameError
 from vnb.format.values import Data
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vnb.format.types import Bytes, Row
+    from vnb.store.saved_segment import SavedSegment
+
 
 BLOCK = 16 * f.KiB  # what is read for a byte, of a frame that was read before
 SMALL = 64 * f.KiB  # requests up to this size are read by block
@@ -27,13 +35,13 @@ class Source:
 
     __slots__ = ("_asked", "_next", "number", "segment", "what")
 
-    def __init__(self, segment, number):
+    def __init__(self, segment: SavedSegment, number: int) -> None:
         self.segment = segment
         self.number = number
         self.what = f'{segment.name}: {segment.disks[number]["name"]}'
         self._next = self._asked = 0
 
-    def touched(self, row):
+    def touched(self, row: Row) -> None:
         """
         A frame is about to be read: have the system fetch those behind it, if readers go forwards.
 
@@ -62,12 +70,12 @@ class SavedData:
     A row is one of vnb.format.index: (offset, length, position, size). All methods raise Error.
     """
 
-    def __init__(self, cache_size):
+    def __init__(self, cache_size: int) -> None:
         self.cache_size = cache_size
         self._plain = Cache(cache_size)
         self._blocks = Cache(BLOCK_CACHE)
 
-    def read(self, view, skip, source, row, request):
+    def read(self, view: memoryview, skip: int, source: Source, row: Row, request: int) -> None:
         """
         Fill view (memoryview) with the bytes of a frame from the one at skip on.
 
@@ -87,11 +95,12 @@ class SavedData:
                 self._blocks.put(key, _sums(plain))
         view[:] = plain[skip : skip + len(view)]
 
-    def plain(self, source, row):
+    def plain(self, source: Source, row: Row) -> memoryview:
         """The plain bytes (memoryview) of a frame, from the cache or into it."""
-        return self._plain.get((source, row[2]), lambda: self._load(source, row))
+        plain: memoryview = self._plain.get((source, row[2]), lambda: self._load(source, row))
+        return plain
 
-    def _load(self, source, row):
+    def _load(self, source: Source, row: Row) -> memoryview:
         segment = source.segment
         source.touched(row)
         try:
@@ -100,7 +109,7 @@ class SavedData:
             raise os_error(source.what, error, f"offset {row[0]}") from None
         return memoryview(_checked(source, row, raw[: f.MAX_DATA_HEADER], raw, len(raw)))
 
-    def _read_whole(self, view, source, row):
+    def _read_whole(self, view: memoryview, source: Source, row: Row) -> None:
         """Read a frame that is stored as it is to where it is wanted, without a copy in between."""
         segment = source.segment
         header = bytearray(_HEADER)
@@ -111,7 +120,7 @@ class SavedData:
             raise os_error(source.what, error, f"offset {row[0]}") from None
         _checked(source, row, memoryview(header), view, count)
 
-    def _read_blocks(self, view, skip, source, row):
+    def _read_blocks(self, view: memoryview, skip: int, source: Source, row: Row) -> bool:
         """
         Read a part of a frame that was read and found right before; False if it was not.
 
@@ -140,29 +149,39 @@ class SavedData:
         return True
 
 
-def _is_stored(row):
+def _is_stored(row: Row) -> bool:
     """Whether a frame has its plain bytes as they are: a compressed one is shorter."""
     return row[3] == row[1] + _HEADER
 
 
-def _sums(plain):
+def _sums(plain: Bytes) -> memoryview:
     return memoryview(array("Q", [xxh3_64_intdigest(plain[at : at + BLOCK]) for at in range(0, len(plain), BLOCK)]))
 
 
-def _checked(source, row, header, rest, count):
+def held_against_row(what: str, number: int, row: Row, header: memoryview, count: int) -> tuple[str, int, int]:
     """
-    The plain bytes (bytes-like) of a frame, held against its row in the index, its sum and its hash.
+    (codec, hash, size of its payload) of the data frame that an index row of a disk points to. Raises StreamError.
 
-    header (memoryview): its first bytes. rest (memoryview): ends with its payload. count (int): bytes read.
+    number: of the disk in its segment. header: the frame's first bytes. count: how many of the row's bytes were read.
     """
     offset, length, _, size = row
     try:
         fields, _, header_size, payload = f.decode(header)
-        if fields[:4] != ["data", source.number, offset, length] or header_size + payload != size:
+        if fields[:4] != ["data", number, offset, length] or payload is None or header_size + payload != size:
             raise FrameError("not the frame that the index says is here")
         if count != size:
             raise FrameError("short record")
     except (FrameError, f.Incomplete) as error:
-        raise StreamError(source.what, str(error) or "short record", f"offset {offset}") from None
-    _, _, _, _, name, hash_ = fields
+        raise StreamError(what, str(error) or "short record", f"offset {offset}") from None
+    return fields[4], fields[5], payload
+
+
+def _checked(source: Source, row: Row, header: memoryview, rest: memoryview, count: int) -> Bytes:
+    """
+    The plain bytes of a frame, held against its row in the index, its sum and its hash.
+
+    header: its first bytes. rest: ends with its payload. count: bytes read.
+    """
+    offset, length, _, _ = row
+    name, hash_, payload = held_against_row(source.what, source.number, row, header, count)
     return codec.plain(Data(source.number, offset, length, name, hash_, rest[len(rest) - payload :]), source.what)

@@ -1,10 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Is the index of a segment that of its frames? For vnb-verify, which reads both."""
 
+from __future__ import annotations
+
 import sys
 from array import array
 
 from vnb.format.index import ROW_WORDS
+from vnb.format.values import Data
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vnb.base.errors import Error
+    from vnb.format.stream import Reader
+    from vnb.format.values import Raw
+
 
 
 class RowCheck:
@@ -15,20 +25,19 @@ class RowCheck:
     an index that is written as it goes, that is little.
     """
 
-    def __init__(self, reader):
+    def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self._rows = {}
+        self._rows: dict[int, array[int]] = {}
         self._differed = False
 
-    def frame(self, raw):
+    def frame(self, raw: Raw) -> Error | None:
         """An Error if the frame (Raw) shows that the index is wrong, once, else None. All frames, in their order."""
         if self._differed:
             return None
         kind = raw.fields[0]
-        if kind == "data":
-            _, disk, offset, length, *_ = raw.fields
-            start = raw.start - self._reader.segment.start
-            self._of(disk).extend((offset, length, start, len(raw.header) + len(raw.payload)))
+        if type(raw.frame) is Data:
+            data = raw.frame
+            self._of(data.disk).extend((data.offset, data.length, data.position, data.size))
         elif kind == "extent":
             _, disk, runs = raw.fields
             rows = self._of(disk)
@@ -43,12 +52,13 @@ class RowCheck:
             return self._finish(raw)
         return None
 
-    def _of(self, disk):
+    def _of(self, disk: int) -> array[int]:
         return self._rows.setdefault(disk, array("Q"))
 
-    def _index(self, raw):
+    def _index(self, raw: Raw) -> Error | None:
         disk = raw.fields[1]
         rows = array("Q")
+        assert raw.payload is not None
         rows.frombytes(raw.payload)
         if sys.byteorder == "big":
             rows.byteswap()
@@ -75,13 +85,14 @@ class RowCheck:
         del expected[:at]
         return None
 
-    def _finish(self, raw):
+    def _finish(self, raw: Raw) -> Error | None:
         for disk, rows in self._rows.items():
             if rows:
                 return self._error(raw, f"{len(rows) // ROW_WORDS} rows are missing in the index", disk, rows[0])
         return None
 
-    def _error(self, raw, reason, disk, offset):
+    def _error(self, raw: Raw, reason: str, disk: int, offset: int) -> Error:
         self._differed = True
+        assert self._reader.segment is not None
         name = self._reader.segment.disks[disk]["name"]
         return self._reader.error(f"{name}: offset {offset}: {reason}", raw.start)

@@ -16,6 +16,8 @@ cover a part is unpacked and held against its hash, and what is left of it gets 
     merged      [cut]|[   data   ]|[data ]
 """
 
+from __future__ import annotations
+
 import heapq
 import os
 import resource
@@ -32,7 +34,19 @@ from vnb.format.index import ROW_WORDS
 from vnb.format.runs import Joining
 from vnb.format.values import Data
 from vnb.store.domain_files import files_of, merged_files
+from vnb.store.frame_reader import held_against_row
 from vnb.store.overlay import Layers, pieces
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container, Iterator, Sequence
+
+    from vnb.format.index import Builder, Rows
+    from vnb.format.types import Bytes, Disk, Row, Runs
+    from vnb.format.writing import SegmentWriter
+    from vnb.store.saved_segment import SavedSegment
+    Place = tuple[SavedSegment, int]  # a segment, and the number of a disk in it
+
 
 PLAIN_CACHE = 16 * f.MiB  # of frames that are cut: their pieces are wanted one soon after the other
 INDEX_CACHE = 8 * f.MiB  # of index pages: a quarter of a million extents
@@ -51,7 +65,9 @@ class Merge:
     here, until read_head() was called.
     """
 
-    def __init__(self, path, name, only=None, repack=False):
+    def __init__(
+        self, path: Sequence[SavedSegment], name: str, only: Container[str] | None = None, repack: bool = False,
+    ) -> None:
         self.path = path
         self.name = name
         self.repack = repack
@@ -64,20 +80,20 @@ class Merge:
             self.head["level"] = "full"
         if "files" in last:
             self.head["files"] = merged_files(path)
-        self.disks = []
-        self._sources = []  # of each disk: [(segment, number of the disk in it)], newest first
+        self.disks: list[Disk] = []
+        self._sources: list[list[Place]] = []  # of each disk: [(segment, number of the disk in it)], newest first
         for disk in path[-1].disks:
             if only is None or disk["name"] in only:
                 sources = self._sources_of(disk["name"])
                 segment, number = sources[-1]
                 self.disks.append({**disk, "level": segment.disks[number]["level"]})
                 self._sources.append(sources)
-        self._compressors = {"none": lambda plain: ("none", plain)}
+        self._compressors: dict[str, Callable[[Bytes], tuple[str, Bytes]]] = {"none": lambda plain: ("none", plain)}
         self._buffer = bytearray()  # of the frame that is passed on: always the same, it stays in the processor's cache
         self._plain = Cache(PLAIN_CACHE)
-        self._codecs = {}  # of each segment the codec of the frame that was unpacked last
+        self._codecs: dict[SavedSegment, str] = {}  # of each segment the codec of the frame that was unpacked last
 
-    def read_head(self):
+    def read_head(self) -> None:
         """Have all of head and disks, as the last segment has them. Raises Error."""
         last = self.path[-1].open()
         self.path[-1].close()
@@ -85,7 +101,7 @@ class Merge:
         self.head = {**heads.alone(last.head), **self.head}
         self.disks = [{**whole[disk["name"]], **disk} for disk in self.disks]
 
-    def _sources_of(self, name):
+    def _sources_of(self, name: str) -> list[Place]:
         found = []
         for segment in reversed(self.path):
             number = next((number for number, disk in enumerate(segment.disks) if disk["name"] == name), None)
@@ -99,7 +115,7 @@ class Merge:
             raise Error(self.path[0].name, f"changes of disk {name}, and nothing before them")
         return found
 
-    def write(self, out, index=None):
+    def write(self, out: SegmentWriter, index: Builder | None = None) -> None:
         """
         Write files, extents and data into out (vnb.format.writing.SegmentWriter), all but the end.
 
@@ -122,7 +138,7 @@ class Merge:
             for segment in self.path:
                 segment.close()
 
-    def _write_disk(self, disk, sources, layers):
+    def _write_disk(self, disk: _Disk, sources: list[Place], layers: list[Rows]) -> None:
         described = self.disks[disk.number]
         name, size, is_full = described["name"], described["size"], described["level"] == "full"
         if is_full:
@@ -149,11 +165,11 @@ class Merge:
                 disk.data(offset, length, compressed_as, xxh3_64_intdigest(plain), payload)
         disk.flush()
 
-    def _cut(self, source, name, row):
+    def _cut(self, source: Place, name: str, row: Row) -> tuple[str, memoryview]:
         """(codec to pack the rest with, plain bytes (memoryview)) of a frame that is wanted in part."""
         segment, _ = source
 
-        def load():
+        def load() -> memoryview:
             data = self._read(source, name, row, bytearray(row[3]))
             plain = codec.plain(data, _what(source, name))
             if data.codec != "none":
@@ -164,12 +180,12 @@ class Merge:
         was_compressed = row[3] != row[1] + f.DATA_HEADER_SIZES["none"]
         return self._codecs[segment] if self.repack and was_compressed else "none", plain
 
-    def _compressor(self, kind):
+    def _compressor(self, kind: str) -> Callable[[Bytes], tuple[str, Bytes]]:
         if kind not in self._compressors:
             self._compressors[kind] = codec.compressor(kind)
         return self._compressors[kind]
 
-    def _read(self, source, name, row, buffer):
+    def _read(self, source: Place, name: str, row: Row, buffer: bytearray) -> Data:
         """The frame (Data) that an index row points to, with a sound sum; its payload is in buffer (bytearray)."""
         segment, number = source
         offset, length, position, size = row
@@ -178,40 +194,33 @@ class Merge:
             count = os.preadv(segment.fd, [view], segment.start + position)
         except OSError as error:
             raise os_error(_what(source, name), error, f"offset {offset}") from None
-        try:
-            fields, _, header, payload = f.decode(view[: f.MAX_DATA_HEADER])
-            if fields[:4] != ["data", number, offset, length] or header + payload != size:
-                raise FrameError("not the frame that the index says is here")
-            if count != size:
-                raise FrameError("short record")
-        except (FrameError, f.Incomplete) as error:
-            raise StreamError(_what(source, name), error or "short record", f"offset {offset}") from None
-        return Data(number, offset, length, fields[4], fields[5], view[header:])
+        kind, hash_, payload = held_against_row(_what(source, name), number, row, view[: f.MAX_DATA_HEADER], count)
+        return Data(number, offset, length, kind, hash_, view[size - payload :])
 
 
 class _Disk:
     """Writes what is found of one disk, neighbours with one state as one extent."""
 
-    def __init__(self, out, index, number):
+    def __init__(self, out: SegmentWriter, index: Builder | None, number: int) -> None:
         self.out = out
         self.index = index
         self.number = number
         runs = Joining(self._put)
         self.extent, self.flush = runs.add, runs.flush
 
-    def data(self, offset, length, compressed_as, hash_, payload):
+    def data(self, offset: int, length: int, compressed_as: str, hash_: int, payload: Bytes) -> None:
         self.flush()
         place = self.out.data(self.number, offset, length, compressed_as, hash_, payload)
         if self.index is not None:
             self.index.data(self.number, offset, length, *place)
 
-    def _put(self, runs):
+    def _put(self, runs: Runs) -> None:
         self.out.extents(self.number, runs)
         if self.index is not None:
             self.index.extents(self.number, runs)
 
 
-def _refuse_unknown(segment, rows):
+def _refuse_unknown(segment: SavedSegment, rows: list[Rows]) -> None:
     """
     Raise an error if a saved segment has frames that its index does not tell of, and that must not be left out.
 
@@ -229,7 +238,7 @@ def _refuse_unknown(segment, rows):
     _check_between(segment, at, segment.length - f.TAIL.size)
 
 
-def _places(rows):
+def _places(rows: Rows) -> Iterator[tuple[int, int]]:
     """Yield (position, size) of the data frames that the rows of one disk (vnb.format.index.Rows) point to."""
     for number in range(len(rows.firsts)):
         words = rows.page(number).rows.cast("Q")
@@ -238,7 +247,7 @@ def _places(rows):
                 yield position, size
 
 
-def _check_between(segment, at, end):
+def _check_between(segment: SavedSegment, at: int, end: int) -> None:
     while at < end:
         want = WINDOW
         while True:
@@ -260,15 +269,15 @@ def _check_between(segment, at, end):
         at += size + (payload or 0)
 
 
-def _unsound(segment, reason, position):
+def _unsound(segment: SavedSegment, reason: object, position: int) -> StreamError:
     return StreamError(segment.name, reason, f"stream offset {segment.start + position}")
 
 
-def _allow_open_files():
+def _allow_open_files() -> None:
     """Each segment is an open file, and a chain may be longer than the usual 1024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _what(source, name):
+def _what(source: Place, name: str) -> str:
     return f"{source[0].name}: {name}"

@@ -13,7 +13,19 @@ looked up in the next older one:
 Nothing is merged beforehand, so that a disk is there as soon as its indexes are.
 """
 
+from __future__ import annotations
+
 from vnb.base.errors import StreamError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from typing import Optional
+
+    from vnb.format.index import Cursor, Rows
+    from vnb.format.types import Row
+    Piece = tuple[int, int, int, Optional[Row]]  # offset, length, layer, row
+
 
 
 class Layers:
@@ -25,34 +37,34 @@ class Layers:
     disk since then and never written reads as zeroes.
     """
 
-    def __init__(self, name, layers, size, full_size):
+    def __init__(self, name: str, layers: Sequence[Rows], size: int, full_size: int) -> None:
         self.name = name
         self.layers = layers
         self.size = size
         self.full_size = full_size
 
-    def pieces(self, offset=0, end=None):
+    def pieces(self, offset: int = 0, end: int | None = None) -> Iterator[Piece]:
         """
         Yield (offset, length, layer, row): which row of which layer has the bytes of [offset, end).
 
-        Ascending and contiguous; layer (int) counts from the newest, row is (offset, length, position, size)
-        as vnb.format.index has it, and whole: the piece lies in it. Both are None where no layer has anything, that
+        Ascending and contiguous; layer counts from the newest, row is (offset, length, position, size)
+        as vnb.format.index has it, and whole: the piece lies in it. It is None where no layer has anything, that
         is, for zeroes in the tail of a disk that grew. Memory does not grow with the range, so that a whole
         disk can be walked. Raises StreamError for an index that leaves out what the full layer must have.
         """
         for piece in pieces(self.layers, offset, self.size if end is None else end):
-            if piece[2] is None and piece[0] < self.full_size:
+            if piece[3] is None and piece[0] < self.full_size:
                 raise StreamError(self.name, "no segment has anything here", f"offset {piece[0]}")
             yield piece
 
 
-def pieces(layers, offset, end):
+def pieces(layers: Sequence[Rows], offset: int, end: int) -> Iterator[Piece]:
     """
-    Yield (offset, length, layer or None, row or None) over [offset, end); see Layers.pieces.
+    Yield (offset, length, layer, row or None) over [offset, end); see Layers.pieces.
 
     Each layer is looked up in a range once, and walked from there.
     """
-    cursors = []
+    cursors: list[Cursor] = []
     limits = [end]  # limits[depth] is where the range ends that the newer layers left to layer depth
     depth = 0
     while True:
@@ -64,7 +76,7 @@ def pieces(layers, offset, end):
             depth -= 1
             continue
         if depth == len(layers):
-            yield offset, limit - offset, None, None
+            yield offset, limit - offset, depth, None
             offset = limit
             continue
         if depth == len(cursors):

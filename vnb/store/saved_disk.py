@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Saved disks as they were at a point, read from the segments that lead there: any bytes, every one checked."""
 
+from __future__ import annotations
+
+import functools
 import threading
 from bisect import bisect_right
 
@@ -10,6 +13,16 @@ from vnb.format import frame as f
 from vnb.store import backupset, chain
 from vnb.store.frame_reader import SavedData, Source
 from vnb.store.overlay import Layers
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from vnb.format.index import Rows
+    from vnb.format.types import Head
+    from vnb.store.overlay import Piece
+    from vnb.store.saved_segment import SavedSegment
+
 
 DATA_CACHE = 8 * f.MiB  # of unpacked frames: readers that go forwards have done with them soon
 INDEX_CACHE = 4 * f.MiB  # of index pages: 128 thousand extents
@@ -33,7 +46,10 @@ class Images:
     All methods may be called from any thread.
     """
 
-    def __init__(self, operands, until=None, disks=(), all_points=True, cache=DATA_CACHE):
+    def __init__(
+        self, operands: Sequence[str], until: str | None = None, disks: Sequence[str] = (), all_points: bool = True,
+        cache: int = DATA_CACHE,
+    ) -> None:
         self.name = operands[0] if len(operands) == 1 else "the chain"
         self.segments, self.damaged = backupset.some(operands)
         self.path = chain.path(self.segments, self.name, until, self.damaged)
@@ -47,14 +63,14 @@ class Images:
         self.default = self.disks[0] if disks or len(here) == 1 else None
         self._only = set(disks)
         self._all_points = all_points
-        self._images = {}
-        self._opened = {}  # SavedSegment: for each disk (Source, Rows)
+        self._images: dict[tuple[str, str], Image] = {}
+        self._opened: dict[SavedSegment, list[tuple[Source, Rows]]] = {}  # SavedSegment: for each disk (Source, Rows)
         self._lock = threading.Lock()
         self._data = SavedData(cache)
         self._pages = Cache(INDEX_CACHE)
         self._windows = Cache(WINDOW_CACHE)
 
-    def names(self):
+    def names(self) -> list[str]:
         """The names of all images: the disks at the point chosen, then those at each other point, newest first."""
         names = list(self.disks)
         if not self._all_points:
@@ -67,7 +83,7 @@ class Images:
                     names.append(f'{disk["name"]}@{segment.head["point"]}')
         return names
 
-    def open(self, name):
+    def open(self, name: str) -> Image:
         """The Image called DISK, at the point chosen, or DISK@POINT; the default one without a name. Raises Error."""
         if not name:
             if self.default is None:
@@ -86,7 +102,7 @@ class Images:
                 self._images[key] = self._open(disk, path)
             return self._images[key]
 
-    def _open(self, name, path):
+    def _open(self, name: str, path: list[SavedSegment]) -> Image:
         sources = []
         rows = []
         for segment in reversed(path):
@@ -114,7 +130,9 @@ class Image:
     sources (list of Source): one a layer. data (SavedData): reads them. windows (Cache): of Windows.
     """
 
-    def __init__(self, name, head, layers, sources, data, windows):
+    def __init__(
+        self, name: str, head: Head, layers: Layers, sources: list[Source], data: SavedData, windows: Cache,
+    ) -> None:
         self.name = name
         self.head = head
         self.size = layers.size
@@ -123,7 +141,7 @@ class Image:
         self._data = data
         self._windows = windows
 
-    def read_into(self, view, offset):
+    def read_into(self, view: memoryview, offset: int) -> None:
         """
         Fill view (memoryview) with the bytes from offset on.
 
@@ -138,20 +156,20 @@ class Image:
             else:
                 self._data.read(part, at - row[0], self._sources[layer], row, len(view))
 
-    def prefetch(self, offset, length):
+    def prefetch(self, offset: int, length: int) -> None:
         """Have the frames of a range in the cache, as far as half of it may be used for that."""
         for _, _, layer, row in self._pieces(offset, min(offset + min(length, self._data.cache_size // 2), self.size)):
             if row is not None and row[2]:
                 self._data.plain(self._sources[layer], row)
 
-    def extents(self, offset, length, most=MAX_EXTENTS):
+    def extents(self, offset: int, length: int, most: int = MAX_EXTENTS) -> list[tuple[int, int, int]]:
         """
         A list of (offset, length, state) from offset on, contiguous, neighbours with one state merged.
 
         It may end before the range does; never beyond it. most (int): how many of them are wanted.
         state: see vnb.format.frame. Raises Error.
         """
-        found = []
+        found: list[tuple[int, int, int]] = []
         current = None
         for seen, (at, size, _, row) in enumerate(self._layers.pieces(offset, offset + length)):
             state = f.HOLE if row is None else f.DATA if row[2] else row[3]
@@ -164,11 +182,11 @@ class Image:
                 current = state
         return found
 
-    def _pieces(self, offset, end):
+    def _pieces(self, offset: int, end: int) -> Iterator[Piece]:
         """As Layers.pieces, from the windows that are remembered."""
         while offset < end:
             number = offset // WINDOW
-            window = self._windows.get((self, number), lambda number=number: Window(self._layers, number))
+            window = self._windows.get((self, number), functools.partial(Window, self._layers, number))
             if offset >= window.end:
                 yield from self._layers.pieces(offset, end)
                 return
@@ -198,9 +216,9 @@ class Window:
 
     __slots__ = ("end", "nbytes", "offsets", "pieces")
 
-    def __init__(self, layers, number):
+    def __init__(self, layers: Layers, number: int) -> None:
         limit = min((number + 1) * WINDOW, layers.size)
-        self.pieces = []
+        self.pieces: list[Piece] = []
         # Up to the end of the disk: the last piece is to be whole, so that its frame is read in one go.
         for piece in layers.pieces(number * WINDOW, layers.size):
             self.pieces.append(piece)
@@ -211,7 +229,7 @@ class Window:
         self.nbytes = PIECE_SIZE * len(self.pieces)
 
 
-def _zero(view):
+def _zero(view: memoryview) -> None:
     for at in range(0, len(view), len(_ZEROES)):
         part = view[at : at + len(_ZEROES)]
         part[:] = _ZEROES[: len(part)]

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A segment in a file of a set, read from any place in it."""
 
+from __future__ import annotations
+
+import functools
 import os
 
 from vnb.base.errors import Error, StreamError, os_error
@@ -8,6 +11,14 @@ from vnb.format import frame as f
 from vnb.format import index, stream
 from vnb.format.frame import FrameError
 from vnb.store import chain
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vnb.base.cache import Cache
+    from vnb.format.types import Bytes, Fields
+
 
 _INDEX_HEADER = 64  # an index frame's header is shorter
 _INDEX_FRAME = _INDEX_HEADER + index.ROW_SIZE * index.FRAME_ROWS  # as long as those that vnb writes are
@@ -22,36 +33,36 @@ class SavedSegment:
     start, length (int): where it is in the file, in bytes. fd (int): opened when first needed, see close().
     """
 
-    def __init__(self, path, fd, start, length, last_index):
+    def __init__(self, path: str, fd: int, start: int, length: int, last_index: int) -> None:
         self.name = path
         self.start = start
         self.length = length
         self._last_index = last_index
-        self._fd = None
+        self._fd: int | None = None
         segment = self._read(fd)
         self.head, self.disks = chain.outline(segment.head, segment.disks)
 
     @property
-    def fd(self):
+    def fd(self) -> int:
         """The file, open for reading. Raises Error."""
         if self._fd is None:
             self._fd = open_file(self.name)
         return self._fd
 
-    def close(self):
+    def close(self) -> None:
         """Close the file; it is opened again when needed."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
 
-    def open(self):
+    def open(self) -> stream.Segment:
         """This segment as vnb.format.stream.Reader gives it, from its first byte. Raises Error if it was replaced."""
         segment = self._read(self.fd)
         if chain.outline(segment.head, segment.disks) != (self.head, self.disks):
             raise Error(self.name, "the file has changed since it was opened")
         return segment
 
-    def _read(self, fd):
+    def _read(self, fd: int) -> stream.Segment:
         try:
             os.lseek(fd, self.start, os.SEEK_SET)
         except OSError as error:
@@ -63,7 +74,7 @@ class SavedSegment:
             raise self._error("the file was cut short", 0)
         return segment
 
-    def rows(self, cache=None):
+    def rows(self, cache: Cache | None = None) -> list[index.Rows]:
         """
         A list of vnb.format.index.Rows, one a disk: from the index, or from the frames where there is none.
 
@@ -80,13 +91,17 @@ class SavedSegment:
                 disk["size"],
                 self.length,
                 [first for first, _, _ in pages],
-                lambda number, pages=pages: self._index_frame(*pages[number][1:])[1],
+                functools.partial(self._page, pages),
                 cache,
             )
             for disk, pages in zip(self.disks, self._index_pages())
         ]
 
-    def frame_at(self, position, size):
+    def _page(self, pages: list[tuple[int, int, int]], number: int) -> memoryview:
+        _, position, size = pages[number]
+        return self._index_frame(position, size)[1]
+
+    def frame_at(self, position: int, size: int) -> bytearray:
         """The bytes (bytearray) of the frame at a position in this segment, size bytes of it. Any thread."""
         frame = bytearray(size)
         try:
@@ -97,14 +112,14 @@ class SavedSegment:
             raise self._error("short record", position)
         return frame
 
-    def _index_pages(self):
+    def _index_pages(self) -> list[list[tuple[int, int, int]]]:
         """
         For each disk a list of (first offset, position, size) of its index frames, in order.
 
         Every frame is read and checked, so that one that is damaged, and with it the link to those before
         it, is found now and not taken for an empty range later. None is kept.
         """
-        pages = [[] for _ in self.disks]
+        pages: list[list[tuple[int, int, int]]] = [[] for _ in self.disks]
         position = self._last_index
         while True:
             fields, rows, size = self._index_frame(position)
@@ -121,7 +136,7 @@ class SavedSegment:
                 raise self._error("an index that descends", self._last_index)
         return pages
 
-    def _index_frame(self, position, size=_INDEX_FRAME):
+    def _index_frame(self, position: int, size: int = _INDEX_FRAME) -> tuple[Fields, memoryview, int]:
         """(fields, rows (memoryview), size) of the index frame at a position, checked. size: how much to read first."""
         whole = memoryview(self.frame_at(position, min(size, self.length - position)))
         try:
@@ -141,7 +156,7 @@ class SavedSegment:
             raise self._error(error or "short record", position) from None
         return fields, whole[header:size], size
 
-    def _scan(self):
+    def _scan(self) -> list[list[Bytes]]:
         """Index payloads made from the headers of the frames; payloads are passed over, not read."""
         collected = _Collected(len(self.disks))
         builder = index.Builder(collected)
@@ -176,7 +191,7 @@ class SavedSegment:
         builder.finish()
         return collected.payloads
 
-    def _check_runs(self, fields, position):
+    def _check_runs(self, fields: Fields, position: int) -> None:
         runs = fields[2] if len(fields) == 3 else None
         if not (
             type(fields[1]) is int and 0 <= fields[1] < len(self.disks) and isinstance(runs, list)
@@ -184,21 +199,21 @@ class SavedSegment:
         ):
             raise self._error('malformed frame "extent"', position)
 
-    def _error(self, reason, position):
+    def _error(self, reason: object, position: int) -> StreamError:
         return StreamError(self.name, reason, f"stream offset {self.start + position}")
 
 
 class _Collected:
     """Takes index frames in the place of a SegmentWriter, in memory."""
 
-    def __init__(self, disks):
-        self.payloads = [[] for _ in range(disks)]
+    def __init__(self, disks: int) -> None:
+        self.payloads: list[list[Bytes]] = [[] for _ in range(disks)]
 
-    def index(self, disk, _rows, payload):
+    def index(self, disk: int, _rows: int, payload: Bytes) -> None:
         self.payloads[disk].append(payload)
 
 
-def segments_in_file(path):
+def segments_in_file(path: str) -> list[SavedSegment]:
     """The segments (list of SavedSegment) of one file, first to last, found from their tails. Raises Error."""
     fd = open_file(path)
     try:
@@ -207,7 +222,7 @@ def segments_in_file(path):
         os.close(fd)
 
 
-def open_file(path):
+def open_file(path: str) -> int:
     """A descriptor of a file with segments, for reading. Raises Error."""
     try:
         # Not to wait for whoever may open the other end of a FIFO: it can't be sought in, and is refused.
@@ -216,7 +231,7 @@ def open_file(path):
         raise os_error(path, error) from None
 
 
-def places(path, fd):
+def places(path: str, fd: int) -> Iterator[tuple[int, int, int]]:
     """
     Yield (start, length, position of the last index frame or 0) of each segment in a file, last to first.
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A segment on its way into a set: written aside, made durable, and only then named."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import secrets
@@ -12,10 +14,15 @@ from vnb.store import chain
 from vnb.store.backupset import SUFFIX, file_name, locked, of_domain, readable
 from vnb.store.direct_writer import DirectWriter
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vnb.format.types import Disk, Head
+
+
 PARTIAL = ".partial"
 
 
-def admit(directory, head, disks):
+def admit(directory: str, head: Head, disks: list[Disk]) -> None:
     """Raise Error unless a set may take a segment with this head and these disks."""
     held, damaged = readable([directory])
     names = {disk["name"] for disk in disks}
@@ -59,7 +66,7 @@ class Store:
     such a one, see file_name().
     """
 
-    def __init__(self, directory, head, disks, check=True, merged=False):
+    def __init__(self, directory: str, head: Head, disks: list[Disk], check: bool = True, merged: bool = False) -> None:
         self.directory = directory
         self.head = head
         self.disks = disks
@@ -73,9 +80,9 @@ class Store:
         self.path = os.path.join(directory, self.name)
         self._create()
 
-    def _create(self):
+    def _create(self) -> None:
         while True:
-            self.partial = os.path.join(self.directory, f".{self.name}.{secrets.token_hex(4)}{PARTIAL}")
+            self.partial: str | None = os.path.join(self.directory, f".{self.name}.{secrets.token_hex(4)}{PARTIAL}")
             try:
                 self.fd = os.open(self.partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
             except OSError as error:
@@ -87,10 +94,10 @@ class Store:
             # Another writer came between open and flock, and removed the file as one that nobody writes.
             os.close(self.fd)
 
-    def __enter__(self):
+    def __enter__(self) -> Store:
         return self
 
-    def commit(self):
+    def commit(self) -> str:
         """Sync, name, and sync the directory: after this the segment is in the set. Returns its path."""
         self.writer.finish()
         try:
@@ -100,6 +107,7 @@ class Store:
                     admit(self.directory, self.head, self.disks)
                 elif self.merged and os.path.lexists(self.path):
                     raise Error(self.path, "another file has the name of this segment")
+                assert self.partial is not None
                 os.rename(self.partial, self.path)
                 self.partial = None
                 os.fsync(directory_fd)
@@ -107,7 +115,7 @@ class Store:
             raise os_error(self.path, error) from None
         return self.path
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.writer.close()
         if self.partial is not None:
             with contextlib.suppress(FileNotFoundError):
@@ -115,7 +123,7 @@ class Store:
         os.close(self.fd)
 
 
-def remove_abandoned(directory):
+def remove_abandoned(directory: str) -> None:
     """Remove temporary files whose writer was killed: the lock of a living one can't be had."""
     for name in os.listdir(directory):
         if not _is_partial(name):
@@ -138,5 +146,5 @@ def remove_abandoned(directory):
             os.close(fd)
 
 
-def _is_partial(name):
+def _is_partial(name: str) -> bool:
     return name.startswith(".") and name.endswith(PARTIAL) and SUFFIX + "." in name

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The XML of a saved domain, made to fit the place where it is restored. Pure: nothing is opened or asked."""
 
+from __future__ import annotations
+
 import dataclasses
 import os.path
 import re
@@ -32,7 +34,7 @@ class Place:
     type: str
     path: str
     format: str
-    server: dict = None
+    server: dict[str, str] | None = None
 
     def source(self):
         """The element that tells libvirt."""
@@ -50,10 +52,10 @@ class Wishes:
     others as the options of vnb-config.
     """
 
-    name: str = None
+    name: str | None = None
     keep_identity: bool = False
     keep_graphics: bool = False
-    directory: str = None
+    directory: str | None = None
 
 
 class Domain:

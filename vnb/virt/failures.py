@@ -23,8 +23,8 @@ class SystemRefusal(Error):
     libvirt's words are those of its locale, and it gives the number, too; QEMU's, within them, are English.
     """
 
-    numbers = ()
-    words = None
+    numbers: tuple[int, ...] = ()
+    words = ""
 
     @classmethod
     def is_meant(cls, error):
