@@ -26,7 +26,7 @@ class Pool:
     """
     Buffers of at least the size asked for, and at most twice that.
 
-    limit (int): bytes that are kept for later; what is out is for the caller to bound.
+    limit: bytes that are kept for later; what is out is for the caller to bound.
     """
 
     def __init__(self, limit: int = 16 << 20) -> None:
@@ -95,7 +95,7 @@ class Ordered:
             work.call(argument)
             while work.full: use(work.pop())
 
-    threads (int): 0 calls it at once, in this thread. They start when there is something to do.
+    threads: 0 calls it at once, in this thread. They start when there is something to do.
     """
 
     def __init__(self, function: Callable[[Any], Any], threads: int) -> None:

@@ -29,7 +29,7 @@ class Cache:
 
     def get(self, key: Hashable, load: Callable[[], Any]) -> Any:
         """
-        The value (memoryview) of a key; load() makes it if it is not here.
+        The value of a key; load() makes it if it is not here.
 
         Threads that ask for one key at the same time wait for the first of them, those that ask for another
         key do not. Raises what load() raises; then the next of those that wait tries by itself.

@@ -9,11 +9,11 @@ class Error(Exception):
     """
     An expected failure: exit status 1 and one line, `command: object: where: reason`.
 
-    what (str or None): the object, as the user typed it.
-    where (str or None): a place in it, such as "offset 1048576" or "stream offset 4194304".
-    reason (str): lower case, no full stop; the system's own words for an errno.
-    errno (int or None): of the system call that failed, where it was one.
-    is_damage (bool): it says that what was read is not as it was written.
+    what: the object, as the user typed it.
+    where: a place in it, such as "offset 1048576" or "stream offset 4194304".
+    reason: lower case, no full stop; the system's own words for an errno.
+    errno: of the system call that failed, where it was one.
+    is_damage: it says that what was read is not as it was written.
     """
 
     errno: int | None = None
@@ -82,7 +82,7 @@ def one_line(text: object, limit: int = 4096) -> str:
     """
     The text with what would break the line or steer a terminal made visible: it may come from a stream.
 
-    limit (int): characters; a text that is longer is cut.
+    limit: characters; a text that is longer is cut.
     """
     text = str(text).strip()
     if len(text) > limit:

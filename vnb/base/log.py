@@ -71,7 +71,7 @@ def choose(args: Mapping[str, Any]) -> None:
 
 
 def environment() -> dict[str, str | None]:
-    """What was chosen, as the variables (dict) by which commands that are started choose the same, and the run."""
+    """What was chosen, as the variables by which commands that are started choose the same, and the run."""
     return {"VNB_LOG_LEVEL": _Chosen.level, "VNB_LOG_FORMAT": _Chosen.format, "VNB_RUN": _Chosen.run}
 
 
@@ -92,12 +92,12 @@ def take_run(head: Mapping[str, Any]) -> None:
 
 
 def run() -> str | None:
-    """The name (str) of the run, or None as long as it is not known."""
+    """The name of the run, or None as long as it is not known."""
     return _Chosen.run
 
 
 def command() -> str:
-    """The name (str) of this command."""
+    """The name of this command."""
     return _Chosen.command
 
 
@@ -110,7 +110,7 @@ def is_quiet() -> bool:
 
 
 def error(failure: object, more: str = "") -> None:
-    """What failed (Error, or a line). more (str): lines for people alone."""
+    """What failed (Error, or a line). more: lines for people alone."""
     _tell(ERROR, str(failure), more)
 
 

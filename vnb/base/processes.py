@@ -33,11 +33,11 @@ _LISTEN = 'test "$PPID" = "$0" || exit; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&
 
 class Child:
     """
-    A program. name (str): for messages. package (str): what to install where it is missing.
+    A program. name: for messages. package: what to install where it is missing.
 
-    listener (socket or None): handed over as systemd does it. keep (iterable of int): descriptors that it inherits.
-    environment (dict): in addition. directory (str): where it runs, by default where we do.
-    stderr (int): descriptor for its standard error. talk (bool): process.stdin and process.stdout are pipes to it.
+    listener: handed over as systemd does it. keep: descriptors that it inherits.
+    environment: in addition. directory: where it runs, by default where we do.
+    stderr: descriptor for its standard error. talk: process.stdin and process.stdout are pipes to it.
     ending (signal): what ends it; it also gets that when we die, SIGKILL included, but no signal to our process group.
     Its standard error is kept, and told when it fails, unless debug or stderr.
     """
@@ -91,14 +91,14 @@ class Child:
         return Error(self.name, f"it {how}")
 
     def words(self) -> bytes:
-        """The end of what it has said (bytes), when it has ended."""
+        """The end of what it has said, when it has ended."""
         if self._stderr is None:
             return b""
         size = os.fstat(self._stderr).st_size
         return os.pread(self._stderr, 4096, max(0, size - 4096))
 
     def reason(self, lines: list[str]) -> str:
-        """The line that says why it failed, of all that it said (list of str, not empty)."""
+        """The line that says why it failed, of all that it said."""
         return lines[-1]
 
     def end(self) -> None:
@@ -115,7 +115,7 @@ class Child:
 
     def has_spoken(self, fd: int) -> bool:
         """
-        Wait until a server speaks on a connection (descriptor), or ends; False where it does neither for a long time.
+        Wait until a server speaks on a connection, or ends; False where it does neither for a long time.
         """
         assert self.fd is not None
         return wait_for([fd, self.fd], START_SECONDS) is not None

@@ -25,7 +25,7 @@ _ROOM = 'echo ready; while read -r directory; do stat -f -c "%a %S" -- "$directo
 
 class Host:
     """
-    A host. destination (str): [user@]name, as ssh has it; options (list of str) come before it. carries_libvirt (bool):
+    A host. destination: [user@]name, as ssh has it; options come before it. carries_libvirt:
     libvirt comes there by ssh as well, so it can be expected to work.
 
     Others than BatchMode's ways to log in are not tried: nobody is there to answer.
@@ -43,7 +43,7 @@ class Host:
         """
         The host of libvirt's URI, None where it is ours.
 
-        user, port, key (str or None): what ssh is to use instead of what is in the URI. From a URI that is not for
+        user, port, key: what ssh is to use instead of what is in the URI. From a URI that is not for
         ssh only the name of the host is taken.
         """
         parts = urllib.parse.urlsplit(uri)
@@ -72,15 +72,15 @@ class Host:
         return cls(name, options, is_ssh)
 
     def argv(self, command: str, options: Sequence[str] = ()) -> list[str]:
-        """The arguments of an ssh that runs a command (str, for a shell there)."""
+        """The arguments of an ssh that runs a command, for a shell there."""
         return ["ssh", *OPTIONS, *self.options, *options, "--", self.destination, command]
 
     def run(self, what: str | None, *argv: str) -> bytes:
-        """Run a program there, give its standard output (bytes). Raises Error for what (str)."""
+        """Run a program there, give its standard output. what: the object of an Error."""
         return run(what, *self.argv(shlex.join(argv)))
 
     def glob(self, what: str, pattern: str) -> list[str]:
-        """The paths (list of str) that match a pattern, which goes to a shell: it must hold no data. Raises Error."""
+        """The paths that match a pattern, which goes to a shell: it must hold no data. Raises Error."""
         found = run(what, *self.argv(f"for path in {pattern}; do printf '%s\\0' \"$path\"; done"))
         return [path for path in found.decode(errors="surrogateescape").split("\0") if path and path != pattern]
 
@@ -145,7 +145,7 @@ class Forward:
         return self._room.get(directory)
 
     def _answer(self, seconds: float) -> str | None:
-        """A line (str), or None when none came within these seconds or will come."""
+        """A line, or None when none came within these seconds or will come."""
         if not select.select([self._answers], [], [], seconds)[0]:
             return None
         return self._answers.readline().decode(errors="replace").strip() or None

@@ -34,7 +34,7 @@ def release() -> None:
 @contextlib.contextmanager
 def hidden() -> Iterator[str]:
     """
-    Gives what has to be written in front of a line (str), in the same write.
+    Gives what has to be written in front of a line, in the same write.
 
     It erases what another process shows in the terminal's last line, which that one draws again some time later.
     """

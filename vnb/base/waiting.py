@@ -24,7 +24,7 @@ class _Now:
 
 @contextlib.contextmanager
 def on(what: str) -> Iterator[None]:
-    """This may take long, for what it is (str) that others have to do."""
+    """While this lasts, this process waits for something that others have to do. what: that, in words."""
     entry = [what]
     _Now.all.append(entry)
     _tell()
@@ -37,7 +37,7 @@ def on(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def told_to(tell: Callable[[str | None], None]) -> Iterator[None]:
-    """Have a function (str or None) told of each wait that begins in this process, and of its end."""
+    """Have a function told of each wait that begins in this process, and of its end."""
     before, _Now.tell = _Now.tell, tell
     if _Now.all:
         _tell()
@@ -53,7 +53,7 @@ def is_told() -> bool:
 
 
 class Told:
-    """An object whose methods wait for others. words (dict): for what, by the method's name. other (str): else."""
+    """An object whose methods wait for others. words: for what, by the method's name. other: else."""
 
     def __init__(self, object_: Any, words: Mapping[str, str], other: str) -> None:
         self._object = object_

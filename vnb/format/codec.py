@@ -62,9 +62,9 @@ def parse(text: str) -> tuple[str, int | None]:
 
 def plain(data: Data, where: str) -> Bytes:
     """
-    The plain bytes (bytes-like) of a Data frame, decompressed and held against the hash of their source.
+    The plain bytes of a Data frame, decompressed and held against the hash of their source.
 
-    where (str): the disk, for messages. Raises Error: these bytes are not what was read from the source.
+    where: the disk, for messages. Raises Error: these bytes are not what was read from the source.
     """
     payload = data.payload if data.codec == "none" else _decompress(data, where)
     if len(payload) != data.length or xxh3_64_intdigest(payload) != data.hash:

@@ -78,7 +78,7 @@ def encode(fields: Fields, payload: Bytes | None = None) -> tuple[bytes, int]:
     """
     The bytes of a frame up to its payload's first byte, and its sum.
 
-    fields (list): all before the sum. payload (bytes-like or None): covered by the sum too.
+    fields: all before the sum. payload: covered by the sum too.
     Raises FrameError for what no decoder accepts.
     """
     _check_fields(fields, payload is not None)
@@ -135,7 +135,7 @@ def _decode_tail(view: memoryview) -> tuple[int, int, int]:
 
 def decode(view: memoryview) -> tuple[Fields, int, int, int | None]:
     """
-    Read the frame at the start of view (memoryview): (fields, sum, header size, payload size or None).
+    Read the frame at the start of view: (fields, sum, header size, payload size or None).
 
     fields: all before the sum; those of a data frame are checked. The sum is checked here where there
     is no payload, or where it does not cover the payload (data). Raises FrameError or Incomplete.

@@ -31,9 +31,9 @@ def new(
     after: str | None = None, **fields: Any,
 ) -> Head:
     """
-    A head (dict) with an id and a point of its own.
+    A head with an id and a point of its own.
 
-    after (str or None): the parent's `created`: the new one is later, whatever the clock says. Raises Error where that
+    after: the parent's `created`: the new one is later, whatever the clock says. Raises Error where that
     is no time, or the last one of all.
     """
     created = now()
@@ -59,7 +59,7 @@ def new(
 
 
 def created_of(point: str) -> str | None:
-    """The latest time (str) at which a point with this name may have been created, or None: it is not one of vnb's."""
+    """The latest time at which a point with this name may have been created, or None: it is not one of vnb's."""
     found = re.fullmatch(r"vnb\..+\.(\d{4})(\d\d)(\d\dT\d\d)(\d\d)(\d\d\.\d{3})Z\.[0-9a-f]+", point, re.ASCII)
     return found and f"{found[1]}-{found[2]}-{found[3]}:{found[4]}:{found[5]}999Z"
 

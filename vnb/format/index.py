@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class Builder:
-    """Gathers rows and writes them as index frames into out (vnb.format.writing.SegmentWriter) as it goes."""
+    """Gathers rows and writes them as index frames into out as it goes."""
 
     def __init__(self, out: Out) -> None:
         self.out = out
@@ -96,9 +96,9 @@ class Rows:
     They come in pages, one an index frame, and a page is fetched when it is needed: a disk of ten million
     extents takes no more memory than the pages that its readers are at, and those that the cache may keep.
 
-    name (str): of the segment, for messages. firsts (sequence of int): the offset of the first row of each page.
-    load: function (page number) -> its rows as they are stored (bytes-like); it may be called from any thread.
-    cache (vnb.base.cache.Cache or None): keeps pages; without one they are fetched for each lookup.
+    name: of the segment, for messages. firsts: the offset of the first row of each page.
+    load: function (page number) -> its rows as they are stored; it may be called from any thread.
+    cache: keeps pages; without one they are fetched for each lookup.
     Raises StreamError for a row that overlaps, descends or points outside, when a reader comes to it.
     """
 
@@ -234,7 +234,7 @@ class Cursor:
 
 
 def in_memory(name: str, disk_size: int, segment_length: int, payloads: Sequence[Bytes]) -> Rows:
-    """Rows of one disk from the payloads (list of bytes, in stream order) of its index frames, all of them here."""
+    """Rows of one disk from the payloads, in stream order, of its index frames, all of them here."""
     firsts = [_ROW.unpack_from(_native(payload))[0] for payload in payloads]
     return Rows(name, disk_size, segment_length, firsts, payloads.__getitem__)
 

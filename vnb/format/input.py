@@ -21,8 +21,8 @@ class Input:
     """
     Bytes of a file descriptor, with a small window to look ahead in. No payload is copied twice.
 
-    name (str): for messages. offset (int): of the next byte, in the stream.
-    wait (callable or None): is given fd and an event of poll(2) before each read, and returns when that has come.
+    name: for messages. offset: of the next byte, in the stream.
+    wait: is given fd and an event of poll(2) before each read, and returns when that has come.
     """
 
     def __init__(self, fd: int, name: str, wait: Wait | None = None) -> None:
@@ -34,7 +34,7 @@ class Input:
         self._start = self._end = 0
 
     def fill(self, size: int) -> memoryview:
-        """Have at least size bytes in the window, fewer only at the end of file; the window (memoryview)."""
+        """Have at least size bytes in the window, fewer only at the end of file; the window."""
         while self._end - self._start < size:
             if self._start + size > len(self._buffer):
                 kept = self._buffer[self._start : self._end]

@@ -46,9 +46,9 @@ _HEX = re.compile("[0-9a-f]{16}")
 
 def line_of(raw: values.Raw, payloads: bool = True) -> str:
     """
-    The line (str, no newline) of a frame (vnb.format.values.Raw). It is plain ASCII, so it does no harm to a terminal.
+    The line, without a newline, of a frame. It is plain ASCII, so it does no harm to a terminal.
 
-    payloads (bool): False puts their size in their place.
+    payloads: False puts their size in their place.
     """
     kind, *elements = raw.fields
     line = {"frame": kind}

@@ -120,7 +120,7 @@ def checked_same(fields: Fields, payload: object, error: Callable[[str], Error])
 
 
 def is_list_of_files(files: object, parent: str | None) -> bool:
-    """Whether a value may be "files" of a head whose base is parent (str or None)."""
+    """Whether a value may be "files" of a head whose base is parent."""
     if not (isinstance(files, list) and all(isinstance(file, dict) and names_a_file(file) for file in files)):
         return False
     for file in files:

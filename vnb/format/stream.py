@@ -12,7 +12,7 @@ Streams: segments of frames from and to file descriptors, in bounded memory.
 
 A Reader yields nothing that it did not check: sums, digest, counts, order, that extents ascend, stay
 inside their disk and do not overlap, and that those of a full disk leave nothing out. What it does not
-check is the hash of a data frame: that is for whoever uses the bytes (vnb.format.codec.plain).
+check is the hash of a data frame: whoever uses the bytes does that, by vnb.format.codec.plain().
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Reader:
         return True
 
     def error(self, reason: object, offset: int | None = None) -> StreamError:
-        """A StreamError at a stream offset (int), by default that of the next byte."""
+        """A StreamError at a stream offset, by default that of the next byte."""
         return StreamError(self.input.name, reason, f"stream offset {self.input.offset if offset is None else offset}")
 
     def next_frame(self) -> tuple[Fields, int, int, int | None, bytes]:
@@ -122,7 +122,7 @@ class Reader:
             return fields, sum_, size, payload, header
 
     def raw(self) -> Raw:
-        """The next frame (Raw) with a sound sum. Whether it may stand here, Segment tells."""
+        """The next frame with a sound sum. Whether it may stand here, Segment tells."""
         start = self.input.offset
         fields, sum_, _size, payload_size, header = self.next_frame()
         payload = None
@@ -136,7 +136,7 @@ class Reader:
         return Raw(fields, sum_, start, header, payload)
 
     def payload(self, size: int, start: int) -> memoryview:
-        """The payload (memoryview) that comes next. start: of its frame, for messages."""
+        """The payload that comes next. start: of its frame, for messages."""
         if self.pool is not None:
             view = self.pool.take(size)
         else:

@@ -48,7 +48,7 @@ class File:
 
 
 class Same:
-    """A file that has not changed since the base, which has it. fields (dict): role, path, mode."""
+    """A file that has not changed since the base, which has it. fields: role, path, mode."""
 
     __slots__ = ("fields",)
     payload = None
@@ -74,10 +74,10 @@ class Data:
     """
     Bytes [offset, offset + length) of one disk.
 
-    hash (int): xxh3-64 of the plain bytes, made where they were read from the source.
-    payload (memoryview): the bytes as codec left them. Valid until the next frame is asked for, unless
+    hash: xxh3-64 of the plain bytes, made where they were read from the source.
+    payload: the bytes as codec left them. Valid until the next frame is asked for, unless
     the Reader has a pool: then until they are given back to it.
-    position (int): where the frame starts, in bytes from the start of its segment. size (int): of the frame.
+    position: where the frame starts, in bytes from the start of its segment. size: of the frame.
     """
 
     __slots__ = ("codec", "disk", "hash", "length", "offset", "payload", "position", "size")

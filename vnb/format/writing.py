@@ -27,10 +27,10 @@ class Writer:
     """
     Write segments to a file descriptor.
 
-    name (str): for messages. stdout (bool): its reader may close it, which raises OutputClosed.
-    report (callable or None): is given each head (dict), returns an object with taken(): see vnb.job.proof.Report.
-    wait (callable or None): see vnb.cli.output.stdout().
-    put (callable or None): writes some of a list of bytes-like, as os.writev() does to fd, and gives their count.
+    name: for messages. stdout: its reader may close it, which raises OutputClosed.
+    report: is given each head, returns an object with taken(): see vnb.job.proof.Report.
+    wait: see vnb.cli.output.stdout().
+    put: writes some of a list of bytes-like, as os.writev() does to fd, and gives their count.
     """
 
     report: Callable[[Head], Taken] | None = None
@@ -105,7 +105,7 @@ class SegmentWriter:
     """
     The frames of one segment, in order; end() makes it whole.
 
-    positions (dict): {disk number: where the last extent that was written ends}. counts (Counts): of all so far.
+    positions: {disk number: where the last extent that was written ends}. counts: of all so far.
     """
 
     def __init__(self, writer: Writer, head: Head, disks: list[Disk]) -> None:
@@ -148,7 +148,7 @@ class SegmentWriter:
         return position, len(header) + len(payload)
 
     def index(self, disk: int, rows: int, payload: Bytes) -> None:
-        """An index frame of rows (int) entries of one disk; see vnb.format.index."""
+        """An index frame of rows entries of one disk; see vnb.format.index."""
         start = self.writer.offset
         self._frame(["index", disk, rows, start - self.last_index if self.last_index else 0], payload)
         self.last_index = start

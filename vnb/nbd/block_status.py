@@ -37,8 +37,8 @@ class Context:
     """
     An export and one of its meta contexts, over a connection that comes and goes.
 
-    connections (vnb.nbd.connections.Connections). uri (str). name (str): the disk, for messages. context (str or None).
-    size (int or None): bytes that the export has to have. required (bool): the absence of the context is an error.
+    name: the disk, for messages. context: None for an export of which nothing is asked but its size.
+    size: bytes that the export has to have. required: the absence of the context is an error.
     """
 
     has_context = False
@@ -57,7 +57,7 @@ class Context:
         self._connection: Connection | None = None
 
     def open(self) -> Connection:
-        """The connection (Connection), made now where there is none. Raises Error where it is not as it has to be."""
+        """The connection, made now where there is none. Raises Error where it is not as it has to be."""
         if self._connection is None or not self._connection.is_open:
             self._connection = found = self.connections.open(self.uri, self.name, self.context)
             if self.size not in (None, found.size):
@@ -116,7 +116,7 @@ class Walk:
     """
     Walk the extents of one meta context, forwards, asking for as much at a time as gives lists of a good size.
 
-    unknown (int): the flags of what the server cannot be asked about: all of it without the context.
+    unknown: the flags of what the server cannot be asked about: all of it without the context.
     """
 
     def __init__(self, context: Context, unknown: int) -> None:
@@ -133,7 +133,7 @@ class Walk:
         """
         Yield (offset, length, flags) that cover [offset, end) exactly. Calls must ascend.
 
-        horizon (int): how far later calls will reach: the next request may ask up to there.
+        horizon: how far later calls will reach: the next request may ask up to there.
         """
         while offset < end:
             if offset >= self._end:
@@ -208,7 +208,7 @@ def changes(dirty: Context, base: Context, size: int) -> Iterator[Runs]:
     """
     Yield runs of what is dirty: an increment's extents. runs: flat list of offset, length, state, ...
 
-    dirty, base (Context): of the bitmap's meta context and of base:allocation. Each has a cursor of its own,
+    dirty, base: of the bitmap's meta context and of base:allocation. Each has a cursor of its own,
     since two contexts never come back in the same pieces; clean ranges are not asked for their allocation.
     """
     walk = Walk(base, unknown=0)

@@ -188,7 +188,7 @@ class Connection:
             self.failed(error)
 
     def read(self, offset: int, view: memoryview) -> Request:
-        """Begin to read into view (memoryview) from offset; returns the request."""
+        """Begin to read into view from offset; returns the request."""
         # The view itself, which libnbd takes and lets go: its Buffer around it would never be freed (libnbd 1.14).
         return self._request(self.handle.aio_pread, offset, view, offset)
 
@@ -197,11 +197,11 @@ class Connection:
         return self._request(self.handle.aio_block_status, offset, length, offset, extent)
 
     def write(self, offset: int, view: memoryview) -> Request:
-        """Begin to write view (memoryview) at offset; it must stay as it is until that is done. Returns the request."""
+        """Begin to write view at offset; it must stay as it is until that is done. Returns the request."""
         return self._request(self.handle.aio_pwrite, offset, view, offset)
 
     def zero(self, offset: int, length: int, keep: bool) -> Request:
-        """Begin to make a range read as zeroes. keep (bool): it stays allocated. Returns the request."""
+        """Begin to make a range read as zeroes. keep: it stays allocated. Returns the request."""
         flags = nbd.CMD_FLAG_NO_HOLE if keep else 0
         return self._request(self.handle.aio_zero, offset, length, offset, None, flags)
 

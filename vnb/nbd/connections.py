@@ -44,11 +44,11 @@ RETRY_SECONDS = 0.2  # nothing tells when a server that hung up takes clients ag
 
 class Connections:
     """
-    The connections of a stage: at most `most` (int) at a time, which becomes less where a server takes less.
+    The connections of a stage: at most `most` at a time, which becomes less where a server takes less.
 
-    patience (float): seconds that a server has to take one; None: PATIENCE. alone (bool): nobody else is its client.
-    is_used (callable or None): whether the next stage still has work from us, and so a use for a connection that we
-    wait for. That time does not count. of_job (bool): the servers are those of a backup job.
+    patience: seconds that a server has to take one; None: PATIENCE. alone: nobody else is its client.
+    is_used: whether the next stage still has work from us, and so a use for a connection that we
+    wait for. That time does not count. of_job: the servers are those of a backup job.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Connections:
         Return when a descriptor is ready for an event of poll(2); until then take what the servers send. Raises Error.
 
         A server that cannot get rid of its answers may stand still with all that it does, and QEMU has a guest to run.
-        give_back (bool): when that takes long, and no answers are to come, close the connections.
+        give_back: when that takes long, and no answers are to come, close the connections.
         """
         since = time.monotonic()
         while fd not in self.turn(IDLE_SECONDS if give_back and self._all else None, fd, event):
@@ -152,10 +152,10 @@ class Connections:
         self, seconds: float | None = None, fd: int | None = None, event: int = 0, leaving: Connection | None = None,
     ) -> set[int]:
         """
-        Wait until a connection can go on, and let those that can; returns the descriptors (set) that were ready.
+        Wait until a connection can go on, and let those that can; returns the descriptors that were ready.
 
-        seconds (float or None): it then returns without any. fd, event: one more that is waited for, as of poll(2).
-        leaving (Connection or None): from which nothing is to come but its end. Raises Error.
+        seconds: it then returns without any. fd, event: one more that is waited for, as of poll(2).
+        leaving: from which nothing is to come but its end. Raises Error.
         """
         poller = select.poll()
         by_fd = {}

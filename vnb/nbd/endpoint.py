@@ -20,7 +20,7 @@ WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104 -- addresses that clients cannot
 
 
 class Unix:
-    """A unix socket. path (str): of it on QEMU's host, which is key, its name in a job's record, too."""
+    """A unix socket. path: of it on QEMU's host, which is key, its name in a job's record, too."""
 
     is_tcp = False
 
@@ -40,9 +40,9 @@ class Tcp:
     """
     A TCP port.
 
-    address (str): a name or an address of QEMU's host. port (int or None): None for one that is chosen.
-    host (str): what clients connect to where address is a wildcard. tls (bool): clients have to show a certificate, and
-    so has QEMU. certificates (str or None): the directory with the clients', by default libnbd's.
+    address: a name or an address of QEMU's host. port: None for one that is chosen.
+    host: what clients connect to where address is a wildcard. tls: clients have to show a certificate, and
+    so has QEMU. certificates: the directory with the clients', by default libnbd's.
     """
 
     is_tcp = True

@@ -39,9 +39,9 @@ class Raw:
     """
     A file or a block device that is written directly.
 
-    fd (int): open for writing; closed by close(). name (str): the disk, for messages.
-    keep (bool): zeroes stay allocated, otherwise they are given back to the file system or device.
-    durable (bool): finish() makes it so.
+    fd: open for writing; closed by close(). name: the disk, for messages.
+    keep: zeroes stay allocated, otherwise they are given back to the file system or device.
+    durable: finish() makes it so.
     """
 
     in_flight = 0  # a write is done when write() returns
@@ -54,7 +54,7 @@ class Raw:
         self._write_back = syscalls.WriteBack(fd)
 
     def write(self, offset: int, plain: Bytes, done: Callable[[], None]) -> None:
-        """Write plain (bytes-like) at offset, then call done()."""
+        """Write plain at offset, then call done()."""
         view = memoryview(plain)
         if self._durable:
             self._write_back.count(len(view))
@@ -146,7 +146,7 @@ class Nbd:
         return len(self._requests)
 
     def write(self, offset: int, plain: Bytes, done: Callable[[], None]) -> None:
-        """Begin to write plain (bytes-like) at offset; done() is called when it may be used again."""
+        """Begin to write plain at offset; done() is called when it may be used again."""
         view, most = memoryview(plain), self._connection.maximum
         if len(view) > most:
             done = _after(done, -(-len(view) // most))

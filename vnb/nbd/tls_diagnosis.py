@@ -23,7 +23,7 @@ _STARTTLS, _ACK = 5, 1
 
 
 def why(uri: str) -> str | None:
-    """What is wrong with TLS at an NBD URI (str) with certificates, or None: not known."""
+    """What is wrong with TLS at an NBD URI with certificates, or None: not known."""
     parts = urllib.parse.urlsplit(uri)
     directory = dict(urllib.parse.parse_qsl(parts.query)).get("tls-certificates")
     if parts.scheme != "nbds" or directory is None:

@@ -87,7 +87,7 @@ def _readable_in_set(directory: str) -> tuple[list[SavedSegment], list[Damaged]]
 
 
 def _readable_in_file(path: str, directory: str | None = None) -> tuple[list[SavedSegment], list[Damaged]]:
-    """The same of one file. directory (str or None): the set that it is in."""
+    """The same of one file. directory: the set that it is in."""
     found: list[SavedSegment] = []
     try:
         fd = open_file(path)
@@ -112,7 +112,7 @@ def _readable_in_file(path: str, directory: str | None = None) -> tuple[list[Sav
 
 
 def _damaged(path: str, error: Error, directory: str | None, fd: int | None = None, count: int = 0) -> Damaged:
-    """The Damaged of a file; fd (int or None): open. count (int): of its segments, 0 where that is not known."""
+    """The Damaged of a file; fd: open. count: of its segments, 0 where that is not known."""
     if error.errno in LACKING:
         raise error
     name = os.path.basename(path)
@@ -188,7 +188,7 @@ def file_name(head: Head, merged: bool = False) -> str:
     """
     The name of a segment's file: its restore point, whose middle part is a time, and its level.
 
-    merged (bool): it takes the place of others, and has its id in the name: else whoever copies a set, and knows files
+    merged: it takes the place of others, and has its id in the name: else whoever copies a set, and knows files
     by name and size, would keep the one that it has.
     """
     id_ = f'.{head["id"][:12]}' if merged else ""
@@ -236,7 +236,7 @@ def identity(found: os.stat_result) -> tuple[int, int, int, int]:
 
 def set_aside(directory: str, files: dict[str, tuple[int, int, int, int]]) -> dict[str, str]:
     """
-    Give damaged files of a set names that are no segment's, durably. files (dict): {path: its identity()}.
+    Give damaged files of a set names that are no segment's, durably. files: {path: its identity()}.
 
     Returns {path: its new path}, without those that have changed since. Raises Error.
     """

@@ -32,11 +32,11 @@ NAME = "name"  # a file beside the heads: the destination's name, which need be 
 
 class Catalog:
     """
-    directory (str or None): of the set, or of the heads; None where nothing is known, as where a receiver names the
+    directory: of the set, or of the heads; None where nothing is known, as where a receiver names the
     base.
 
-    destination (str or None): the name of the destination; None for a set.
-    damaged (list of vnb.store.damage.Damaged): the files that could not be read when it was read last.
+    destination: the name of the destination; None for a set.
+    damaged: the files that could not be read when it was read last.
     """
 
     def __init__(self, directory: str | None = None, destination: str | None = None) -> None:
@@ -91,7 +91,7 @@ class Catalog:
 
     @property
     def key(self) -> dict[str, str | None]:
-        """The arguments that make this catalog again (dict), for the record of a job."""
+        """The arguments that make this catalog again, for the record of a job."""
         return {"directory": self.directory, "destination": self.destination}
 
     def segments(self) -> list[SavedSegment]:
@@ -190,7 +190,7 @@ def _name_in(directory: str) -> str | None:
 
 
 def of_checkpoint(about: Mapping[str, Any]) -> str:
-    """What a checkpoint of ours was made for, in words. about (dict): see vnb.virt.domxml.about()."""
+    """What a checkpoint of ours was made for, in words. about: see vnb.virt.domxml.about()."""
     if isinstance(about.get("destination"), str):
         return f"destination {about['destination']}"
     if isinstance(about.get("catalog"), str):

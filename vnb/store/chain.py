@@ -2,7 +2,7 @@
 """
 Chains: which segment follows which. Pure logic on heads and disks; it opens nothing.
 
-A segment here is any object with head (dict), disks (list of dict) and name (str, for messages). Order comes
+A segment here is any object with head, disks, and a name for messages. Order comes
 from the links in the heads, never from file names or file times.
 """
 
@@ -45,7 +45,7 @@ class Follow:
     """
     Accept the segments of a stream one by one, each only if it may come after those before it.
 
-    force (bool): accept a segment whose parent is not the point before it.
+    force: accept a segment whose parent is not the point before it.
     """
 
     def __init__(self, name: str, force: bool = False) -> None:
@@ -101,7 +101,7 @@ def faults(segments: Sequence[Saved], name: str, whole: bool = True) -> Iterator
     """
     Yield an Error for each thing that is wrong with segments that belong together.
 
-    whole (bool): all bases should be here. check() is for whoever needs to know only that nothing is.
+    whole: all bases should be here. check() is for whoever needs to know only that nothing is.
     """
     yield from _faults_of_identity(segments, name)
     yield from _circles(segments, name)
@@ -127,7 +127,7 @@ def faults(segments: Sequence[Saved], name: str, whole: bool = True) -> Iterator
 
 
 def check_files(head: Head, bases: Sequence[Head], name: str) -> None:
-    """Raise Error unless a base has each file that a head says it has. bases (list of dict): heads with that point."""
+    """Raise Error unless a base has each file that a head says it has. bases: heads with that point."""
     for file in head.get("files", ()):
         if "base" in file and not any(_has_file(base, file) for base in bases):
             raise Error(
@@ -181,7 +181,7 @@ def _circles(segments: Sequence[Saved], name: str) -> Iterator[Error]:
 
 
 def _circle_at(point: str, trail: Iterable[str]) -> str:
-    """A circle, in words: trail (dict) has the points that lead to one of them once more."""
+    """A circle, in words: trail has the points that lead to one of them once more."""
     circle = list(trail)[list(trail).index(point):]
     return f'circular bases: {" -> ".join([*circle, point])}'
 
@@ -232,8 +232,8 @@ def path(segments: Sequence[S], name: str, until: str | None = None, damaged: Se
     """
     The segments to apply, in order, for a restore point: a full, then increments.
 
-    until (str or None): the name of a restore point, or a time (see latest); None for the latest one.
-    damaged (sequence of vnb.store.damage.Damaged): files whose segments are not among these.
+    until: the name of a restore point, or a time (see latest); None for the latest one.
+    damaged: files whose segments are not among these.
     Raises Error for a gap, a circle, segments of two domains, or a restore point that is not there.
     """
     if not segments:
@@ -299,7 +299,7 @@ def latest(segments: Sequence[Saved], name: str, until: str | None = None, damag
     The latest is, among the restore points that are nobody's base, the one created last.
     A time is local, 2026-01-31T12:00:00, as a day of --keep-daily is; with Z it is of UTC, as heads have it, and with
     +01:00 of that zone. It may be cut short after any part, and means the whole of that day, minute and so on.
-    damaged (sequence of vnb.store.damage.Damaged): nothing older takes the place of what is, or may be, in there.
+    damaged: nothing older takes the place of what is, or may be, in there.
     Raises Error.
     """
     by_point = points(segments)
@@ -344,7 +344,7 @@ def latest(segments: Sequence[Saved], name: str, until: str | None = None, damag
 
 
 def restorable(segments: Sequence[Saved]) -> list[str]:
-    """The restore points (list of str) from which the links lead to a full."""
+    """The restore points from which the links lead to a full."""
     lacking = lacks(segments)
     return [point for point in points(segments) if point not in lacking]
 
@@ -377,7 +377,7 @@ def newest_base(segments: Sequence[S], checkpoints: Container[str] | None = None
     """
     The segment whose checkpoint the next increment may start from, or None.
 
-    checkpoints (set of str or None): names that libvirt still has; None: any will do. The newest point that
+    checkpoints: names that libvirt still has; None: any will do. The newest point that
     has one is taken, along the path of the latest point first.
     """
     candidates = [
@@ -422,7 +422,7 @@ def _last_moment(
     year: str, month: str | None = None, day: str | None = None, hour: str | None = None, minute: str | None = None,
     second: str | None = None, fraction: str | None = None, zone: str | None = None,
 ) -> str:
-    """The same of the parts (str) of a time, None for what is cut off. Raises ValueError or OverflowError."""
+    """The same of the parts of a time, None for what is cut off. Raises ValueError or OverflowError."""
     from calendar import monthrange
     from datetime import datetime, timedelta, timezone
 

@@ -21,10 +21,10 @@ class Checker:
     """
     Checks all that is in a stream, the plain bytes too.
 
-    fault: function (Error) that is told what is wrong with a payload: it may raise, or let the rest be checked.
-    progress (vnb.cli.progress.Progress): is told of each segment.
-    out (Writer or None): gets the frames, byte for byte. The end of a segment only when all of it is sound.
-    go_on (function or None): called for each frame; it may raise.
+    fault: function that is told what is wrong with a payload: it may raise, or let the rest be checked.
+    progress: is told of each segment.
+    out: gets the frames, byte for byte. The end of a segment only when all of it is sound.
+    go_on: called for each frame; it may raise.
     """
 
     def __init__(

@@ -23,9 +23,9 @@ class Damaged:
     """
     A file whose segments cannot be used.
 
-    name (str): its path. error (Error): why. advice (str): what its user can do, or "".
-    head (dict or None): of its first segment, as vnb.store.chain.outline() leaves it, where that can still be read.
-    newest (str or None): no other restore point in it was created after this time. NOTHING: it has no other.
+    name: its path. error: why. advice: what its user can do, or "".
+    head: of its first segment, as vnb.store.chain.outline() leaves it, where that can still be read.
+    newest: no other restore point in it was created after this time. NOTHING: it has no other.
     None: not known.
     """
 
@@ -44,19 +44,19 @@ class Damaged:
         return f"{self.error}: left out{self.advice and f'; {self.advice}'}"
 
     def may_be_after(self, created: str) -> bool:
-        """Whether it may have a restore point, nobody knows which, that was created after this time (str)."""
+        """Whether it may have a restore point, nobody knows which, that was created after this time."""
         return self.newest is None or self.newest > created
 
     def is_after(self, created: str) -> bool:
-        """Whether all that may be in it was created after this time (str), as far as that is known."""
+        """Whether all that may be in it was created after this time, as far as that is known."""
         return self.newest is not None and self.newest[:MILLISECONDS] > created[:MILLISECONDS]
 
 
 def newest_by_name(name: str, is_segment: object) -> str | None:
     """
-    When the newest restore point of a file may have been created (str), NOTHING, or None: by the file's name (str).
+    When the newest restore point of a file may have been created, NOTHING, or None: by the file's name.
 
-    is_segment (bool): it starts as a segment does, or may start so. No order comes from a name; but a file that has
+    is_segment: it starts as a segment does, or may start so. No order comes from a name; but a file that has
     one as vnb gives them, and whose head is lost, is not newer than that name.
     """
     created = heads.created_of_file(name)

@@ -139,8 +139,8 @@ class Stdout(DirectWriter):
     """
     Standard output, where it is a file: who writes to it next does so behind what was written.
 
-    fd (int): of the same file, but opened for this. start (int): where standard output stands in it.
-    wait (callable or None): see vnb.cli.output.stdout(); a file system on the network may keep us waiting.
+    fd: of the same file, but opened for this. start: where standard output stands in it.
+    wait: see vnb.cli.output.stdout(); a file system on the network may keep us waiting.
     """
 
     def __init__(self, fd: int, start: int, wait: Wait | None = None) -> None:

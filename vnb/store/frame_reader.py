@@ -31,7 +31,7 @@ _HEADER = f.DATA_HEADER_SIZES["none"]
 
 
 class Source:
-    """One disk in one saved segment. segment: SavedSegment. number (int): of the disk. what (str): for messages."""
+    """One disk in one saved segment. number: of the disk. what: for messages."""
 
     __slots__ = ("_asked", "_next", "number", "segment", "what")
 
@@ -65,7 +65,7 @@ class Source:
 
 class SavedData:
     """
-    Reads data frames for any number of threads. cache_size (int): bytes of unpacked frames to keep.
+    Reads data frames for any number of threads. cache_size: bytes of unpacked frames to keep.
 
     A row is one of vnb.format.index: (offset, length, position, size). All methods raise Error.
     """
@@ -77,9 +77,9 @@ class SavedData:
 
     def read(self, view: memoryview, skip: int, source: Source, row: Row, request: int) -> None:
         """
-        Fill view (memoryview) with the bytes of a frame from the one at skip on.
+        Fill view with the bytes of a frame from the one at skip on.
 
-        request (int): bytes that are wanted at once, these and others.
+        request: bytes that are wanted at once, these and others.
         """
         if len(view) == row[1] and _is_stored(row):
             self._read_whole(view, source, row)
@@ -96,7 +96,7 @@ class SavedData:
         view[:] = plain[skip : skip + len(view)]
 
     def plain(self, source: Source, row: Row) -> memoryview:
-        """The plain bytes (memoryview) of a frame, from the cache or into it."""
+        """The plain bytes of a frame, from the cache or into it."""
         plain: memoryview = self._plain.get((source, row[2]), lambda: self._load(source, row))
         return plain
 

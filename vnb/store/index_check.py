@@ -21,7 +21,7 @@ class RowCheck:
     """
     Holds the rows of index frames against the frames before them.
 
-    reader (vnb.format.stream.Reader): of the segment, for its errors. Rows wait here until their index frame comes: of
+    reader: of the segment, for its errors. Rows wait here until their index frame comes: of
     an index that is written as it goes, that is little.
     """
 
@@ -31,7 +31,7 @@ class RowCheck:
         self._differed = False
 
     def frame(self, raw: Raw) -> Error | None:
-        """An Error if the frame (Raw) shows that the index is wrong, once, else None. All frames, in their order."""
+        """An Error if the frame shows that the index is wrong, once, else None. All frames, in their order."""
         if self._differed:
             return None
         kind = raw.fields[0]

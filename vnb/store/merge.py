@@ -55,12 +55,12 @@ WINDOW = 4096  # read for a frame that is not data: most are shorter
 
 class Merge:
     """
-    The segments of a path (list of SavedSegment, oldest first, each the base of the next) as one.
+    The segments of a path (oldest first, each the base of the next) as one.
 
-    head (dict), disks (list of dict): of the merged segment. It is full if the first one is. Otherwise it has the
+    head, disks: of the merged segment. It is full if the first one is. Otherwise it has the
     first one's parent, and the level of the last. A disk is full if it is so in any of them, and one that the
-    last does not have is left out. only (container of str or None): names of disks, the others are left out too.
-    repack (bool): compress the rest of a cut frame as the frame was; otherwise it stays plain.
+    last does not have is left out. only: names of disks, the others are left out too.
+    repack: compress the rest of a cut frame as the frame was; otherwise it stays plain.
     Raises Error for what can't be merged. Nothing is read: of head and disks only what chain.outline() leaves is
     here, until read_head() was called.
     """
@@ -117,9 +117,9 @@ class Merge:
 
     def write(self, out: SegmentWriter, index: Builder | None = None) -> None:
         """
-        Write files, extents and data into out (vnb.format.writing.SegmentWriter), all but the end.
+        Write files, extents and data into out, all but the end.
 
-        index (vnb.format.index.Builder or None): is told of them. Disks come one after the other. Raises Error.
+        index: is told of them. Disks come one after the other. Raises Error.
         """
         _allow_open_files()
         try:
@@ -166,7 +166,7 @@ class Merge:
         disk.flush()
 
     def _cut(self, source: Place, name: str, row: Row) -> tuple[str, memoryview]:
-        """(codec to pack the rest with, plain bytes (memoryview)) of a frame that is wanted in part."""
+        """(codec to pack the rest with, plain bytes) of a frame that is wanted in part."""
         segment, _ = source
 
         def load() -> memoryview:
@@ -186,7 +186,7 @@ class Merge:
         return self._compressors[kind]
 
     def _read(self, source: Place, name: str, row: Row, buffer: bytearray) -> Data:
-        """The frame (Data) that an index row points to, with a sound sum; its payload is in buffer (bytearray)."""
+        """The frame that an index row points to, with a sound sum; its payload is in buffer."""
         segment, number = source
         offset, length, position, size = row
         view = memoryview(buffer)[:size]
@@ -239,7 +239,7 @@ def _refuse_unknown(segment: SavedSegment, rows: list[Rows]) -> None:
 
 
 def _places(rows: Rows) -> Iterator[tuple[int, int]]:
-    """Yield (position, size) of the data frames that the rows of one disk (vnb.format.index.Rows) point to."""
+    """Yield (position, size) of the data frames that the rows of one disk point to."""
     for number in range(len(rows.firsts)):
         words = rows.page(number).rows.cast("Q")
         for position, size in zip(words[2::ROW_WORDS], words[3::ROW_WORDS]):

@@ -32,8 +32,8 @@ class Layers:
     """
     One disk at one point.
 
-    layers (list of vnb.format.index.Rows): newest first, the last of them the full one.
-    size (int): bytes of the disk. full_size (int): bytes of it in the full layer; what was added to the
+    layers: newest first, the last of them the full one.
+    size: bytes of the disk. full_size: bytes of it in the full layer; what was added to the
     disk since then and never written reads as zeroes.
     """
 

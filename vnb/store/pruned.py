@@ -31,7 +31,7 @@ def add_pruned(directory: str, names: Iterable[str]) -> None:
 
 
 def pruned(directory: str) -> set[str]:
-    """The checkpoints (set of str) that a set does not need any more, as far as that was written down."""
+    """The checkpoints that a set does not need any more, as far as that was written down."""
     try:
         # Not to wait for whoever may open the other end of a FIFO.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
@@ -42,7 +42,7 @@ def pruned(directory: str) -> set[str]:
 
 
 def forget_pruned(directory: str, names: set[str]) -> None:
-    """These checkpoints (set of str) are gone. Where it cannot be written down, they are looked for once more."""
+    """These checkpoints are gone. Where it cannot be written down, they are looked for once more."""
     with contextlib.suppress(OSError, Error), locked(directory):  # vnb-prune adds some while it has that lock
         path = os.path.join(directory, PRUNED)
         rest = pruned(directory) - names

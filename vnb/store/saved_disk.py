@@ -38,10 +38,10 @@ class Images:
     """
     The saved disks in sets and files, at all their points.
 
-    operands (list of str): sets and files. until (str or None): the point of disks named without one.
-    disks (list of str): no other disk is here. all_points (bool): False for that point alone. cache (int): bytes of
+    operands: sets and files. until: the point of disks named without one.
+    disks: no other disk is here. all_points: False for that point alone. cache: bytes of
     unpacked frames to keep.
-    damaged (list of vnb.store.damage.Damaged): files that are left out.
+    damaged: files that are left out.
     Raises Error if there is no chain to that point, or no such disk.
     All methods may be called from any thread.
     """
@@ -125,9 +125,9 @@ class Images:
 
 class Image:
     """
-    One disk at one point. size (int): in bytes. head (dict): of the segment that leads there.
+    One disk at one point. size: in bytes. head: of the segment that leads there.
 
-    sources (list of Source): one a layer. data (SavedData): reads them. windows (Cache): of Windows.
+    sources: one a layer. data: reads them. windows: keeps a Window of each place that was read lately.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Image:
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """
-        Fill view (memoryview) with the bytes from offset on.
+        Fill view with the bytes from offset on.
 
         Whatever is touched is held against the hash that was made at the source. Raises Error; then view has nothing
         that may be used.
@@ -166,7 +166,7 @@ class Image:
         """
         A list of (offset, length, state) from offset on, contiguous, neighbours with one state merged.
 
-        It may end before the range does; never beyond it. most (int): how many of them are wanted.
+        It may end before the range does; never beyond it. most: how many of them are wanted.
         state: see vnb.format.frame. Raises Error.
         """
         found: list[tuple[int, int, int]] = []
@@ -211,7 +211,7 @@ class Window:
     The pieces of a part of a disk, from offset number * WINDOW on.
 
     To look into every layer costs more than to read a few KiB, and readers come back, or are near each other.
-    end (int): where the pieces end, in bytes; beyond the window, or before its end if there are too many.
+    end: where the pieces end, in bytes; beyond the window, or before its end if there are too many.
     """
 
     __slots__ = ("end", "nbytes", "offsets", "pieces")

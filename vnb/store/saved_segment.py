@@ -26,11 +26,11 @@ _INDEX_FRAME = _INDEX_HEADER + index.ROW_SIZE * index.FRAME_ROWS  # as long as t
 
 class SavedSegment:
     """
-    A segment in a file. head (dict), disks (list of dict): as chain.outline() leaves them, open() has all of them.
+    A segment in a file. head, disks: as chain.outline() leaves them, open() has all of them.
 
-    name (str): the file's path.
+    name: the file's path.
 
-    start, length (int): where it is in the file, in bytes. fd (int): opened when first needed, see close().
+    start, length: where it is in the file, in bytes. fd: opened when first needed, see close().
     """
 
     def __init__(self, path: str, fd: int, start: int, length: int, last_index: int) -> None:
@@ -78,7 +78,7 @@ class SavedSegment:
         """
         A list of vnb.format.index.Rows, one a disk: from the index, or from the frames where there is none.
 
-        cache (vnb.base.cache.Cache or None): keeps pages of the index; without one each look-up fetches its own.
+        cache: keeps pages of the index; without one each look-up fetches its own.
         """
         if not self._last_index:
             return [
@@ -102,7 +102,7 @@ class SavedSegment:
         return self._index_frame(position, size)[1]
 
     def frame_at(self, position: int, size: int) -> bytearray:
-        """The bytes (bytearray) of the frame at a position in this segment, size bytes of it. Any thread."""
+        """The bytes of the frame at a position in this segment, size bytes of it. Any thread."""
         frame = bytearray(size)
         try:
             have = os.preadv(self.fd, [frame], self.start + position)
@@ -137,7 +137,7 @@ class SavedSegment:
         return pages
 
     def _index_frame(self, position: int, size: int = _INDEX_FRAME) -> tuple[Fields, memoryview, int]:
-        """(fields, rows (memoryview), size) of the index frame at a position, checked. size: how much to read first."""
+        """(fields, rows, size) of the index frame at a position, checked. size: how much to read first."""
         whole = memoryview(self.frame_at(position, min(size, self.length - position)))
         try:
             fields, sum_, header, payload = f.decode(whole[:_INDEX_HEADER])
@@ -214,7 +214,7 @@ class _Collected:
 
 
 def segments_in_file(path: str) -> list[SavedSegment]:
-    """The segments (list of SavedSegment) of one file, first to last, found from their tails. Raises Error."""
+    """The segments of one file, first to last, found from their tails. Raises Error."""
     fd = open_file(path)
     try:
         return [SavedSegment(path, fd, *place) for place in reversed(list(places(path, fd)))]

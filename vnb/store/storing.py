@@ -61,8 +61,8 @@ class Store:
             store.commit()
 
     Without commit() the temporary file is removed. The constructor refuses what the set may not take, before
-    any data is read; commit() asks again, since another writer may have been faster. check (bool): False for
-    a catalog of heads, which need not hold a whole chain, and for a segment that was merged. merged (bool): it is
+    any data is read; commit() asks again, since another writer may have been faster. check: False for
+    a catalog of heads, which need not hold a whole chain, and for a segment that was merged. merged: it is
     such a one, see file_name().
     """
 
