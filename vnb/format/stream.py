@@ -17,22 +17,22 @@ check is the hash of a data frame: whoever uses the bytes does that, by vnb.form
 
 from __future__ import annotations
 
-import hashlib
+import functools
 
 from vnb.base.errors import Followed, StreamError
 from vnb.format import frame as f
+from vnb.format.domain_files import DomainFiles
 from vnb.format.frame import DATA, FrameError, Incomplete
 from vnb.format.index import ROW_SIZE
 from vnb.format.input import Input, is_pipe
-from vnb.format.rules import STAGES, checked_disk, checked_file, checked_head, checked_same
-from vnb.format.values import FAILED, Counts, Data, Extents, File, Other, Raw, Same
+from vnb.format.rules import STAGES, checked_disk, checked_head
+from vnb.format.values import FAILED, Counts, Data, Extents, Other, Raw
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Any
 
-    from vnb.format.types import Buffers, Disk, Fields, FileFields, Frame, Head, SameFields, Wait
+    from vnb.format.types import Buffers, Disk, Fields, Frame, Head, Wait
 
 
 
@@ -170,9 +170,6 @@ class Segment:
         self.end: dict[str, int] | None = None
         self.length: int | None = None
         self.last_index = 0  # where the last index frame starts, in the stream; 0: there was none
-        self._file: dict[str, Any] | None = None  # the file of which a part was seen, and more are to come
-        self._sha256 = hashlib.sha256()  # of what was seen of it, where the head says what it is
-        self._came: set[tuple[str, str]] = set()  # of these, what was stored or named
         self.disks: list[Disk] = []
         self.front: list[Raw] = []
         self._raws = self._iterate()
@@ -192,7 +189,7 @@ class Segment:
     def begin(self) -> Iterator[Raw]:
         """Read the head and the disks; yield their frames."""
         yield self._read_head()
-        self._described = {(file["role"], file["path"]): file for file in self.head.get("files", ())}
+        self._files = DomainFiles(self.head)
         yield from self._read_disks()
         self.positions = [0] * len(self.disks)
         self._covered = [0] * len(self.disks)
@@ -202,8 +199,8 @@ class Segment:
         in_files = True
         while True:
             kind = raw.fields[0]
-            if self._file is not None and kind != "file":
-                raise self.reader.error(f'file {self._file["path"]}: a part is missing', raw.start)
+            if kind != "file":
+                self._files.check_whole(self._error_at(raw))
             if kind == "data":
                 raw.frame = self._data(raw)
             elif kind == "extent":
@@ -211,15 +208,15 @@ class Segment:
             elif kind == "file":
                 if not in_files:
                     raise self.reader.error('frame "file" after the first extent', raw.start)
-                raw.frame = self._part_of_file(raw)
+                raw.frame = self._files.part(raw.fields, raw.payload, self._error_at(raw))
             elif kind == "same":
                 if not in_files:
                     raise self.reader.error('frame "same" after the first extent', raw.start)
-                raw.frame = self._same(raw)
+                raw.frame = self._files.same(raw.fields, raw.payload, self._error_at(raw))
             elif kind == "index":
                 self._index(raw)
             elif kind == "end":
-                self._check_files(raw)
+                self._files.check_all(self._error_at(raw))
                 yield from self._read_end(raw)
                 return
             elif kind in ("vnb", "disk", "tail"):
@@ -231,7 +228,7 @@ class Segment:
             self.counts.add(raw.sum)
             if in_files and kind in ("extent", "data"):
                 in_files = False
-                self._check_files(raw)
+                self._files.check_all(self._error_at(raw))
             yield raw
             raw = self.reader.raw()
 
@@ -240,9 +237,13 @@ class Segment:
         for _ in self:
             pass
 
+    def _error_at(self, raw: Raw) -> Callable[[object], StreamError]:
+        """A function that makes the error of a reason, at a frame."""
+        return functools.partial(self.reader.error, offset=raw.start)
+
     def _read_head(self) -> Raw:
         raw = self.reader.raw()
-        self.head = head = checked_head(raw.fields, raw.payload, lambda reason: self.reader.error(reason, raw.start))
+        self.head = head = checked_head(raw.fields, raw.payload, self._error_at(raw))
         if self.reader.begun is not None:
             self.reader.begun(head)
         stage = self.reader.stage
@@ -264,10 +265,7 @@ class Segment:
             if raw.fields[0] != "disk":
                 self._pending = raw
                 return
-
-            def error(reason: object, start: int = raw.start) -> StreamError:
-                return self.reader.error(reason, start)
-
+            error = self._error_at(raw)
             disk = checked_disk(raw.fields, raw.payload, self.disks, error)
             if disk["level"] == "inc" and self.head["parent"] is None:
                 raise error(f'{disk["name"]}: its level is inc, in a segment of level {self.head["level"]}')
@@ -328,57 +326,6 @@ class Segment:
             self._place(frame.disk, offset, length, start)
             totals[state] += length
         return frame
-
-    def _part_of_file(self, raw: Raw) -> File:
-        file = checked_file(raw.fields, raw.payload, lambda reason: self.reader.error(reason, raw.start))
-        before = self._file
-        if before is None:
-            fits = file["offset"] == 0
-        else:
-            is_same = (file["role"], file["path"], file["size"]) == (before["role"], before["path"], before["size"])
-            fits = is_same and file["offset"] == before["end"]
-        assert raw.payload is not None
-        end = file["offset"] + len(raw.payload)
-        if not fits or (end < file["size"] and not raw.payload):
-            raise self.reader.error(f'file {file["path"]}: a part is missing', raw.start)
-        self._file = {**file, "end": end} if end < file["size"] else None
-        self._check_content(file, raw.payload, raw)
-        return File(file, raw.payload)
-
-    def _check_content(self, file: FileFields, payload: memoryview, raw: Raw) -> None:
-        """Check a part of a file against what the head says of all of it."""
-        described = self._described.get((file["role"], file["path"]))
-        if described is None:
-            return
-        if file["offset"] == 0:
-            self._sha256 = hashlib.sha256()
-            self._comes(file, raw)
-        self._sha256.update(payload)
-        whole = self._file is None
-        differs = whole and self._sha256.hexdigest() != described["sha256"]
-        if "base" in described or file["size"] != described["size"] or differs:
-            raise self.reader.error(f'file {file["path"]}: is not the one that the head describes', raw.start)
-
-    def _same(self, raw: Raw) -> Same:
-        same = checked_same(raw.fields, raw.payload, lambda reason: self.reader.error(reason, raw.start))
-        described = self._described.get((same["role"], same["path"]))
-        if described is None or "base" not in described:
-            raise self.reader.error(f'file {same["path"]}: the head does not say that the base has it', raw.start)
-        self._comes(same, raw)
-        return Same(same)
-
-    def _comes(self, file: SameFields, raw: Raw) -> None:
-        key = file["role"], file["path"]
-        if key in self._came:
-            raise self.reader.error(f'file {file["path"]}: is there twice', raw.start)
-        self._came.add(key)
-
-    def _check_files(self, raw: Raw) -> None:
-        """All files have come, but where a catalog keeps the head alone: those that the head describes are there."""
-        missing = set(self._described) - self._came
-        if missing and self.head["stage"] != "disks":
-            role, path = min(missing)
-            raise self.reader.error(f"file {path}: the head describes this {role}, and the segment lacks it", raw.start)
 
     def _index(self, raw: Raw) -> None:
         fields, start = raw.fields, raw.start
