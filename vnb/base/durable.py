@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Directories that are still there after a power failure, with the names in them."""
+"""Files and directories that are still there after a power failure, with the names in them."""
 
 from __future__ import annotations
 
@@ -48,6 +48,17 @@ def make_directories(path: str, mode: int) -> list[str]:
                 os.rmdir(directory)
         raise
     return made
+
+
+def write_file(path: str, content: bytes) -> None:
+    """Write a file durably, with mode 0600: after a crash it is the old one or the new one, whole. Raises OSError."""
+    partial = f"{path}.new"
+    with open(partial, "wb", opener=lambda name, flags: os.open(name, flags | os.O_CLOEXEC, 0o600)) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(partial, path)
+    sync_directory(os.path.dirname(path) or ".")
 
 
 def make_private_directory(path: str) -> None:

@@ -16,6 +16,7 @@ from vnb.base.errors import Error, one_line
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
+    from typing import BinaryIO
 
 
 END_SECONDS = 30  # for a qemu-nbd that was told to end; it has nothing to write
@@ -23,6 +24,7 @@ PATIENCE = 10  # seconds that a program gets to end before it is killed
 # For a server to open its image and to say something. A qemu-nbd that gets SIGTERM while it starts forgets that, and
 # listens to nobody (QEMU 7.2).
 START_SECONDS = 45
+PACKAGES = {"qemu-img": "qemu-utils", "qemu-nbd": "qemu-utils", "ssh": "openssh-client"}  # of Debian
 NOT_FOUND = 127  # the shell's status for a program that is not there
 
 # Who was killed before setpriv asked to be told of that is not our parent any more: then it is too late to start.
@@ -157,16 +159,25 @@ def wait_for(fds: Sequence[int], seconds: float | None = None) -> int | None:
 
 
 def run(what: str | None, *argv: str) -> bytes:
-    """Run a program, give its standard output; Error with its words where it fails."""
-    try:
-        with waiting.on(f"{argv[0]}, about {what}"):
-            done = subprocess.run(argv, capture_output=True, check=False)
-    except OSError as error:
-        raise Error(argv[0], error.strerror) from None
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise Error(what, one_line(" ".join(said)) or f"{argv[0]} ended with status {done.returncode}")
-    return done.stdout
+    """Run a program, give its standard output; Error with its words where it fails. what: the object of that Error."""
+    # Not pipes: what it leaves behind in the background would keep them open.
+    with _memory("stdout") as stdout, _memory("stderr") as stderr:
+        try:
+            with waiting.on(f"{argv[0]}, about {what}"):
+                done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, check=False)
+        except OSError as error:
+            package = f" (it is in the package {PACKAGES[argv[0]]})" if argv[0] in PACKAGES else ""
+            raise Error(argv[0], f"{error.strerror}{package}") from None
+        if done.returncode:
+            stderr.seek(0)
+            said = " ".join(stderr.read().decode(errors="replace").strip().splitlines())
+            raise Error(what, one_line(said) or f"{argv[0]} ended with status {done.returncode}")
+        stdout.seek(0)
+        return stdout.read()
+
+
+def _memory(name: str) -> BinaryIO:
+    return open(os.memfd_create(name, os.MFD_CLOEXEC), "w+b")
 
 
 def end(pid: int) -> None:

@@ -19,7 +19,7 @@ import socket
 import time
 
 from vnb.base import locks
-from vnb.base.durable import make_private_directory, sync_directory
+from vnb.base.durable import make_private_directory, sync_directory, write_file
 from vnb.base.errors import Error, os_error
 from vnb.base.processes import wait_for
 from vnb.job import proof
@@ -173,14 +173,8 @@ class JobDirectory:
 
     def save(self, record):
         """Write the record durably: after a crash it is the old one or the new one."""
-        partial = self._record + ".new"
         with _explained(self._record):
-            with open(partial, "w", encoding="utf-8", opener=_private) as file:
-                json.dump(record, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(partial, self._record)
-            sync_directory(self.path)
+            write_file(self._record, json.dumps(record, indent=1).encode())
 
     def remove(self):
         """Forget the record, and the proof."""
@@ -258,10 +252,6 @@ def _size(path):
         return os.stat(path).st_size
     except FileNotFoundError:
         return 0
-
-
-def _private(path, flags):
-    return os.open(path, flags, 0o600)
 
 
 @contextlib.contextmanager

@@ -4,17 +4,16 @@
 import contextlib
 import json
 import os
-import signal
 import socket
-import subprocess
 import tempfile
 
 from vnb.base.errors import Error, os_error
-from vnb.base.processes import Child
+from vnb.base.processes import run
 from vnb.base.syscalls import WriteBack
 from vnb.base.tempdir import temporary_directory
 from vnb.nbd.connection import Lost
 from vnb.nbd.sinks import MAX_CLUSTER, Nbd
+from vnb.qemu.qemu_nbd import QemuNbd
 
 # QEMU takes a buffer for each request and gives it back, and glibc asks the kernel for each one of this size: half of
 # a restore was page faults. With these it keeps the memory, at most as much as was ever in flight at once.
@@ -115,18 +114,9 @@ def _options(options):
 def _qemu_img(arguments, path, what):
     """Run it; gives its standard output. what (str): stands for path in messages. Raises Error."""
     try:
-        done = subprocess.run(
-            ["qemu-img", *arguments], stdin=subprocess.DEVNULL, capture_output=True, check=False
-        )
-    except FileNotFoundError:
-        raise Error("qemu-img", "not found (it is in the package qemu-utils)") from None
-    except OSError as error:
-        raise os_error("qemu-img", error) from None
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
-        words = lines[-1] if lines else f"qemu-img: it ended with status {done.returncode}"
-        raise Error(what, _without(path, words))
-    return done.stdout
+        return run(what, "qemu-img", *arguments)
+    except Error as error:
+        raise Error(error.what, _without(path, error.reason)) from None
 
 
 class Server:
@@ -141,22 +131,13 @@ class Server:
         self._path = path
         self._what = what
         listener, self.connection = _private_connection()
-        command = [
-            "qemu-nbd",
-            f"--format={format_}",
-            f"--cache={'unsafe' if unsafe else 'writeback'}",
-            f"--discard={'unmap' if discard else 'ignore'}",
-            "--detect-zeroes=off",
-            path,
-        ]
+        cache, discards = "unsafe" if unsafe else "writeback", "unmap" if discard else "ignore"
+        options = [f"--cache={cache}", f"--discard={discards}", "--detect-zeroes=off"]
         self._child = None
         try:
             with listener:
-                # SIGTERM is lost while it starts, and it would wait for ever for a client on a socket that nobody
-                # can reach. What it had not written when we die is written again.
-                self._child = Child(
-                    command, "qemu-utils", listener, environment=_environment(), ending=signal.SIGKILL,
-                )
+                # What it had not written when we die is written again.
+                self._child = QemuNbd(path, format_, options, listener, environment=_environment())
             if not self._child.has_spoken(self.connection.fileno()):
                 raise Error(what, "qemu-nbd does not answer")
         except BaseException:

@@ -3,13 +3,13 @@
 
 import json
 import os
-import signal
 import socket
 
 from vnb.base.errors import Error, os_error
-from vnb.base.processes import START_SECONDS, Child, run
+from vnb.base.processes import START_SECONDS, run
 from vnb.nbd.connections import Connections
 from vnb.nbd.endpoint import Unix
+from vnb.qemu.qemu_nbd import QemuNbd
 
 
 class Layer:
@@ -100,7 +100,7 @@ def remove_bitmap(name, path, bitmap):
 
 def serve(name, export_name, path, format_, socket_path, bitmap=None):
     """
-    Start a read-only qemu-nbd with one export, of the disk called name; returns it (Child) when it answers.
+    Start a read-only qemu-nbd with one export, of the disk called name; returns it (QemuNbd) when it answers.
 
     It ends with the process that started it, even by SIGKILL: one left behind would keep the domain from starting.
     """
@@ -113,13 +113,9 @@ def serve(name, export_name, path, format_, socket_path, bitmap=None):
         listener.listen(64)
     except OSError as error:
         raise os_error(socket_path, error) from None
-    command = [
-        "qemu-nbd", "--read-only", "--persistent", "--shared=64", f"--export-name={export_name}", f"--format={format_}",
-        *([f"--bitmap={bitmap}"] if bitmap else []), "--", path,
-    ]
+    options = ["--read-only", "--persistent", "--shared=64", f"--export-name={export_name}"]
     with listener:
-        # Not SIGTERM, which is lost while it starts: the image would stay locked. It has nothing to write.
-        child = Child(command, "qemu-utils", listener=listener, ending=signal.SIGKILL)
+        child = QemuNbd(path, format_, [*options, *([f"--bitmap={bitmap}"] if bitmap else [])], listener)
     try:
         Connections(1, START_SECONDS, alone=True).open(Unix(socket_path).uri(export_name), name).close()
     except Error as error:

@@ -7,8 +7,7 @@ import re
 import stat
 
 from vnb.base.errors import Error
-from vnb.base.processes import PATIENCE, Child
-from vnb.serve.overlay import run_tool
+from vnb.base.processes import PATIENCE, Child, run
 
 
 class Device(Child):
@@ -77,7 +76,7 @@ class Device(Child):
         if self.fd is None:
             return
         if self.process.poll() is None and self.CONNECTED in self._said:
-            run_tool(self.path, "qemu-nbd", "--disconnect", self.path)
+            run(self.path, "qemu-nbd", "--disconnect", self.path)
             self.wait(PATIENCE)
         super().end()
         os.close(self._pipe)

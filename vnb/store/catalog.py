@@ -13,7 +13,7 @@ import hashlib
 import os
 import socket
 
-from vnb.base.durable import make_directories, make_private_directory, sync_directory
+from vnb.base.durable import make_directories, make_private_directory, write_file
 from vnb.base.errors import Error, os_error
 from vnb.store import backupset, storing
 
@@ -168,12 +168,7 @@ class Catalog:
             return
         make_private_directory(directory)
         try:
-            with open(f"{path}.new", "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-                file.write(os.fsencode(destination))
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(f"{path}.new", path)
-            sync_directory(directory)
+            write_file(path, os.fsencode(destination))
         except OSError as error:
             raise os_error(path, error) from None
 
