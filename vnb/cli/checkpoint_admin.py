@@ -11,6 +11,7 @@ import time
 from vnb.base import log
 from vnb.base.errors import Error, UsageError
 from vnb.cli.runner import show
+from vnb.job import decisions
 from vnb.job.cleanup import shut_out
 from vnb.job.keeper import make_way, stay, who_runs
 from vnb.job.keeper import recover as recover_job
@@ -297,19 +298,23 @@ def _cleanup_checkpoints(domain, catalogs, force, say):
     }
     for name, about in unsaved.items():
         catalog = catalogs.of(about)
-        is_ours = catalog is not None and is_dead(about.get("owner") or {})
-        alone = [other for other in unsaved.values() if other.get("catalog") == about.get("catalog")] == [about]
-        if force or (is_ours and catalogs.is_whole(about) and (catalogs.holds_any(catalog) or alone)):
+        is_known = catalog is not None
+        fate = decisions.unsaved(
+            force, is_known, is_dead(about.get("owner") or {}), is_known and bool(catalog.damaged),
+            is_known and catalogs.holds_any(catalog),
+            [other for other in unsaved.values() if other.get("catalog") == about.get("catalog")] == [about],
+        )
+        checkpoint = f"{domain.name}: checkpoint {name}"
+        if fate is decisions.Unsaved.DELETE:
             where = catalog.where if catalog is not None else f"anywhere that is known, of {of_checkpoint(about)}"
             say(f"{domain.name}: deleting checkpoint {name}, which is not saved {where}")
             domain.delete_checkpoint(name)
-        elif is_ours and catalog.damaged:
-            say(f"{domain.name}: checkpoint {name}: left alone: {catalog.damaged[0].name} is damaged, and may have it")
-        elif is_ours:
-            # One is what the first backup leaves that crashed. More: the set is away, its file system not mounted.
-            say(f"{domain.name}: checkpoint {name}: left alone: nothing is saved {catalog.where} (see --force)")
+        elif fate is decisions.Unsaved.DAMAGED:
+            say(f"{checkpoint}: left alone: {catalog.damaged[0].name} is damaged, and may have it")
+        elif fate is decisions.Unsaved.EMPTY:
+            say(f"{checkpoint}: left alone: nothing is saved {catalog.where} (see --force)")
         else:
-            say(f"{domain.name}: checkpoint {name} is of {of_checkpoint(about)}: left alone (--force deletes it)")
+            say(f"{checkpoint} is of {of_checkpoint(about)}: left alone (--force deletes it)")
 
 
 def _cleanup_bitmaps(domain, catalogs, force, say):
@@ -342,14 +347,8 @@ def _not_needed_because(bitmap, catalogs):
     catalog, segment = catalogs.saved.get(bitmap, (None, None))
     if segment is None:
         return None
-    created, chain = segment.head["created"], segment.head.get("chain")
-    of_chain = [
-        other for place, other in catalogs.saved.values() if place is catalog and other.head.get("chain") == chain
-    ]
-    fulls = [other.head["created"] for other in of_chain if other.head["level"] == "full"]
-    newer = [other for other in of_chain
-             if other.head["created"] > created and other.head["checkpoint"] in catalogs.abouts]
-    if newer and created != max(fulls, default=None):
+    of_catalog = [other for place, other in catalogs.saved.values() if place is catalog]
+    if decisions.is_stale(segment, of_catalog, catalogs.abouts):
         return f"since the next increment {catalog.where} starts from a later one"
     return None
 

@@ -13,6 +13,7 @@ import os
 from vnb.base import processes
 from vnb.base.buffers import AT_ONCE, Ordered
 from vnb.base.errors import Error, Saved, os_error
+from vnb.job import decisions
 from vnb.job.cleanup import thaw
 from vnb.job.plan import Plan
 from vnb.job.sources import source_of
@@ -24,7 +25,6 @@ from vnb.virt import domxml
 from vnb.virt.export_clients import clients_of
 
 SPARE = 16  # descriptors: what qemu-img, ssh or a connection to libvirt take for a moment, twice
-KEPT_CHECKPOINTS = 2  # the newest ones, beside the last full's: a lost increment can be taken once more
 
 
 class BelowThreshold(Exception):
@@ -131,16 +131,15 @@ class Job:
         if self.record["phase"] != "ended":
             with self._ended() as source:
                 saved = self._is_saved()
-                if self.head["checkpoint"] is not None:
-                    if saved:
-                        self.note(f"{self.head['point']} is saved {self.catalog().where}: its checkpoint stays")
-                    elif saved is None:
-                        # One too many does no harm, one too few costs a full.
-                        self.note(f"keeping checkpoint {self.head['checkpoint']}")
-                    else:
-                        source.delete_checkpoint(self.head["checkpoint"])
-                        if self.record["added"]:
-                            source.remove_bitmaps(self.record)
+                fate = decisions.fate(self.head["checkpoint"] is not None, saved)
+                if fate is decisions.Fate.SAVED:
+                    self.note(f"{self.head['point']} is saved {self.catalog().where}: its checkpoint stays")
+                elif fate is decisions.Fate.UNKNOWN:
+                    self.note(f"keeping checkpoint {self.head['checkpoint']}")
+                elif fate is decisions.Fate.DELETE:
+                    source.delete_checkpoint(self.head["checkpoint"])
+                    if self.record["added"]:
+                        source.remove_bitmaps(self.record)
         if reason is None:
             self._forget()
         else:
@@ -216,52 +215,22 @@ class Job:
             return None
 
     def _drop_old(self, source, catalog):
-        have = source.have()
+        """Delete the checkpoints that nothing needs any more, now that the segment is saved."""
         if catalog.directory is None:
-            self._drop_grandparent(source, have)
+            before = decisions.grandparent(self.head, source.abouts())
+            if before is not None:
+                source.delete_checkpoint(before)
             return
-        held = catalog.segments()
-        ours = sorted(
-            (
-                segment.head for segment in held
-                if segment.head.get("chain") == self.head["chain"] and segment.head["checkpoint"] in have
-            ),
-            key=lambda head: head["created"],
-        )
+        have, held, chain = source.have(), catalog.segments(), self.head["chain"]
         if catalog.is_set:
-            self._drop_pruned(source, catalog.directory, set(have) - {segment.head["checkpoint"] for segment in held})
-        if self.head["checkpoint"] is None and self.record["broken"]:
-            return  # nothing here is newer than what is broken on some disk, and may be sound on others
-        if self.record["broken"]:
-            # QEMU died hard: older bitmaps are inconsistent. No increment can use them, and no disk can be resized.
-            kept = {self.head["checkpoint"]}
-        else:
-            fulls = [head for head in ours if head["level"] == "full"]
-            kept = {head["checkpoint"] for head in ours[-KEPT_CHECKPOINTS:] + fulls[-1:]}
-        for head in ours:
-            if head["checkpoint"] not in kept:
-                source.delete_checkpoint(head["checkpoint"])
-
-    def _drop_grandparent(self, source, have):
-        """
-        Where nothing is known of the receiver, it has named the base: keep that, and drop the one before it.
-
-        Only one that was made so, too, and from which nothing else goes on: that may be of another receiver.
-        """
-        abouts = source.abouts() if self.head["checkpoint"] else {}
-        ours = {name: about.get("base") for name, about in abouts.items() if about.get("catalog") is None}
-        before = ours.get(self.head["parent"])
-        if before in ours and [about.get("base") for about in abouts.values()].count(before) == 1:
-            source.delete_checkpoint(before)
-
-    def _drop_pruned(self, source, directory, others):
-        """Delete the checkpoints whose points vnb-prune dropped from the set. others (set): those it does not hold."""
-        dropped = pruned.pruned(directory)
-        mine = {name for name in dropped if name.startswith(f"vnb.{self.head['chain']}.")}
-        for name in mine & others:  # never anybody else's, whatever stands there
+            dropped = pruned.pruned(catalog.directory)
+            for name in decisions.pruned(dropped, chain, held, have):
+                source.delete_checkpoint(name)
+            mine = {name for name in dropped if decisions.is_of_chain(name, chain)}
+            if mine:
+                pruned.forget_pruned(catalog.directory, mine)
+        for name in decisions.superseded(held, self.head, have, self.record["broken"]):
             source.delete_checkpoint(name)
-        if mine:
-            pruned.forget_pruned(directory, mine)
 
 
 def begin(directory, source, options, note, warn):

@@ -20,6 +20,7 @@ import traceback
 
 from vnb.base import waiting
 from vnb.base.errors import Error, Interrupted, Saved, UsageError, lack, os_error
+from vnb.job import decisions
 from vnb.job import job as jobs
 from vnb.job.channel import REQUEST_SECONDS, WAITED_FOR_SECONDS, Line
 from vnb.job.sources import open_source, source_of
@@ -198,10 +199,11 @@ def recover(directory, name, say):
     record = directory.load()
     if record is None:
         return False
-    if record["phase"] != "ended":
-        if not is_dead(record["owner"]):
-            raise Error(name, f"a backup by process {record['owner']['pid']} of "
-                        f"{record['owner']['host']} may still run: vnb-checkpoint abort {name} ends it")
+    left = decisions.left(record["phase"] == "ended", is_dead(record["owner"]))
+    if left is decisions.Left.RUNS:
+        raise Error(name, f"a backup by process {record['owner']['pid']} of "
+                    f"{record['owner']['host']} may still run: vnb-checkpoint abort {name} ends it")
+    if left is decisions.Left.END:
         say(f"{name}: ending the job of a keeper that died, begun {record['head']['created']}")
     jobs.Job(directory, record, say).abort()
     return True

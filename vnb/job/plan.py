@@ -8,6 +8,7 @@ import re
 
 from vnb.base.errors import Error
 from vnb.format import frame, heads
+from vnb.job import decisions, reasons
 from vnb.job.images_moved import _inode, _is_inode, are_moved
 from vnb.job.state import owner
 from vnb.store import chain
@@ -16,7 +17,6 @@ from vnb.virt import domxml
 from vnb.virt.failures import BrokenBitmap
 
 QCOW2_MAGIC = b"QFI\xfb"
-LATEST = 3  # checkpoints that are redefined, beside the last full's
 CHECKPOINT_ROOM = 64 << 10  # bytes: of a checkpoint's XML, beside the domain's in it
 SUN_PATH = 107  # bytes of a socket's path, without the zero behind it
 
@@ -40,9 +40,10 @@ class Plan:
         self.held = self.catalog.of_domain(source.uuid, source.name)
         for file in self.catalog.damaged:
             self.warn(file.line)
-        self.broken = False  # bitmaps of older checkpoints turned out to be: these checkpoints are of no use
         self.forgotten = None  # why a checkpoint that libvirt does not know any more could not be redefined
-        self.level, self.parent, self.known = self._level()
+        start = self._start()
+        self.level, self.parent, self.known = start.level, start.base, start.segment
+        self.broken = start.is_broken  # bitmaps of older checkpoints turned out to be: these checkpoints are of no use
         self.marks = self.level in ("full", "inc")  # a point that the next increment may start from
         everything = source.disks()
         chosen = self._choose(everything)
@@ -217,70 +218,39 @@ class Plan:
             times.append(heads.created_of(self.parent) or "")
         return max(times, default=None)
 
-    def _level(self):
-        """(level, parent's point or None, parent's segment where the catalog has it or None)."""
+    def _start(self):
+        """Where the backup starts from (Start). Raises Error where a full backup is needed, and was not asked for."""
         level, base = self.options["level"], self.options["base"]
         if level in ("full", "copy"):
-            return level, None, None
-        ours = [segment for segment in self.held if segment.head.get("chain") == self.options["chain"]]
-        if base not in (None, "last", "full"):
-            return self._level_from(base)
-        whole = ours
-        if self.catalog.is_set:
-            # The set would refuse an increment to what it cannot restore.
-            restorable = set(chain.restorable(self.held))
-            whole = [segment for segment in ours if segment.head["point"] in restorable]
-        self._redefine(whole)
-        wanted = [segment for segment in whole if segment.head["level"] == "full"] if base == "full" else whole
-        parent = chain.newest_base(wanted, self._usable())
-        if parent is not None:
-            if level == "auto":
-                self.note(f"{self.source.name}: increment since {parent.head['point']}")
-            return "inc" if level == "auto" else level, parent.head["point"], parent
-        self.broken = any(segment.head["checkpoint"] in self.have for segment in wanted)
-        return self._full(self._full_needed_because(ours, whole, wanted) + self.catalog.lost())
+            return decisions.Start(level, why=decisions.Full.ASKED)
+        if base in (None, "last", "full"):
+            found = decisions.candidates(self.held, self.options["chain"], base, self.catalog.is_set)
+            self._redefine(decisions.to_redefine(found.whole, self.have))
+            start = decisions.start(level, found, self.have)
+        else:
+            segment = self._named(base)
+            start = decisions.start_at(level, base, segment, self.have)
+        if start.why is not None:
+            why = reasons.full(start.why, self.catalog, self.options["chain"], base, self._why_forgotten())
+            if start.why is not decisions.Full.NO_SUCH_BASE:
+                why += self.catalog.lost()
+            if start.is_refused:
+                raise Error(self.source.name, f"{why}: a full backup is needed first (--level full, or auto)")
+            self.note(f"{self.source.name}: full backup: {why}")
+        elif level == "auto" and start.segment is not None and base is None:
+            self.note(f"{self.source.name}: increment since {start.base}")
+        return start
 
-    def _level_from(self, base):
-        """As _level(), where the receiver of the stream has named the base: it knows what it holds."""
-        level = self.options["level"]
-        parent = next((segment for segment in self.held if segment.head["checkpoint"] == base), None)
-        if parent is None and self.catalog.is_set:
+    def _named(self, base):
+        """The segment whose checkpoint the user names as the base, where the catalog has it."""
+        segment = next((segment for segment in self.held if segment.head["checkpoint"] == base), None)
+        if segment is None and self.catalog.is_set:
             raise Error(self.catalog.directory, f"does not hold {base}, which --base names")
-        if parent is not None:
+        if segment is not None:
             if self.catalog.is_set:
-                chain.path(self.held, self.catalog.directory, parent.head["point"], self.catalog.damaged)
-            self._redefine([parent])
-        if base in self.have:
-            return "inc" if level == "auto" else level, base, parent
-        return self._full(f"there is no checkpoint {base}{self._why_forgotten()}")
-
-    def _full(self, why):
-        """As _level(), where no increment is possible. Raises Error where a full backup was not asked for."""
-        if self.options["level"] != "auto":
-            raise Error(self.source.name, f"{why}: a full backup is needed first (--level full, or auto)")
-        self.note(f"{self.source.name}: full backup: {why}")
-        return "full", None, None
-
-    def _full_needed_because(self, ours, whole, wanted):
-        """
-        Why no increment can start from any of these segments.
-
-        ours: of this chain. whole: of these, those with all that they need. wanted: of these, those of the right level.
-        """
-        where = self.catalog.where
-        if not ours:
-            if self.options["chain"] == heads.DEFAULT_CHAIN:
-                return f"no earlier backup is saved {where}"
-            return f"no earlier backup of chain {self.options['chain']} is saved {where}"
-        if not whole:
-            return f"no restore point {where} has all that it needs"
-        if not wanted:
-            return f"no full backup of chain {self.options['chain']} is known {where}"
-        if not any(segment.head["checkpoint"] for segment in wanted):
-            return f"no restore point {where} has a checkpoint: levels copy and diff make none"
-        if self.broken:
-            return "no disk has a sound bitmap that goes back to a restore point"
-        return f"the checkpoints of the restore points {where} are all gone{self._why_forgotten()}"
+                chain.path(self.held, self.catalog.directory, segment.head["point"], self.catalog.damaged)
+            self._redefine(decisions.to_redefine([segment], self.have))
+        return segment
 
     def _why_forgotten(self):
         """What else to say of checkpoints that libvirt does not know."""
@@ -290,35 +260,23 @@ class Plan:
             return ""
         return " (vnb-checkpoint redefine has libvirt know again what the images still hold)"
 
-    def _usable(self):
-        """The names (set of str) of checkpoints for which a disk has a sound bitmap."""
-        return {name for name, disks in self.have.items() if disks}
-
-    def _redefine(self, whole):
+    def _redefine(self, segments):
         """
-        Have libvirt know the latest checkpoints of these segments again, where the images still hold their bitmaps.
+        Have libvirt know the checkpoints of segments again, where the images still hold their bitmaps.
 
         It forgets them with a transient domain, and where one is defined anew. Their names are unique for ever, and a
         bitmap is copied and restored with its image, so that what it says of an image is true.
         """
-        marked = sorted(
-            (segment for segment in whole if segment.head["checkpoint"]), key=lambda segment: segment.head["created"]
-        )
-        if not marked or marked[-1].head["checkpoint"] in self.have:
-            return
-        fulls = [segment for segment in marked if segment.head["level"] == "full"]
-        # What a commit keeps, and one more; so the next commit drops what is not needed any more.
-        latest = marked[-LATEST:]
-        for segment in [full for full in fulls[-1:] if full not in latest] + latest:
-            name = segment.head["checkpoint"]
-            if name not in self.have:
-                try:
-                    self.source.redefine(checkpoint_xml(segment))
-                except Error as error:
-                    self.forgotten = error.reason
-                else:
-                    self.note(f"{name}: redefined: libvirt had forgotten it, and the images still hold its bitmaps")
-        self.have = self.source.have()
+        for segment in segments:
+            try:
+                self.source.redefine(checkpoint_xml(segment))
+            except Error as error:
+                self.forgotten = error.reason
+            else:
+                name = segment.head["checkpoint"]
+                self.note(f"{name}: redefined: libvirt had forgotten it, and the images still hold its bitmaps")
+        if segments:
+            self.have = self.source.have()
 
     def _choose(self, everything):
         """The disks to back up; says which are left out, and refuses what cannot be done."""
@@ -364,31 +322,29 @@ class Plan:
             raise Error(disk.name, f"{without}: --raw takes it in full each time, --exclude {disk.name} leaves it out")
         found["bitmap"] = self.marks and not without
         if self.level in ("inc", "diff"):
-            why = without or self._full_because(disk, found["size"])
+            why = self._in_full_because(disk, found["size"], without)
             if why:
                 self._take_in_full(found, why)
             else:
                 found["level"] = "inc"
         return found
 
-    def _full_because(self, disk, size):
-        """Why an increment has to take all of a disk, or None."""
-        if self.known is not None:
-            before = next((known for known in self.known.disks if known["name"] == disk.name), None)
-            if before is None:
-                return f"{self.parent} does not have it"
-            if size < before["size"]:
-                return f"it shrank from {before['size']} to {size} bytes"
-        if disk.name not in self.have[self.parent]:
-            return f"no sound bitmap of it goes back to {self.parent}"
-        # The bitmaps of all disks have the checkpoint's name: one in an image that was another disk's then would do.
+    def _in_full_because(self, disk, size, cannot_hold):
+        """Why an increment has to take all of a disk, in words, or None. cannot_hold: why its image holds no bitmap."""
+        has_bitmap = not cannot_hold and disk.name in self.have[self.parent]
         then = self.images_then.get(disk.name)
-        if then is not None and not self._is_among(then, self.source.layers_now(disk)):
-            return f"its image is another one than {then}, which it was at {self.parent}"
-        other = self._whose_file(disk)
-        if other is not None:
-            return f"its image is the file that {other} had at {self.parent}"
-        return None
+        now = decisions.DiskNow(
+            disk.name, size, not cannot_hold, has_bitmap,
+            # Nobody is asked for the images where it is decided already.
+            not has_bitmap or then is None or self._is_among(then, self.source.layers_now(disk)),
+            self._whose_file(disk) if has_bitmap else None,
+        )
+        known = None if self.known is None else self.known.disks
+        why = decisions.in_full(now, known)
+        if why is None:
+            return None
+        before = next((other["size"] for other in known or () if other["name"] == disk.name), None)
+        return reasons.in_full(why, now, self.parent, cannot_hold, before, then)
 
     def _saved_images(self):
         """{disk name: image map} of the base's segment, as far as the catalog has it."""
