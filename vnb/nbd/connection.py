@@ -269,12 +269,13 @@ class Connection:
     def error(self, error: nbd.Error, offset: int | None = None) -> Error:
         """The Error for an nbd.Error of a request at an offset, or of whatever is in flight."""
         text = error.string or "unknown error"
-        if _is_gone(error) or "invalid state" in text:
+        is_lost = _is_gone(error) or "invalid state" in text
+        if is_lost:
             # It was noticed somewhere, and is a failure of the oldest request: that one is waited for.
             text, offset = "server closed the connection", next(iter(self._pending.values()), offset)
         elif offset is None:
             offset = next(iter(self._pending.values()), None)
-        kind = Lost if _is_gone(error) else Error
+        kind = Lost if is_lost else Error
         # What is left is the server's words, or the system's for its errno, without the names of libnbd's functions.
         text = re.sub(r"^nbd_\w+: ", "", text)
         text = re.sub(r"^(?:connect: |recv: |send: |handshake: |[a-z-]+: command failed: )", "", text)
