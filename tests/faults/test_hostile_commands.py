@@ -18,11 +18,13 @@ import pytest
 import samples
 import servers
 from fuzzing import TARGET, Fuzzer, Target, program
+from job_records import record as job_record
 from rounds import INPUT, Rounds
 
 from vnb.base.errors import Error
 from vnb.cli import apply, cat, config, dump, extents, import_virtnbdbackup, pack, prune, read, verify
 from vnb.format import heads
+from vnb.job.record import Added, Phase, Record, Server
 from vnb.job.state import JobDirectory
 from vnb.store import saved_disk
 from vnb.store.catalog import Catalog
@@ -133,13 +135,12 @@ def record():
 
     def main(_args):
         try:
-            found = JobDirectory(TARGET, "u").load()
-            if not isinstance(found["head"], dict):
-                raise TypeError("a record without a head")
+            assert isinstance(JobDirectory(TARGET, "u").load(), Record)
         finally:
             shutil.rmtree(f"{TARGET}/jobs")
 
-    corpus = ['{"kind": "images", "phase": "running", "owner": {"pid": 5}, "head": {"domain": "vm"}, "servers": []}']
+    left = {"frozen": 7, "servers": [Server(5, 6)], "added": [Added("vda", "/image")]}
+    corpus = [job_record(kind="running", phase=Phase.RUNNING, **left).text()]
     return Target("x", program("", main), [], corpus, mutation.mutated_json, place)
 
 

@@ -7,6 +7,7 @@ import socket
 import types
 
 import pytest
+from job_records import record
 
 from vnb.base import waiting
 from vnb.base.errors import Error
@@ -50,7 +51,7 @@ def test_a_job_that_began_by_half_is_ended_when_that_can_be_done(pair, tmp_path,
     tries = []
 
     def begin(*_):
-        directory.save({"phase": "starting", "frozen": False, "head": {"domain": "vm"}, "owner": {}})
+        directory.save(record())
         raise Error("vm", "cannot be begun")
 
     def abort(_job, reason=None):
@@ -68,7 +69,7 @@ def test_a_job_that_began_by_half_is_ended_when_that_can_be_done(pair, tmp_path,
         assert message == {"error": ["vm", "cannot be begun", None]}
         keeper.loop()
     assert tries == ["it could not be begun"] * 3
-    assert directory.load()["owner"]["pid"] == os.getpid()
+    assert directory.load().owner["pid"] == os.getpid()
     assert Line(theirs).receive() == {"note": "vm: no answer"}  # once
     ours.shutdown(socket.SHUT_WR)
     assert theirs.recv(1000) == b""

@@ -6,6 +6,7 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
+from job_records import record
 
 from vnb.base.errors import Error
 from vnb.base.ssh import Host
@@ -38,8 +39,7 @@ def begin(domain, endpoint):
     """What _begin() wrote into the record of the job, in order."""
     written = []
     plan = SimpleNamespace(endpoint=endpoint, backup_xml=lambda: endpoint.key, checkpoint_xml=lambda: None)
-    record = {"scratch_made": False}
-    job = SimpleNamespace(record=record, intend=lambda what, value: written.append((what, value)))
+    job = SimpleNamespace(record=record(), intend=lambda **changes: written.extend(changes.items()))
     Running(domain)._begin(plan, job)
     return written
 
@@ -106,9 +106,9 @@ def shut_out_there(monkeypatch, uri, is_tcp, has_worked, is_committing, run):
     monkeypatch.setattr(export_clients, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=slept.append))
     host = Host.of_uri(uri)
     monkeypatch.setattr(host, "run", run)
-    record = {"endpoint": "127.0.0.2:49152" if is_tcp else "/run/a socket", "tcp": is_tcp, "scratch_made": has_worked}
+    made = record(endpoint="127.0.0.2:49152" if is_tcp else "/run/a socket", tcp=is_tcp, scratch_made=has_worked)
     Running(Domain(0), host)._shut_out_clients(
-        SimpleNamespace(record=record, note=said.append, is_committing=is_committing)
+        SimpleNamespace(record=made, note=said.append, is_committing=is_committing)
     )
     return slept, said
 
@@ -150,8 +150,8 @@ def test_a_client_that_cannot_be_cut_off_keeps_the_job(monkeypatch):
 
 def test_a_socket_that_cannot_be_removed():
     """As on a file system that has become read-only: the job is over all the same."""
-    record = {"servers": [], "sockets": ["/proc/self/status"], "scratch": [], "tcp": True, "endpoint": "x:1"}
-    Gone(None).end(SimpleNamespace(record=record))
+    made = record(sockets=["/proc/self/status"], tcp=True, endpoint="x:1")
+    Gone(None).end(SimpleNamespace(record=made))
 
 
 @pytest.mark.parametrize(("named", "same"), [("/data", True), ("/../data", True), ("/other", False)])

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What is on disk of a job, and heads that follow others."""
 
+import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from job_records import HEAD, record
 
 from vnb.base.errors import Error
 from vnb.format import heads
+from vnb.job.record import Added, Phase, Server, Started, Union
 from vnb.job.state import JobDirectory
 
 
@@ -19,8 +22,13 @@ def job(tmp_path):
 
 def test_a_record_comes_back(job):
     assert job.load() is None
-    job.save({"head": {"point": "p"}, "owner": {"pid": 5}})
-    assert job.load() == {"head": {"point": "p"}, "owner": {"pid": 5}}
+    made = record(
+        owner={"pid": 5}, kind="running", disks=[{"name": "vda"}], uri="qemu:///system", phase=Phase.RUNNING, frozen=7,
+        started=Started(7, "mark"), servers=[Server(5, 10), Server(6, None)], sockets=["/s"],
+        unions=[Union("vda", "/image", "bitmap")], added=[Added("vda", "/image")], scratch=["/scratch"],
+    )
+    job.save(made)
+    assert job.load() == made
     job.remove()
     assert job.load() is None
 
@@ -62,12 +70,40 @@ def test_what_a_keeper_has_said_stays(job, tmp_path):
     assert (tmp_path / "jobs" / "u-1" / "keeper.log").exists()
 
 
+def test_a_record_of_another_version(job, tmp_path):
+    """Who does not know what it means must not act on it."""
+    job.save(record())
+    path = tmp_path / "jobs" / "u-1" / "job.json"
+    for version in '2', '"1"', "null":
+        path.write_text(record().text().replace('"version": 1', f'"version": {version}'))
+        with pytest.raises(Error, match=r"job\.json: is the record of a job of another version of vnb .*abort"):
+            job.load()
+
+
+WRONG = {
+    "head": [5, {}, {**HEAD, "uuid": 5}, {**HEAD, "parent": 5}, {key: HEAD[key] for key in HEAD if key != "point"}],
+    "owner": [[], None], "kind": [5], "disks": [{}, [5]], "uri": [5], "ssh": [None], "images": [[]], "tcp": [1, None],
+    "phase": ["over", None, []], "strict": ["5", True], "broken": [0], "scratch": ["x", [5]], "frozen": [False, "7"],
+    "suspended": [True], "started": [5, [5], ["5", "mark"], [5, "mark", 6]], "servers": [5, [5], [[5]], [["5", 6]]],
+    "sockets": [[None]], "unions": [[["a", "b"]]], "added": [[["a", "b", "c"]]], "endpoint": [None],
+}
+
+
+@pytest.mark.parametrize("key, value", [(key, value) for key, values in WRONG.items() for value in values])
+def test_a_field_that_is_wrong_or_missing(job, tmp_path, key, value):
+    found = json.loads(record().text())
+    for wrong in ({**found, key: value}, {name: found[name] for name in found if name != key}):
+        (tmp_path / "jobs" / "u-1" / "job.json").write_text(json.dumps(wrong))
+        with pytest.raises(Error, match=f'job.json: is no record of a job: "{key}"'):
+            job.load()
+
+
 @pytest.mark.parametrize("text", [
     "", "{", "[]", "5", "null", "{}", '{"head": {}}', '{"head": 5, "owner": {}}', "[" * 100_000, "\xff",
 ])
 def test_a_record_that_is_none(job, tmp_path, text):
     (tmp_path / "jobs" / "u-1" / "job.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(Error, match="job.json: (cannot be read|is no record of a job)"):
+    with pytest.raises(Error, match="job.json: (cannot be read|is no record of a job|is the record)"):
         job.load()
 
 

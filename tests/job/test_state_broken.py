@@ -5,12 +5,14 @@ import errno
 import os
 
 import pytest
+from job_records import record
 
 from vnb.base.errors import Error
 from vnb.job.job import Job
+from vnb.job.record import Phase
 from vnb.job.state import JobDirectory
 
-RECORD = {"phase": "ended", "frozen": False, "head": {"domain": "vm1"}}
+RECORD = record(phase=Phase.ENDED)
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def test_a_job_that_is_over_is_over(directory, broken):
     """A keeper that tried until it can be written down would stay for ever, and `run` would wait for it."""
     said = []
     broken()
-    Job(directory, dict(RECORD), said.append).abort()
+    Job(directory, RECORD, said.append).abort()
     assert len(said) == 1
     assert said[0].endswith(
         "Input/output error: the job has ended, but its record could not be removed: the next vnb-checkpoint command "

@@ -174,7 +174,7 @@ def cleanup(args, say):
                 if not got:
                     raise Error(domain.name, f"{who_runs(directory)}: nothing to clean up")
                 if force and (record := directory.load()) is not None:
-                    record["owner"]["boot"] = "forced"  # whoever it was, the user says that it is dead
+                    record.owner["boot"] = "forced"  # whoever it was, the user says that it is dead
                     directory.save(record)
                 recover_job(directory, domain.name, say)
                 if force and directory.load() is not None:

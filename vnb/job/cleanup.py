@@ -27,26 +27,26 @@ def forwarded(plan):
 
 def end_servers(record):
     """End the programs that a job has started, by their ids, and remove the sockets."""
-    for pid, start in record["servers"]:
+    for pid, start in record.servers:
         if start is not None and start_of(pid) == start:
             processes.end(pid)
-    for socket in record["sockets"]:
+    for socket in record.sockets:
         with contextlib.suppress(OSError):  # one that stays does no harm: the next job takes its place
             os.unlink(socket)
 
 
 def remove_files(job, host):
     """Remove socket and scratch files: those that libvirt made it does itself, but not after a crash of its own."""
-    if host is None and not job.record["tcp"]:
+    if host is None and not job.record.tcp:
         with contextlib.suppress(OSError):
-            os.unlink(job.record["endpoint"])
-    if host is None or job.record.get("scratch_made"):
+            os.unlink(job.record.endpoint)
+    if host is None or job.record.scratch_made:
         remove_scratch(job, host)
 
 
 def remove_scratch(job, host):
     """Remove the scratch files. What stays on another host is said: the backup itself is over."""
-    paths = job.record["scratch"]
+    paths = job.record.scratch
     if host is not None:
         try:
             host.run(host.destination, "rm", "-f", "--", *paths)
@@ -62,10 +62,10 @@ def thaw(domain, job):
     """
     Thaw a guest that we froze; True when it is done. The intent stays where the agent does not answer.
 
-    It is the domain's id, True in records of older versions: a guest that was started anew is not the one we froze.
+    A guest that was started anew is not the one that we froze: libvirt has another number for it.
     """
-    if job.record["frozen"] is not True and job.record["frozen"] != domain.id:
-        job.intend("frozen", False)
+    if job.record.frozen != domain.id:
+        job.intend(frozen=None)
         return True
     try:
         domain.thaw()
@@ -76,5 +76,5 @@ def thaw(domain, job):
         if domain.is_active:
             job.note(f"{domain.name}: cannot thaw the guest: {error.reason}")
             return False
-    job.intend("frozen", False)
+    job.intend(frozen=None)
     return True

@@ -16,6 +16,7 @@ from vnb.base.errors import Error, Saved, os_error
 from vnb.job import decisions
 from vnb.job.cleanup import thaw
 from vnb.job.plan import Plan
+from vnb.job.record import Phase
 from vnb.job.sources import source_of
 from vnb.job.state import wait_for_children
 from vnb.qemu import img
@@ -33,7 +34,7 @@ class BelowThreshold(Exception):
 
 class Job:
     """
-    directory (vnb.job.state.JobDirectory): where its record is. record (dict): see vnb.job.plan.
+    directory (vnb.job.state.JobDirectory): where its record is. record (Record).
 
     note, warn: functions for lines to the user. files (list of dict): what goes into file frames.
     """
@@ -51,13 +52,13 @@ class Job:
 
     @property
     def head(self):
-        return self.record["head"]
+        return self.record.head
 
     @property
     def clients(self):
         """The Clients of its export, when the job has begun: until then other ports may be tried."""
         if self._clients is None:
-            self._clients = clients_of(self.record["endpoint"], self.record["tcp"], self.record["sockets"])
+            self._clients = clients_of(self.record.endpoint, self.record.tcp, self.record.sockets)
         return self._clients
 
     def reserve(self):
@@ -68,24 +69,26 @@ class Job:
         except OSError as error:
             raise os_error(self.head["domain"], error) from None
 
-    def intend(self, what, value=True):
-        """Write down, before it is done, what has to be undone whatever happens."""
-        self.record[what] = value
+    def intend(self, **changes):
+        """Write down, before it is done, what has to be undone whatever happens: fields of the record."""
+        for name, value in changes.items():
+            setattr(self.record, name, value)
         self.directory.save(self.record)
 
-    def remember(self, what, value):
-        """Write down one more thing that has to be undone."""
-        self.record[what].append(value)
+    def remember(self, **additions):
+        """Write down one more thing that has to be undone: what is added to lists of the record."""
+        for name, value in additions.items():
+            getattr(self.record, name).append(value)
         self.directory.save(self.record)
 
     def catalog(self, set_=None):
         """The catalog that the job was begun with, or that of a set (its directory)."""
-        return Catalog(**self.record["catalog"]) if set_ is None else Catalog(set_)
+        return Catalog(**self.record.catalog) if set_ is None else Catalog(set_)
 
     @property
     def strict(self):
         """How many warnings (int) there were when it began, where that is to be no success; else None."""
-        return self.record.get("strict")
+        return self.record.strict
 
     def commit(self, set_=None, proof=True):
         """
@@ -95,9 +98,9 @@ class Job:
         where there is none, and proof is asked for, if nobody has taken the segment to its end. Raises Saved where it
         counts, but something after that has failed.
         """
-        if self.record["phase"] == "ended":
-            raise Error(self.head["domain"], f'the job was ended already: {self.record["reason"]}')
-        if self.record["phase"] == "starting":
+        if self.record.has_ended:
+            raise Error(self.head["domain"], f'the job was ended already: {self.record.reason}')
+        if self.record.phase is Phase.STARTING:
             raise Error(self.head["domain"], "the job has not begun: there is nothing to commit")
         catalog = self.catalog(set_)
         if catalog.is_set and not catalog.holds(self.head):
@@ -111,7 +114,7 @@ class Job:
                 )
         begun_with = self.catalog()  # the checkpoint says that it is of that
         if begun_with.destination is not None and not begun_with.holds(self.head):
-            begun_with.record(self.head, self.record["disks"])
+            begun_with.record(self.head, self.record.disks)
         self.is_committing = True
         try:
             with self._ended() as source:
@@ -128,7 +131,7 @@ class Job:
         """
         self.is_committing = False
         saved = False
-        if self.record["phase"] != "ended":
+        if not self.record.has_ended:
             with self._ended() as source:
                 saved = self._is_saved()
                 fate = decisions.fate(self.head["checkpoint"] is not None, saved)
@@ -138,12 +141,12 @@ class Job:
                     self.note(f"keeping checkpoint {self.head['checkpoint']}")
                 elif fate is decisions.Fate.DELETE:
                     source.delete_checkpoint(self.head["checkpoint"])
-                    if self.record["added"]:
+                    if self.record.added:
                         source.remove_bitmaps(self.record)
         if reason is None:
             self._forget()
         else:
-            self.record.update(phase="ended", reason=reason)
+            self.record.end(reason)
             with self._over():
                 self.directory.save(self.record)
                 self.directory.forget_proof()
@@ -156,25 +159,25 @@ class Job:
             os.close(self._spare.pop())
         if self.held is not None:
             self.held.let_go()
-        wait_for_children(self.record["owner"])
+        wait_for_children(self.record.owner)
         with contextlib.closing(source_of(self.record)) as source:
             source.end(self)
             yield source
 
     def thaw(self):
         """Thaw the guest if we may have frozen it; True when there is nothing left to thaw."""
-        if not self.record["frozen"]:
+        if self.record.frozen is None:
             return True
         with contextlib.closing(source_of(self.record)) as source:
             if source.kind == "gone":
-                self.intend("frozen", False)
+                self.intend(frozen=None)
                 return True
             return thaw(source.domain, self)
 
     def _forget(self):
         """Nothing is left to undo but, perhaps, a thaw that the agent has not answered."""
-        if self.record["frozen"] and not self._try_to_thaw():
-            self.record.update(phase="ended", reason="only a thaw was left, which the guest agent has not answered")
+        if self.record.frozen is not None and not self._try_to_thaw():
+            self.record.end("only a thaw was left, which the guest agent has not answered")
             self.directory.save(self.record)
             return
         with self._over():
@@ -206,7 +209,7 @@ class Job:
 
     def _is_saved(self):
         """Whether the catalog holds the segment; None where it cannot be read."""
-        if self.record["phase"] == "starting":
+        if self.record.phase is Phase.STARTING:
             return False  # not a byte of it is written
         try:
             return self.catalog().holds(self.head)
@@ -229,7 +232,7 @@ class Job:
             mine = {name for name in dropped if decisions.is_of_chain(name, chain)}
             if mine:
                 pruned.forget_pruned(catalog.directory, mine)
-        for name in decisions.superseded(held, self.head, have, self.record["broken"]):
+        for name in decisions.superseded(held, self.head, have, self.record.broken):
             source.delete_checkpoint(name)
 
 
@@ -253,13 +256,12 @@ def begin(directory, source, options, note, warn):
     job.reserve()
     left = directory.load()
     if left is not None:
-        job.record["frozen"] = left["frozen"]  # a job before may have frozen the guest: it is for us now to thaw it
+        job.record.frozen = left.frozen  # a job before may have frozen the guest: it is for us now to thaw it
     directory.save(job.record)
     try:
         directory.expect(plan.head["id"])
         plan.start(job)
-        job.record.update(phase="running", head=plan.head, disks=plan.disks, broken=plan.broken)
-        directory.save(job.record)
+        job.intend(phase=Phase.RUNNING, head=plan.head, disks=plan.disks, broken=plan.broken)
         job.files = _files(source, plan, job)
     except BaseException:
         job.abort()
@@ -301,7 +303,7 @@ def _files(source, plan, job):
         if domxml.has_tpm(xml):
             job.warn(f"{source.name}: the state of its TPM is not in the backup")
         # Not while an agent hangs that was asked to freeze: nobody watches over the job yet.
-        if source.kind == "running" and domxml.has_agent(xml) and not job.record["frozen"]:
+        if source.kind == "running" and domxml.has_agent(xml) and job.record.frozen is None:
             info = source.domain.guest_info()
             if info:
                 found.append({"role": "guest-info", "path": "guest-info.json", "text": json.dumps(info)})

@@ -39,7 +39,7 @@ def stay(directory):
     The caller has let go of the lock, and is about to end.
     """
     record = directory.load()
-    if record is not None and record["phase"] == "ended" and record["frozen"]:
+    if record is not None and record.has_ended and record.frozen is not None:
         # Not by fork alone: libvirt was used here, and its threads and their locks would not come along.
         subprocess.Popen(
             [sys.executable, "-m", "vnb.job.keeper", directory.state, directory.uuid],
@@ -64,7 +64,7 @@ def _adopt(directory, record):
     """The job of a record that another process wrote, as ours."""
     job = jobs.Job(directory, record, None)
     with contextlib.suppress(Error):
-        job.intend("owner", owner())
+        job.intend(owner=owner())
     return job
 
 
@@ -154,14 +154,14 @@ def _begin(directory, source, line, listener, options):
         error = jobs.with_domain(error, source)
         message = {"error": [error.what, error.reason, error.where]}
     else:
-        message = {"head": job.head, "disks": job.record["disks"], "files": job.files}
+        message = {"head": job.head, "disks": job.record.disks, "files": job.files}
         return Keeper(job, line, listener, options), message
     record = directory.load()
     if record is None:
         return None, message
     # It could not be ended, or the guest may still freeze: for this job, or for one before.
     keeper = Keeper(_adopt(directory, record), line, listener, options)
-    if record["phase"] == "ended":
+    if record.has_ended:
         keeper.done = True
     else:
         keeper.ending = "it could not be begun"
@@ -175,7 +175,7 @@ def make_way(directory):
     It ends where its job has; and if it does not, the lock says so.
     """
     record = directory.load()
-    if record is None or record["phase"] != "ended":
+    if record is None or not record.has_ended:
         return
     client = directory.connect()
     if client is None:
@@ -199,12 +199,12 @@ def recover(directory, name, say):
     record = directory.load()
     if record is None:
         return False
-    left = decisions.left(record["phase"] == "ended", is_dead(record["owner"]))
+    left = decisions.left(record.has_ended, is_dead(record.owner))
     if left is decisions.Left.RUNS:
-        raise Error(name, f"a backup by process {record['owner']['pid']} of "
-                    f"{record['owner']['host']} may still run: vnb-checkpoint abort {name} ends it")
+        raise Error(name, f"a backup by process {record.owner['pid']} of "
+                    f"{record.owner['host']} may still run: vnb-checkpoint abort {name} ends it")
     if left is decisions.Left.END:
-        say(f"{name}: ending the job of a keeper that died, begun {record['head']['created']}")
+        say(f"{name}: ending the job of a keeper that died, begun {record.head['created']}")
     jobs.Job(directory, record, say).abort()
     return True
 
@@ -214,15 +214,15 @@ def who_runs(directory):
     record = directory.load()
     if record is None:
         return "another backup is beginning"
-    who = record["owner"]
-    if record["phase"] == "ended":
+    who = record.owner
+    if record.has_ended:
         return (
             f"its backup has ended, and process {who['pid']} on {who['host']} stays until the guest agent has thawed "
             "the guest"
         )
-    trouble = f", and its job does not end: {record['trouble']}" if record.get("trouble") else ""
+    trouble = f", and its job does not end: {record.trouble}" if record.trouble else ""
     advice = "" if trouble else ": wait for its end, or end it by vnb-checkpoint abort"
-    begun = record["head"]["created"]
+    begun = record.head["created"]
     return f"a backup runs already, begun {begun} (process {who['pid']} on {who['host']}){trouble}{advice}"
 
 
@@ -269,7 +269,7 @@ class Keeper:
 
     def loop(self):
         """Until the job has ended, and the guest is thawed, or somebody else sees to that."""
-        while (not self.done or self.job.record["frozen"]) and self.successor is None:
+        while (not self.done or self.job.record.frozen is not None) and self.successor is None:
             if self.done and self.left is not None:
                 self._stay_without_starter()
             waiting = [self.listener] if self.starter is None else [self.listener, self.starter]
@@ -311,7 +311,7 @@ class Keeper:
             self.pause = min(2 * self.pause, RAREST_SECONDS)
             if self._trouble("end", str(error)):
                 with contextlib.suppress(Error):
-                    self.job.intend("trouble", error.reason)
+                    self.job.intend(trouble=error.reason)
             if self.left is not None and time.monotonic() - self.ending_since > WAITED_FOR_SECONDS:
                 self.left.tell(f"{error}; its keeper goes on trying")
                 self._stay_without_starter()
@@ -351,7 +351,7 @@ class Keeper:
         elif message.get("do") == "keep":
             self.kept_alone = True
             if self.options["strict"] and message["warnings"]:
-                self.job.intend("strict", message["warnings"])  # for whoever commits
+                self.job.intend(strict=message["warnings"])  # for whoever commits
             self.last_client = time.monotonic()
             self.starter.send(done=True)
             self.starter.close()
@@ -405,7 +405,7 @@ class Keeper:
     def _do_late(self, line, what):
         """The job has ended by itself, or was ended by somebody else, and we are here for the guest's sake."""
         if what != "abort":
-            raise Error(self.job.head["domain"], f"the job was ended already: {self.job.record['reason']}")
+            raise Error(self.job.head["domain"], f"the job was ended already: {self.job.record.reason}")
         self.ending = None  # who asks need not be told later
         line.tell(f"{self.job.head['domain']}: {who_runs(self.job.directory)}")
 
@@ -418,7 +418,7 @@ class Keeper:
             for look in (self._look_at_scratch, self._look_at_guest):
                 if not self.done:
                     look()
-        if self.job.record["frozen"]:
+        if self.job.record.frozen is not None:
             self._thaw()
 
     def _look_at_time(self):
@@ -444,7 +444,7 @@ class Keeper:
             self.job.directory.remove()  # this was all that was left to do
 
     def _look_at_scratch(self):
-        for path in self.job.record["scratch"]:
+        for path in self.job.record.scratch:
             try:
                 free = self.job.held.room(os.path.dirname(path))
             except OSError:
@@ -457,17 +457,17 @@ class Keeper:
 
     def _look_at_guest(self):
         """A guest that QEMU stopped because it could not write is worth more than its backup."""
-        if self.job.record["kind"] != "running":
+        if self.job.record.kind != "running":
             return
         try:
             stuck = self.job.held.domain.is_paused_by_error()
         except Error:
             self._connect_again()
             return
-        if not stuck and self.job.record.get("stuck"):
+        if not stuck and self.job.record.stuck:
             with contextlib.suppress(Error):
-                self.job.intend("stuck", False)  # it runs again: when it stops now, that is because of us
-        if stuck and not self.job.record.get("stuck"):
+                self.job.intend(stuck=False)  # it runs again: when it stops now, that is because of us
+        if stuck and not self.job.record.stuck:
             self.end_if_running("the guest was stopped by a write error: the scratch may be full")
 
     def _connect_again(self):
@@ -487,7 +487,7 @@ class Keeper:
 
     def _is_idle(self):
         """Whether nobody is connected to the export, as far as that is known. Looks at each tick: to know how long."""
-        if self.job.record["tcp"] and not self.job.held.is_local:
+        if self.job.record.tcp and not self.job.held.is_local:
             return False
         return self.job.clients.look(read_lists(self.job.clients.is_tcp), time.monotonic()) == 0
 

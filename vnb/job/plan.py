@@ -10,6 +10,7 @@ from vnb.base.errors import Error
 from vnb.format import frame, heads
 from vnb.job import decisions, reasons
 from vnb.job.images_moved import _inode, _is_inode, are_moved
+from vnb.job.record import Record
 from vnb.job.state import owner
 from vnb.store import chain
 from vnb.store.catalog import Catalog
@@ -110,32 +111,13 @@ class Plan:
     def record(self):
         """The job's record: all that is needed to end it."""
         options = self.options
-        return {
-            "kind": self.source.kind,
-            "owner": owner(),
-            "uri": None if self.source.kind == "images" else self.source.domain.uri,  # not the default of who ends it
-            "user": options["user"],
-            "password_file": options["password_file"],
-            "images": options["images"],
-            "phase": "starting",
-            "reason": None,
-            "catalog": self.catalog.key,
-            "ssh": options["ssh"],
-            "endpoint": self.endpoint.key,
-            "tcp": self.endpoint.is_tcp,
-            "scratch": list(self.scratch.values()),
-            "scratch_made": False,
-            "started": self.source.started,
-            "suspended": False,
-            "frozen": False,
-            "broken": False,
-            "servers": [],
-            "sockets": [],
-            "unions": [],
-            "added": [],
-            "head": self.head,
-            "disks": self.disks,
-        }
+        return Record(
+            head=self.head, owner=owner(), kind=self.source.kind, disks=self.disks,
+            uri=None if self.source.kind == "images" else self.source.domain.uri, user=options["user"],
+            password_file=options["password_file"], ssh=options["ssh"], images=options["images"],
+            catalog=self.catalog.key, endpoint=self.endpoint.key, tcp=self.endpoint.is_tcp,
+            scratch=list(self.scratch.values()), started=self.source.started,
+        )
 
     def start(self, job):
         """Start the job. A disk whose bitmap turns out to be broken is taken in full."""

@@ -10,6 +10,7 @@ import tempfile
 from vnb.base.errors import Error
 from vnb.base.tempdir import temporary_directory
 from vnb.job.cleanup import end_servers
+from vnb.job.record import Added, Server, Union
 from vnb.job.state import start_of
 from vnb.nbd import block_status
 from vnb.nbd.connections import Connections
@@ -22,7 +23,7 @@ PROTOCOL = re.compile(r"[^/]*:")  # before the name of an image that is no path,
 class Offline:
     """What a stopped domain and plain images have in common: images that qemu-nbd reads."""
 
-    started = False
+    started = None
     runs = False
     is_local = True
 
@@ -87,7 +88,7 @@ class Offline:
         if plan.marks:
             for disk in plan.disks:
                 if disk["bitmap"]:
-                    job.remember("added", [disk["name"], plan.sources[disk["name"]].path])
+                    job.remember(added=Added(disk["name"], plan.sources[disk["name"]].path))
                     img.add_bitmap(disk["name"], plan.sources[disk["name"]].path, plan.head["checkpoint"])
         for disk in plan.disks:
             image = plan.sources[disk["name"]]
@@ -95,18 +96,18 @@ class Offline:
             if disk["level"] == "inc":
                 bitmap = self._bitmap(plan, disk)
                 if bitmap == plan.union:
-                    job.remember("unions", [disk["name"], image.path, bitmap])
+                    job.remember(unions=Union(disk["name"], image.path, bitmap))
                     wanted = img.holders(self._layers[disk["name"]], plan.parent)
                     img.add_union(disk["name"], wanted, plan.parent, bitmap)
             socket = self._socket(plan, disk["name"])
-            job.remember("sockets", socket)
+            job.remember(sockets=socket)
             server = img.serve(disk["name"], plan.export(disk["name"]), image.path, image.format, socket, bitmap)
             self._servers.append(server)  # they end with the one who started them: the keeper keeps them
-            job.remember("servers", [server.process.pid, start_of(server.process.pid)])
+            job.remember(servers=Server(server.process.pid, start_of(server.process.pid)))
 
     def end(self, job):
         end_servers(job.record)
-        for name, path, bitmap in job.record["unions"]:
+        for name, path, bitmap in job.record.unions:
             if self.runs:
                 # It records nothing, so it does no harm; and nobody can remove it until the guest is off.
                 job.note(f"{self.name}: {name}: bitmap {bitmap} stays in {path}, which the guest uses by now")

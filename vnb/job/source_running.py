@@ -13,6 +13,7 @@ from vnb.base.errors import Error
 from vnb.job import domain_files
 from vnb.job.cleanup import end_servers, forwarded, remove_files, remove_scratch, shut_out, thaw
 from vnb.job.described import abouts, domain_fields
+from vnb.job.record import Server, Started
 from vnb.job.redefining import redefine
 from vnb.job.state import start_of
 from vnb.nbd.endpoint import Tcp, Unix, parse_listen
@@ -41,7 +42,7 @@ class Running:
         self.forward = None  # vnb.base.ssh.Forward to the socket on the other host, which lasts as long as we do
         self.name = domain.name
         self.uuid = domain.uuid
-        self.started = domain.start_paused() if start else None
+        self.started = Started(*domain.start_paused()) if start else None
 
     def close(self):
         self.domain.close()
@@ -153,12 +154,12 @@ class Running:
         xml = self.domain.xml()  # not while the guest is frozen: libvirt 11.0 to 11.4 may wait for QEMU
         if self.host is not None and not plan.endpoint.is_tcp and self.forward is None:
             here = forwarded(plan)
-            job.remember("sockets", here)
+            job.remember(sockets=here)
             self.forward = ssh.Forward(self.host, here, plan.endpoint.path)
             pid = self.forward.child.process.pid
-            job.remember("servers", [pid, start_of(pid)])
+            job.remember(servers=Server(pid, start_of(pid)))
         if self.domain.is_paused_by_error():
-            job.intend("stuck")  # not for want of scratch, and not ours to resume
+            job.intend(stuck=True)  # not for want of scratch, and not ours to resume
         self._make_scratch(plan, job, domxml.qemu_user(xml))  # before the guest has to wait for it
         frozen = None
         paused = False
@@ -168,7 +169,7 @@ class Running:
                 frozen = self._freeze(options, job, xml)
                 begun = time.monotonic()
             if options["pause"] and not self.domain.is_paused:
-                job.intend("suspended", self.domain.id)
+                job.intend(suspended=self.domain.id)
                 paused = True
                 self.domain.call("suspend")  # after the freeze: then nobody in the guest answers any more
             self._begin(plan, job)
@@ -199,7 +200,7 @@ class Running:
         def make(name):
             img.create(name, plan.scratch[name], sizes[name], owner, run)
 
-        job.intend("scratch_made")
+        job.intend(scratch_made=True)
         try:
             with Ordered(make, AT_ONCE) as work:
                 for name in plan.scratch:
@@ -208,31 +209,26 @@ class Running:
                     work.pop()
         except Error:
             remove_scratch(job, self.host)
-            job.intend("scratch_made", False)
+            job.intend(scratch_made=False)
 
     def _resume(self, job):
-        """
-        Resume a guest that we suspended, unless somebody was faster, has started it anew, or QEMU has stopped it.
-
-        The intent is the domain's id, True in records of older versions.
-        """
-        suspended = job.record["suspended"]
-        if (suspended is True or suspended == self.domain.id) and self.domain.is_suspended:
+        """Resume a guest that we suspended, unless somebody was faster, has started it anew, or QEMU has stopped it."""
+        if job.record.suspended == self.domain.id and self.domain.is_suspended:
             self.domain.resume()
         with contextlib.suppress(Error):  # the record goes when the job is over, and until then it does no harm
-            job.intend("suspended", False)
+            job.intend(suspended=None)
 
     def _begin(self, plan, job):
         """Begin the job; on another port, if we chose one that is taken."""
         for tries_left in reversed(range(PORT_TRIES)):
             try:
-                self.domain.begin_backup(plan.backup_xml(), plan.checkpoint_xml(), job.record["scratch_made"])
+                self.domain.begin_backup(plan.backup_xml(), plan.checkpoint_xml(), job.record.scratch_made)
                 return
             except AddressInUse:
                 if not plan.endpoint.is_tcp or plan.endpoint.is_given or not tries_left:
                     raise
             plan.endpoint.choose_port()
-            job.intend("endpoint", plan.endpoint.key)
+            job.intend(endpoint=plan.endpoint.key)
 
     def _freeze(self, options, job, xml):
         """How many file systems are frozen now, by us; None where it did not come to that. xml: of the domain."""
@@ -243,15 +239,15 @@ class Running:
         if domxml.is_agent_away(xml):
             # It would not answer, as one that hangs: the keeper would wait for ever to thaw what nobody froze.
             return self._not_frozen(options, job, "its guest agent is not connected")
-        left = job.record["frozen"]  # by a job before, whose freeze may have come true by now
-        job.intend("frozen", self.domain.id)
+        left = job.record.frozen  # by a job before, whose freeze may have come true by now
+        job.intend(frozen=self.domain.id)
         try:
             frozen = self.domain.freeze(options["freeze"])
         except Unanswered as error:
             # It may freeze at any later time: the intent stays, and the keeper thaws when the agent answers.
             return self._not_frozen(options, job, error.reason)
         except Error as error:
-            job.intend("frozen", left)  # refused: whoever froze it will thaw it
+            job.intend(frozen=left)  # refused: whoever froze it will thaw it
             return self._not_frozen(options, job, error.reason)
         if not frozen:
             thaw(self.domain, job)
@@ -281,15 +277,15 @@ class Running:
         with contextlib.suppress(NoDomain):  # a transient one may go with its job, or at any time
             domain.settle()
             if domain.is_active:
-                ran = domain.end_backup(record["endpoint"], lambda: self._shut_out_clients(job))
-                if ran and not record.get("stuck") and domain.is_active and domain.is_paused_by_error():
+                ran = domain.end_backup(record.endpoint, lambda: self._shut_out_clients(job))
+                if ran and not record.stuck and domain.is_active and domain.is_paused_by_error():
                     domain.resume()  # its scratch was full, now it is gone
         remove_files(job, self.host)
         with contextlib.suppress(NoDomain):
-            if record["suspended"]:
+            if record.suspended is not None:
                 self._resume(job)
-        if record["started"]:
-            self._destroy(record["started"])
+        if record.started is not None:
+            self._destroy(record.started)
 
     def _shut_out_clients(self, job):
         """What export_clients says; on another host, there. Raises Unready where the guest would wait for them."""
@@ -302,8 +298,8 @@ class Running:
 
     def _shut_out_there(self, record, careful, say):
         # An ssh that has not worked for anything else may not even be refused, but hang.
-        if not record["tcp"] or self.host.carries_libvirt or record.get("scratch_made"):
-            arguments = json.dumps([record["endpoint"], record["tcp"], careful])
+        if not record.tcp or self.host.carries_libvirt or record.scratch_made:
+            arguments = json.dumps([record.endpoint, record.tcp, careful])
             try:
                 program = Path(export_clients.__file__).read_text(encoding="utf-8")
                 return int(self.host.run(self.host.destination, "python3", "-c", program, arguments))
@@ -319,8 +315,7 @@ class Running:
         libvirt does so itself when the connection that started it is closed, unless libvirt was restarted since. So a
         domain that runs may have been started by somebody else for its work; and one that was resumed has work.
         """
-        # Of a record of older versions, which say no more than that, it is not known.
-        if isinstance(started, dict) and self.domain.is_paused and self.domain.is_started(started):
+        if self.domain.is_paused and self.domain.is_started(*started):
             self.domain.destroy()
 
     def redefine(self, checkpoint_xml):

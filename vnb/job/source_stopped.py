@@ -108,8 +108,8 @@ class Stopped(Offline):
     def remove_bitmaps(self, record):
         """Bitmaps that were added before libvirt was told of their checkpoint."""
         if not self.domain.is_active:
-            for name, path in record["added"]:
-                img.remove_bitmap(name, path, record["head"]["checkpoint"])
+            for name, path in record.added:
+                img.remove_bitmap(name, path, record.head["checkpoint"])
 
 
 def _is_chain_of(disk, chain):

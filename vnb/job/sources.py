@@ -27,13 +27,13 @@ def open_source(options):
 
 def source_of(record):
     """The source of a job from its record, by a connection made now: the daemon may have been restarted."""
-    if record["kind"] == "images":
-        return Images(record["images"])
+    if record.kind == "images":
+        return Images(record.images)
     try:
-        domain = Domain(record["uri"], record["head"]["uuid"], record.get("user"), record.get("password_file"))
+        domain = Domain(record.uri, record.head["uuid"], record.user, record.password_file)
     except NoDomain:
-        return Gone(ssh.Host.of_uri(record["uri"], **record["ssh"]))
+        return Gone(ssh.Host.of_uri(record.uri, **record.ssh))
     domain.what = domain.name  # nobody has typed its UUID
-    if record["kind"] == "stopped":
+    if record.kind == "stopped":
         return Stopped(domain)
-    return Running(domain, ssh.Host.of_uri(domain.uri, **record["ssh"]))
+    return Running(domain, ssh.Host.of_uri(domain.uri, **record.ssh))

@@ -13,7 +13,6 @@ Of a domain without a job nothing is left in DIR/jobs, unless its keeper had som
 """
 
 import contextlib
-import json
 import os
 import socket
 import time
@@ -22,7 +21,7 @@ from vnb.base import locks
 from vnb.base.durable import make_private_directory, sync_directory, write_file
 from vnb.base.errors import Error, os_error
 from vnb.base.processes import wait_for
-from vnb.job import proof
+from vnb.job import proof, record
 from vnb.job.statedir import job_directory
 
 CHILDREN_SECONDS = 30  # for what a dead keeper has started: qemu-img takes a moment, ssh gives up after half a minute
@@ -159,22 +158,20 @@ class JobDirectory:
                 os.rmdir(self.path)
 
     def load(self):
-        """The job's record (dict with head and owner, dicts too), or None. Raises Error where it is damaged."""
+        """The job's record (Record), or None. Raises Error where it is damaged, or of another version."""
         try:
             with open(self._record, encoding="utf-8") as file:
-                record = json.load(file)
+                text = file.read()
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise Error(self._record, f"cannot be read: {error}") from None
-        if not isinstance(record, dict) or not all(isinstance(record.get(key), dict) for key in ("head", "owner")):
-            raise Error(self._record, "is no record of a job")
-        return record
+        return record.parse(text, self._record)
 
-    def save(self, record):
-        """Write the record durably: after a crash it is the old one or the new one."""
+    def save(self, of_job):
+        """Write a record durably: after a crash it is the old one or the new one."""
         with _explained(self._record):
-            write_file(self._record, json.dumps(record, indent=1).encode())
+            write_file(self._record, of_job.text().encode())
 
     def remove(self):
         """Forget the record, and the proof."""

@@ -423,10 +423,10 @@ class Domain:
             "setMetadata", libvirt.VIR_DOMAIN_METADATA_ELEMENT, f'<started mark="{mark}"/>', "vnb", MARK,
             libvirt.VIR_DOMAIN_AFFECT_LIVE,
         )
-        return {"id": self.id, "mark": mark}
+        return self.id, mark
 
-    def is_started(self, started):
-        """Whether it runs in the very QEMU for which start_paused() returned this."""
+    def is_started(self, id_, mark):
+        """Whether it runs in the very QEMU for which start_paused() returned these."""
         try:
             found = self._domain.metadata(
                 libvirt.VIR_DOMAIN_METADATA_ELEMENT, MARK, libvirt.VIR_DOMAIN_AFFECT_LIVE
@@ -435,7 +435,7 @@ class Domain:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_METADATA or not self.is_active:
                 return False
             raise error_of(self.what, error) from None
-        return self.id == started["id"] and started["mark"] in found
+        return self.id == id_ and mark in found
 
     def destroy(self):
         """Pull the plug; harmless where somebody was faster."""
