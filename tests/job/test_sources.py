@@ -11,6 +11,7 @@ from job_records import record
 from vnb.base.errors import Error
 from vnb.base.ssh import Host
 from vnb.job import source_running, source_stopped
+from vnb.job.source import Wanted
 from vnb.job.source_running import PORT_TRIES, Running
 from vnb.job.source_vanished import Gone
 from vnb.nbd.endpoint import Tcp, Unix
@@ -22,25 +23,26 @@ class Domain:
     """Refuses to begin a backup this often, with such an error."""
 
     name = uuid = "vm"
+    uri = "qemu:///system"
 
     def __init__(self, refusals, kind=AddressInUse):
         self.refusals = refusals
         self.kind = kind
         self.begun = []
 
-    def begin_backup(self, server, _checkpoint, _reuse):
+    def begin_backup(self, backup, _checkpoint, _reuse):
         if self.refusals:
             self.refusals -= 1
             raise self.kind("vm", "why")
-        self.begun.append(server)
+        self.begun.append(domxml.backup_endpoint(backup))
 
 
 def begin(domain, endpoint):
     """What _begin() wrote into the record of the job, in order."""
     written = []
-    plan = SimpleNamespace(endpoint=endpoint, backup_xml=lambda: endpoint.key, checkpoint_xml=lambda: None)
-    job = SimpleNamespace(record=record(), intend=lambda **changes: written.extend(changes.items()))
-    Running(domain)._begin(plan, job)
+    wanted = Wanted("p", None, "", None, [], [], endpoint, "/run/job")
+    journal = SimpleNamespace(record=record(), intend=lambda **changes: written.extend(changes.items()))
+    Running(domain)._begin(wanted, journal)
     return written
 
 
@@ -107,9 +109,7 @@ def shut_out_there(monkeypatch, uri, is_tcp, has_worked, is_committing, run):
     host = Host.of_uri(uri)
     monkeypatch.setattr(host, "run", run)
     made = record(endpoint="127.0.0.2:49152" if is_tcp else "/run/a socket", tcp=is_tcp, scratch_made=has_worked)
-    Running(Domain(0), host)._shut_out_clients(
-        SimpleNamespace(record=made, note=said.append, is_committing=is_committing)
-    )
+    Running(Domain(0), host)._shut_out(SimpleNamespace(record=made, note=said.append), None, careful=not is_committing)
     return slept, said
 
 
@@ -151,7 +151,7 @@ def test_a_client_that_cannot_be_cut_off_keeps_the_job(monkeypatch):
 def test_a_socket_that_cannot_be_removed():
     """As on a file system that has become read-only: the job is over all the same."""
     made = record(sockets=["/proc/self/status"], tcp=True, endpoint="x:1")
-    Gone(None).end(SimpleNamespace(record=made))
+    Gone(None).end(SimpleNamespace(record=made), None, careful=True)
 
 
 @pytest.mark.parametrize(("named", "same"), [("/data", True), ("/../data", True), ("/other", False)])

@@ -17,6 +17,7 @@ from vnb.job.keeper import make_way, stay, who_runs
 from vnb.job.keeper import recover as recover_job
 from vnb.job.plan import Plan, checkpoint_xml
 from vnb.job.redefining import redefine as redefine_checkpoint
+from vnb.job.source import UNION
 from vnb.job.sources import open_source
 from vnb.job.state import JobDirectory, boot_id, is_dead, start_of
 from vnb.qemu import img
@@ -27,7 +28,6 @@ from vnb.virt.domain import Domain
 from vnb.virt.export_clients import clients_of
 from vnb.virt.failures import NoDomain
 
-UNION = ".union"  # behind a point: the bitmap of a job over several layers, see vnb.job.plan
 OUR_SOCKET = re.compile(r"vnb-(?P<pid>[0-9]+)-(?P<boot>[0-9a-f]{8})-[0-9a-f]{8}\.sock")
 
 

@@ -20,9 +20,9 @@ def shut_out(name, cut):
         )
 
 
-def forwarded(plan):
-    """The socket here that ssh forwards to the one of QEMU on its host."""
-    return os.path.join(plan.directory, "nbd.sock")
+def forwarded(directory):
+    """The socket here, in the directory of a job, that ssh forwards to the one of QEMU on its host."""
+    return os.path.join(directory, "nbd.sock")
 
 
 def end_servers(record):
@@ -35,46 +35,46 @@ def end_servers(record):
             os.unlink(socket)
 
 
-def remove_files(job, host):
+def remove_files(journal, host):
     """Remove socket and scratch files: those that libvirt made it does itself, but not after a crash of its own."""
-    if host is None and not job.record.tcp:
+    if host is None and not journal.record.tcp:
         with contextlib.suppress(OSError):
-            os.unlink(job.record.endpoint)
-    if host is None or job.record.scratch_made:
-        remove_scratch(job, host)
+            os.unlink(journal.record.endpoint)
+    if host is None or journal.record.scratch_made:
+        remove_scratch(journal, host)
 
 
-def remove_scratch(job, host):
+def remove_scratch(journal, host):
     """Remove the scratch files. What stays on another host is said: the backup itself is over."""
-    paths = job.record.scratch
+    paths = journal.record.scratch
     if host is not None:
         try:
             host.run(host.destination, "rm", "-f", "--", *paths)
         except Error as error:
-            job.note(f"{error}: left behind there: {', '.join(paths)}")
+            journal.note(f"{error}: left behind there: {', '.join(paths)}")
         return
     for path in paths:
         with contextlib.suppress(OSError):
             os.unlink(path)
 
 
-def thaw(domain, job):
+def thaw(domain, journal):
     """
     Thaw a guest that we froze; True when it is done. The intent stays where the agent does not answer.
 
     A guest that was started anew is not the one that we froze: libvirt has another number for it.
     """
-    if job.record.frozen != domain.id:
-        job.intend(frozen=None)
+    if journal.record.frozen != domain.id:
+        journal.intend(frozen=None)
         return True
     try:
         domain.thaw()
     except Unanswered as error:
-        job.note(f"{domain.name}: cannot thaw the guest yet: {error.reason}")
+        journal.note(f"{domain.name}: cannot thaw the guest yet: {error.reason}")
         return False
     except Error as error:
         if domain.is_active:
-            job.note(f"{domain.name}: cannot thaw the guest: {error.reason}")
+            journal.note(f"{domain.name}: cannot thaw the guest: {error.reason}")
             return False
-    job.intend(frozen=None)
+    journal.intend(frozen=None)
     return True

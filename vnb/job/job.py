@@ -10,11 +10,9 @@ import contextlib
 import json
 import os
 
-from vnb.base import processes
 from vnb.base.buffers import AT_ONCE, Ordered
 from vnb.base.errors import Error, Saved, os_error
 from vnb.job import decisions
-from vnb.job.cleanup import thaw
 from vnb.job.plan import Plan
 from vnb.job.record import Phase
 from vnb.job.sources import source_of
@@ -142,7 +140,7 @@ class Job:
                 elif fate is decisions.Fate.DELETE:
                     source.delete_checkpoint(self.head["checkpoint"])
                     if self.record.added:
-                        source.remove_bitmaps(self.record)
+                        source.remove_bitmaps(self.record.added, self.head["checkpoint"])
         if reason is None:
             self._forget()
         else:
@@ -161,7 +159,7 @@ class Job:
             self.held.let_go()
         wait_for_children(self.record.owner)
         with contextlib.closing(source_of(self.record)) as source:
-            source.end(self)
+            source.end(self, lambda: self.clients, careful=not self.is_committing)
             yield source
 
     def thaw(self):
@@ -169,10 +167,7 @@ class Job:
         if self.record.frozen is None:
             return True
         with contextlib.closing(source_of(self.record)) as source:
-            if source.kind == "gone":
-                self.intend(frozen=None)
-                return True
-            return thaw(source.domain, self)
+            return source.thaw(self)
 
     def _forget(self):
         """Nothing is left to undo but, perhaps, a thaw that the agent has not answered."""
@@ -240,7 +235,7 @@ def begin(directory, source, options, note, warn):
     """
     Begin a backup job; returns its Job. The caller holds the lock of directory.
 
-    source: see sources. options (dict): domain, images, uri, user, password_file, level, set, destination, base,
+    source: see vnb.job.source. options (dict): domain, images, uri, user, password_file, level, set, destination, base,
     chain, include, exclude, raw, allow_plaintext, scratch_dir, socket, listen, tls, certificates, ssh, state, freeze,
     require_freeze, pause, start_paused, sparse, threshold. Raises Error or BelowThreshold; nothing is left then.
     """
@@ -271,7 +266,7 @@ def begin(directory, source, options, note, warn):
 
 def with_domain(error, source):
     """An Error about a disk of a domain as one that says which domain it is: there may be others' lines beside it."""
-    if source is None or source.kind == "images":
+    if source is None or source.uri is None:
         return error
     with contextlib.suppress(Error):
         if error.what in [disk.name for disk in source.disks()]:
@@ -287,8 +282,8 @@ def _files(source, plan, job):
     the mode of a file that the base has. sha256, where a file has it, is what the head says of its content.
     """
     found = []
-    if source.kind != "images":
-        xml = plan.head["domain_xml"]
+    xml = plan.head["domain_xml"]
+    if xml is not None:
         of_head = {(file["role"], file["path"]): file for file in plan.head.get("files", ())}
         for role, path in domxml.files(xml):
             file = of_head.get((role, path))
@@ -296,22 +291,19 @@ def _files(source, plan, job):
                 "sha256": file["sha256"]
             }
             found.append({"role": role, "path": path, **more})
-        if source.kind == "stopped" and (path := source.nvram_of_libvirt(xml)) is not None:
-            found.append({"role": "nvram", "path": path})
+        found += [{"role": role, "path": path} for role, path in source.more_files(xml)]
         for what in domxml.remote_firmware(xml):
             job.warn(f"{source.name}: {what}, is not in the backup")
         if domxml.has_tpm(xml):
             job.warn(f"{source.name}: the state of its TPM is not in the backup")
         # Not while an agent hangs that was asked to freeze: nobody watches over the job yet.
-        if source.kind == "running" and domxml.has_agent(xml) and job.record.frozen is None:
-            info = source.domain.guest_info()
+        if job.record.frozen is None:
+            info = source.guest_info(xml)
             if info:
                 found.append({"role": "guest-info", "path": "guest-info.json", "text": json.dumps(info)})
-    run = processes.run if source.is_local else source.host.run
-
     def described(disk):
         try:
-            return img.info(disk.name, disk.path, disk.format, shared=True, run=run)
+            return img.info(disk.name, disk.path, disk.format, shared=True, run=source.run)
         except Error as error:
             return error
 

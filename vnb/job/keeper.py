@@ -457,10 +457,8 @@ class Keeper:
 
     def _look_at_guest(self):
         """A guest that QEMU stopped because it could not write is worth more than its backup."""
-        if self.job.record.kind != "running":
-            return
         try:
-            stuck = self.job.held.domain.is_paused_by_error()
+            stuck = self.job.held.is_guest_stopped()
         except Error:
             self._connect_again()
             return
@@ -478,10 +476,10 @@ class Keeper:
             self._trouble("connection", str(error))
             return
         self.troubles.pop("connection", None)
-        if held.kind == "gone":
+        if held.is_gone:
             self.end_if_running("its domain is gone")
             return
-        held.forward = self.job.held.forward
+        held.take_over(self.job.held)
         self.job.held.close()
         self.job.held = held
 

@@ -11,6 +11,7 @@ from vnb.format import frame, heads
 from vnb.job import decisions, reasons
 from vnb.job.images_moved import _inode, _is_inode, are_moved
 from vnb.job.record import Record
+from vnb.job.source import Wanted, WantedDisk
 from vnb.job.state import owner
 from vnb.store import chain
 from vnb.store.catalog import Catalog
@@ -24,7 +25,7 @@ SUN_PATH = 107  # bytes of a socket's path, without the zero behind it
 
 class Plan:
     """
-    source (see vnb.job.sources). options (dict): see vnb.job.job.begin. directory (str): of the job.
+    source (vnb.job.source.Source). options (dict): see vnb.job.job.begin. directory (str): of the job.
 
     head, disks: what goes into the stream. note, warn: functions for lines to the user. Raises Error.
     """
@@ -55,7 +56,6 @@ class Plan:
         )
         if self.marks:
             self.head["checkpoint"] = self.head["point"]
-        self.union = f"{self.head['point']}.union"  # of one bitmap over several layers, while the job lasts
         self.directory = directory
         self.endpoint = source.endpoint(options, directory, _socket_name(self.head))
         if not self.endpoint.is_tcp and len(os.fsencode(self.endpoint.path)) > SUN_PATH:
@@ -67,7 +67,7 @@ class Plan:
         self.images_then = self._images_then() if self.parent else {}
         self.disks = [self._disk(disk) for disk in chosen]
         self._check_head()
-        self.scratch = {disk.name: self._scratch(disk) for disk in chosen} if source.kind == "running" else {}
+        self.scratch = {disk.name: self._scratch(disk) for disk in chosen} if source.needs_scratch else {}
 
     def _check_head(self):
         """Raise Error where the head will be too large for a stream: its checkpoint's XML is made with the job."""
@@ -90,7 +90,7 @@ class Plan:
         What cannot be read here is left to whoever writes the stream.
         """
         self.modes = {}  # of each file that the head describes, by its role and path
-        if self.source.kind == "images":
+        if self.head["domain_xml"] is None:
             return
         before = [] if self.known is None else self.known.head.get("files", ())
         held = {(file["role"], file["path"], file["size"], file["sha256"]) for file in before}
@@ -113,17 +113,18 @@ class Plan:
         options = self.options
         return Record(
             head=self.head, owner=owner(), kind=self.source.kind, disks=self.disks,
-            uri=None if self.source.kind == "images" else self.source.domain.uri, user=options["user"],
+            uri=self.source.uri, user=options["user"],
             password_file=options["password_file"], ssh=options["ssh"], images=options["images"],
             catalog=self.catalog.key, endpoint=self.endpoint.key, tcp=self.endpoint.is_tcp,
             scratch=list(self.scratch.values()), started=self.source.started,
         )
 
-    def start(self, job):
-        """Start the job. A disk whose bitmap turns out to be broken is taken in full."""
+    def start(self, journal):
+        """Start the job (see vnb.job.source.Journal). A disk whose bitmap turns out to be broken is taken in full."""
         while True:
             try:
-                self.source.start(self, job)
+                wanted = self._wanted()
+                self.source.begin(wanted, journal)
                 break
             except BrokenBitmap as error:
                 inc = [disk for disk in self.disks if disk["level"] == "inc"]
@@ -135,8 +136,8 @@ class Plan:
                 for disk in broken:
                     self._take_in_full(disk, error.reason)
         if self.marks:
-            self.head["checkpoint_xml"] = self.source.mark(self)
-        exports = self.source.exports(self)
+            self.head["checkpoint_xml"] = self.source.mark(self.head["checkpoint"])
+        exports = self.source.exports(wanted)
         for disk in self.disks:
             uri, dirty = exports[disk["name"]]
             disk["source"] = {"uri": uri}
@@ -146,33 +147,32 @@ class Plan:
                 disk["source"]["sparse"] = False
             del disk["bitmap"]
 
-    def export(self, disk):
+    def _wanted(self):
+        """What the source is to begin (Wanted). The checkpoint's description says whose it is."""
+        about = {
+            "owner": owner(), "catalog": self.catalog.id, "destination": self.catalog.destination, "base": self.parent,
+            "run": self.head["run"], "chain": self.head["chain"],
+        }
+        disks = [
+            WantedDisk(
+                self.sources[disk["name"]], disk["size"], self._export(disk["name"]), disk["level"] == "inc",
+                disk["bitmap"], self.scratch.get(disk["name"]),
+            )
+            for disk in self.disks
+        ]
+        options = self.options
+        return Wanted(
+            self.head["point"], self.head["checkpoint"], f"vnb {json.dumps(about)}", self.parent, disks, self.others,
+            self.endpoint, self.directory, options["freeze"], options["require_freeze"], options["pause"],
+            options["listen"],
+        )
+
+    def _export(self, disk):
         """
         The name of a disk's export. Another job may listen where we did, on the same port or socket that its user has
         named, and have a disk of the same name: who comes there for ours must not read that.
         """
         return f"{disk}-{self.head['id'][:8]}"
-
-    def backup_xml(self):
-        """The XML of libvirt's backup job."""
-        wanted = []
-        for disk in self.disks:
-            name = disk["name"]
-            since = self.parent if disk["level"] == "inc" else None
-            wanted.append((name, self.export(name), since, self.scratch[name]))
-        return domxml.backup(self.endpoint.attributes(), wanted, self.others)
-
-    def checkpoint_xml(self):
-        """The XML of the new checkpoint, or None. Its description says whose it is."""
-        if not self.marks:
-            return None
-        with_bitmap = [disk["name"] for disk in self.disks if disk["bitmap"]]
-        without = [disk["name"] for disk in self.disks if not disk["bitmap"]] + self.others
-        about = {
-            "owner": owner(), "catalog": self.catalog.id, "destination": self.catalog.destination, "base": self.parent,
-            "run": self.head["run"], "chain": self.head["chain"],
-        }
-        return domxml.checkpoint(self.head["checkpoint"], f"vnb {json.dumps(about)}", with_bitmap, without)
 
     def estimate(self):
         """
@@ -238,7 +238,7 @@ class Plan:
         """What else to say of checkpoints that libvirt does not know."""
         if self.forgotten is not None:
             return f", and cannot be redefined: {self.forgotten}"
-        if self.source.kind == "images":
+        if self.source.uri is None:
             return ""
         return " (vnb-checkpoint redefine has libvirt know again what the images still hold)"
 
@@ -338,7 +338,7 @@ class Plan:
     def _images_then(self):
         """{disk name: what named its image at the base}, as far as libvirt or the catalog knows."""
         found = self.source.images_then(self.parent)
-        if not found and self.source.kind != "images":
+        if not found and self.source.uri is not None:  # without libvirt, other images were another domain
             found = {name: image.get("path") for name, image in self.saved.items()}
         return found
 

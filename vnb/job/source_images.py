@@ -13,7 +13,7 @@ class Images(Offline):
     """
     Image files without any libvirt. images: {disk name: path}.
 
-    Their identity is that of their paths: the same files are the same domain.
+    Their identity is that of their paths: the same files are the same domain, and with others it would be another one.
     """
 
     kind = "images"
@@ -23,6 +23,11 @@ class Images(Offline):
         self.images = {name: os.path.realpath(path) for name, path in images.items()}
         self.name = os.path.basename(next(iter(self.images.values()))).partition(".")[0] or "images"
         self.uuid = heads.uuid_of("\n".join(f"{name}={path}" for name, path in sorted(self.images.items())))
+
+    @classmethod
+    def of_record(cls, record):
+        """The same of a job's record."""
+        return cls(record.images)
 
     def disks(self):
         return [ImageDisk(name, path) for name, path in self.images.items()]
@@ -36,21 +41,7 @@ class Images(Offline):
                     found.setdefault(bitmap, {})[disk.name] = bitmap
         return found
 
-    def abouts(self):
-        """Bitmaps say nothing of themselves."""
-        return {}
-
-    def images_then(self, _checkpoint):
-        """Not known, and not needed: with other images it would be another domain."""
-        return {}
-
-    def head_fields(self):
-        return {"domain_xml": None, "checkpoint_xml": None}
-
-    def mark(self, _plan):
-        return None
-
-    def redefine(self, _checkpoint_xml):
+    def redefine(self, checkpoint_xml):
         """There is no libvirt that could have forgotten it: its bitmaps are not there."""
         raise Error(self.name, "no image has a sound bitmap of it")
 
@@ -58,10 +49,6 @@ class Images(Offline):
         for disk in self.disks():
             if disk.format == "qcow2":
                 img.remove_bitmap(disk.name, disk.path, name)
-
-    def remove_bitmaps(self, _record):
-        """delete_checkpoint() has removed them all."""
-
 
 class ImageDisk:
     """An image file in the place of a domain's disk; see vnb.virt.domxml.Disk."""

@@ -7,10 +7,12 @@ import os
 import re
 import tempfile
 
+from vnb.base import processes
 from vnb.base.errors import Error
 from vnb.base.tempdir import temporary_directory
 from vnb.job.cleanup import end_servers
 from vnb.job.record import Added, Server, Union
+from vnb.job.source import Source
 from vnb.job.state import start_of
 from vnb.nbd import block_status
 from vnb.nbd.connections import Connections
@@ -20,30 +22,23 @@ from vnb.qemu import img
 PROTOCOL = re.compile(r"[^/]*:")  # before the name of an image that is no path, as nbd:, json:
 
 
-class Offline:
+class Offline(Source):
     """What a stopped domain and plain images have in common: images that qemu-nbd reads."""
 
-    started = None
-    runs = False
-    is_local = True
+    runs = False  # whether somebody has started the domain since
 
     def __init__(self):
         self._layers = {}
         self._servers = []
 
-    def refuse_if_busy(self):
-        """Images that a guest uses are locked: qemu-img says so, at the first question."""
-
-    def close(self):
-        """Nothing is held."""
-
     def let_go(self):
-        """See Running."""
         while self._servers:
             self._servers.pop().end()
 
+    def run(self, what, *argv):
+        return processes.run(what, *argv)
+
     def cannot_read_because(self, disk):
-        """See Running. Images that others use are locked: qemu-img says so."""
         return disk.no_job_because if disk.type == "vhostuser" else None
 
     def layers_of(self, disk):
@@ -57,7 +52,6 @@ class Offline:
         return self.layers_of(disk)[0].size
 
     def layers_now(self, disk):
-        """See Running."""
         return [layer.path for layer in self.layers_of(disk)]
 
     def endpoint(self, options, directory, _name):
@@ -66,60 +60,56 @@ class Offline:
             raise Error("--nbd-listen", f"{self.name} does not run, and its images are served on unix sockets")
         return Unix(options["socket"] or os.path.join(directory, ""))
 
-    def exports(self, plan):
+    def exports(self, wanted):
         return {
-            disk["name"]: (
-                Unix(self._socket(plan, disk["name"])).uri(plan.export(disk["name"])),
-                f"qemu:dirty-bitmap:{self._bitmap(plan, disk)}",
+            disk.name: (
+                Unix(self._socket(wanted, disk.name)).uri(disk.export),
+                f"qemu:dirty-bitmap:{self._bitmap(wanted, disk)}",
             )
-            for disk in plan.disks
+            for disk in wanted.disks
         }
 
-    def _socket(self, plan, name):
-        return f"{plan.endpoint.path}{name}.sock"
+    def _socket(self, wanted, name):
+        return f"{wanted.endpoint.path}{name}.sock"
 
-    def _bitmap(self, plan, disk):
-        """The bitmap that says what changed: the base's, or the union that start() makes of its layers."""
-        wanted = img.holders(self._layers[disk["name"]], plan.parent) if plan.parent else []
-        return plan.parent if len(wanted) == 1 else plan.union
+    def _bitmap(self, wanted, disk):
+        """The bitmap that says what changed: the base's, or the union that begin() makes of its layers."""
+        layers = img.holders(self._layers[disk.name], wanted.base) if wanted.base else []
+        return wanted.base if len(layers) == 1 else wanted.union
 
-    def start(self, plan, job):
+    def begin(self, wanted, journal):
         """Add the new bitmaps, then serve the images: from there on nobody else can write to them."""
-        if plan.marks:
-            for disk in plan.disks:
-                if disk["bitmap"]:
-                    job.remember(added=Added(disk["name"], plan.sources[disk["name"]].path))
-                    img.add_bitmap(disk["name"], plan.sources[disk["name"]].path, plan.head["checkpoint"])
-        for disk in plan.disks:
-            image = plan.sources[disk["name"]]
+        if wanted.checkpoint is not None:
+            for disk in wanted.disks:
+                if disk.has_bitmap:
+                    journal.remember(added=Added(disk.name, disk.disk.path))
+                    img.add_bitmap(disk.name, disk.disk.path, wanted.checkpoint)
+        for disk in wanted.disks:
             bitmap = None
-            if disk["level"] == "inc":
-                bitmap = self._bitmap(plan, disk)
-                if bitmap == plan.union:
-                    job.remember(unions=Union(disk["name"], image.path, bitmap))
-                    wanted = img.holders(self._layers[disk["name"]], plan.parent)
-                    img.add_union(disk["name"], wanted, plan.parent, bitmap)
-            socket = self._socket(plan, disk["name"])
-            job.remember(sockets=socket)
-            server = img.serve(disk["name"], plan.export(disk["name"]), image.path, image.format, socket, bitmap)
+            if disk.is_increment:
+                bitmap = self._bitmap(wanted, disk)
+                if bitmap == wanted.union:
+                    journal.remember(unions=Union(disk.name, disk.disk.path, bitmap))
+                    img.add_union(disk.name, img.holders(self._layers[disk.name], wanted.base), wanted.base, bitmap)
+            socket = self._socket(wanted, disk.name)
+            journal.remember(sockets=socket)
+            server = img.serve(disk.name, disk.export, disk.disk.path, disk.disk.format, socket, bitmap)
             self._servers.append(server)  # they end with the one who started them: the keeper keeps them
-            job.remember(servers=Server(server.process.pid, start_of(server.process.pid)))
+            journal.remember(servers=Server(server.process.pid, start_of(server.process.pid)))
 
-    def end(self, job):
-        end_servers(job.record)
-        for name, path, bitmap in job.record.unions:
+    def end(self, journal, clients, careful):
+        end_servers(journal.record)
+        for name, path, bitmap in journal.record.unions:
             if self.runs:
                 # It records nothing, so it does no harm; and nobody can remove it until the guest is off.
-                job.note(f"{self.name}: {name}: bitmap {bitmap} stays in {path}, which the guest uses by now")
+                journal.note(f"{self.name}: {name}: bitmap {bitmap} stays in {path}, which the guest uses by now")
             else:
                 img.remove_bitmap(name, path, bitmap)
 
     def allocated(self, disks):
-        """See Running; qemu-nbd knows, which opens the images for reading."""
         return {disk.name: self._measure(disk, self.layers_of(disk)[:1]) for disk in self.disks() if disk.name in disks}
 
     def changed(self, checkpoint, disks):
-        """See Running."""
         wanted = [disk for disk in self.disks() if disk.name in disks]
         holders = [(disk, img.holders(self.layers_of(disk), checkpoint)) for disk in wanted]
         return {disk.name: self._measure(disk, layers, checkpoint) for disk, layers in holders if layers}

@@ -12,9 +12,10 @@ from vnb.base.buffers import AT_ONCE, Ordered
 from vnb.base.errors import Error
 from vnb.job import domain_files
 from vnb.job.cleanup import end_servers, forwarded, remove_files, remove_scratch, shut_out, thaw
-from vnb.job.described import abouts, domain_fields
+from vnb.job.described import abouts, checkpoint_xml, domain_fields, domain_of
 from vnb.job.record import Server, Started
 from vnb.job.redefining import redefine
+from vnb.job.source import Source
 from vnb.job.state import start_of
 from vnb.nbd.endpoint import Tcp, Unix, parse_listen
 from vnb.qemu import img, iothreads
@@ -26,7 +27,7 @@ QEMU_LISTENS = "nbd-server-start"  # a command of QEMU, which libvirt names in i
 PORT_TRIES = 16  # of ports that are chosen: that many are not taken by chance
 
 
-class Running:
+class Running(Source):
     """
     A domain that runs, or is started paused for the backup and destroyed after it (start).
 
@@ -34,6 +35,7 @@ class Running:
     """
 
     kind = "running"
+    needs_scratch = True
 
     def __init__(self, domain, host=None, start=False):
         self.domain = domain
@@ -42,13 +44,32 @@ class Running:
         self.forward = None  # vnb.base.ssh.Forward to the socket on the other host, which lasts as long as we do
         self.name = domain.name
         self.uuid = domain.uuid
+        self.uri = domain.uri
+        self.is_local = host is None
         self.started = Started(*domain.start_paused()) if start else None
+
+    @classmethod
+    def of_record(cls, record):
+        """The same of a job's record. Raises NoDomain."""
+        domain = domain_of(record)
+        return cls(domain, ssh.Host.of_uri(domain.uri, **record.ssh))
 
     def close(self):
         self.domain.close()
 
+    def take_over(self, before):
+        self.forward = before.forward
+
+    def run(self, what, *argv):
+        return processes.run(what, *argv) if self.host is None else self.host.run(what, *argv)
+
+    def guest_info(self, xml):
+        return self.domain.guest_info() if domxml.has_agent(xml) else None
+
+    def is_guest_stopped(self):
+        return self.domain.is_paused_by_error()
+
     def let_go(self):
-        """End what start() has begun beside the job: to end that may need what it takes, as descriptors."""
         if self.forward is not None:
             self.forward.child.end()
             self.forward = None
@@ -62,7 +83,6 @@ class Running:
         return domxml.disks(self.domain.xml())
 
     def cannot_read_because(self, disk):
-        """Why no backup of a disk can be made (str), which is to be known before the guest is frozen, or None."""
         return (
             disk.no_job_because or self.domain.block_job(disk.name) or self._shared_because(disk)
             or self._iothread_because(disk)
@@ -105,34 +125,21 @@ class Running:
         return self.domain.size_of(disk.name)
 
     def have(self):
-        """{checkpoint: {disk: bitmap}} of what an increment may start from."""
         return {name: domxml.bitmaps(xml) for name, xml in self.domain.checkpoints().items()}
 
     def abouts(self):
-        """{checkpoint: what it says of itself}, of those of ours; see vnb.virt.domxml.about()."""
         return abouts(self.domain)
 
     def images_then(self, checkpoint):
-        """{disk name: what named its image when a checkpoint was made}, {} where that is not known."""
         return domxml.images_then(self.domain.checkpoint_xml(checkpoint, with_domain=True))
 
     def layers_now(self, disk):
-        """What names a disk's image, and those below it (list of str)."""
         return disk.layers
 
     def head_fields(self):
         return domain_fields(self.domain)
 
-    @property
-    def is_local(self):
-        """Whether its paths are paths of this host."""
-        return self.host is None
-
-    def private_directory(self):
-        """A directory, on its host, that only QEMU's user and root may enter."""
-        return self.domain.private_directory(self.host)
-
-    def endpoint(self, options, _directory, name):
+    def endpoint(self, options, directory, name):
         """Where QEMU listens: a socket in a private directory, if the options name nothing else."""
         if options["listen"] is not None:
             address, port = parse_listen(options["listen"])
@@ -140,161 +147,168 @@ class Running:
             return Tcp(address, port, host, options["tls"], options["certificates"])
         return Unix(options["socket"] or os.path.join(self.private_directory(), name))
 
-    def exports(self, plan):
-        """{disk name: (uri, dirty meta context)}"""
-        endpoint = plan.endpoint if self.forward is None else Unix(forwarded(plan))
+    def private_directory(self):
+        """A directory, on its host, that only QEMU's user and root may enter."""
+        return self.domain.private_directory(self.host)
+
+    def exports(self, wanted):
+        endpoint = wanted.endpoint if self.forward is None else Unix(forwarded(wanted.directory))
         return {
-            disk["name"]: (endpoint.uri(plan.export(disk["name"])), f"qemu:dirty-bitmap:backup-{disk['name']}")
-            for disk in plan.disks
+            disk.name: (endpoint.uri(disk.export), f"qemu:dirty-bitmap:backup-{disk.name}") for disk in wanted.disks
         }
 
-    def start(self, plan, job):
-        """Freeze, begin, thaw. Raises BrokenBitmap; nothing is left then."""
-        options = plan.options
+    def begin(self, wanted, journal):
+        """Freeze, begin, thaw."""
         xml = self.domain.xml()  # not while the guest is frozen: libvirt 11.0 to 11.4 may wait for QEMU
-        if self.host is not None and not plan.endpoint.is_tcp and self.forward is None:
-            here = forwarded(plan)
-            job.remember(sockets=here)
-            self.forward = ssh.Forward(self.host, here, plan.endpoint.path)
-            pid = self.forward.child.process.pid
-            job.remember(servers=Server(pid, start_of(pid)))
+        if self.host is not None and not wanted.endpoint.is_tcp and self.forward is None:
+            self._forward(wanted, journal)
         if self.domain.is_paused_by_error():
-            job.intend(stuck=True)  # not for want of scratch, and not ours to resume
-        self._make_scratch(plan, job, domxml.qemu_user(xml))  # before the guest has to wait for it
+            journal.intend(stuck=True)  # not for want of scratch, and not ours to resume
+        self._make_scratch(wanted, journal, domxml.qemu_user(xml))  # before the guest has to wait for it
         frozen = None
         paused = False
         begun = time.monotonic()
         try:
-            if options["freeze"] is not None and not self.started:
-                frozen = self._freeze(options, job, xml)
+            if wanted.freeze is not None and not self.started:
+                frozen = self._freeze(wanted, journal, xml)
                 begun = time.monotonic()
-            if options["pause"] and not self.domain.is_paused:
-                job.intend(suspended=self.domain.id)
+            if wanted.pause and not self.domain.is_paused:
+                journal.intend(suspended=self.domain.id)
                 paused = True
                 self.domain.call("suspend")  # after the freeze: then nobody in the guest answers any more
-            self._begin(plan, job)
+            self._begin(wanted, journal)
         except Denied as error:
-            raise _with_permission_hint(error, xml, plan) from None
+            raise _with_permission_hint(error, xml, wanted) from None
         except Error as error:
-            if not plan.endpoint.is_tcp or QEMU_LISTENS not in error.reason:
+            if not wanted.endpoint.is_tcp or QEMU_LISTENS not in error.reason:
                 raise
             why = "QEMU cannot listen there (is it an address of the domain's host, and a port that is free)"
-            raise Error("--nbd-listen", f"{why}: {error.reason}", options["listen"]) from None
+            raise Error("--nbd-listen", f"{why}: {error.reason}", wanted.listen) from None
         finally:
             if paused:
-                self._resume(job)
+                self._resume(journal)
             if frozen is not None:
-                thaw(self.domain, job)
-                job.note(f"{self.name}: {frozen} file systems frozen for {(time.monotonic() - begun) * 1000:.0f} ms")
+                thaw(self.domain, journal)
+                duration = (time.monotonic() - begun) * 1000
+                journal.note(f"{self.name}: {frozen} file systems frozen for {duration:.0f} ms")
 
-    def _make_scratch(self, plan, job, owner):
+    def _forward(self, wanted, journal):
+        """Have clients here come to the socket of QEMU on its host."""
+        here = forwarded(wanted.directory)
+        journal.remember(sockets=here)
+        self.forward = ssh.Forward(self.host, here, wanted.endpoint.path)
+        pid = self.forward.child.process.pid
+        journal.remember(servers=Server(pid, start_of(pid)))
+
+    def _make_scratch(self, wanted, journal, owner):
         """
         Make the scratch files, or leave that to libvirt where we have no right to.
 
         libvirt would have QEMU make them. While it does, QEMU aborts, and the guest with it, when anybody asks for its
         disks' sizes or statistics, as monitoring does all the time (qcow2_get_specific_info(), QEMU 7.2).
         """
-        sizes = {disk["name"]: disk["size"] for disk in plan.disks}
-        run = processes.run if self.host is None else self.host.run
+        def make(disk):
+            img.create(disk.name, disk.scratch, disk.size, owner, self.run)
 
-        def make(name):
-            img.create(name, plan.scratch[name], sizes[name], owner, run)
-
-        job.intend(scratch_made=True)
+        journal.intend(scratch_made=True)
         try:
             with Ordered(make, AT_ONCE) as work:
-                for name in plan.scratch:
-                    work.call(name)
-                for _ in plan.scratch:
+                for disk in wanted.disks:
+                    work.call(disk)
+                for _ in wanted.disks:
                     work.pop()
         except Error:
-            remove_scratch(job, self.host)
-            job.intend(scratch_made=False)
+            remove_scratch(journal, self.host)
+            journal.intend(scratch_made=False)
 
-    def _resume(self, job):
+    def _resume(self, journal):
         """Resume a guest that we suspended, unless somebody was faster, has started it anew, or QEMU has stopped it."""
-        if job.record.suspended == self.domain.id and self.domain.is_suspended:
+        if journal.record.suspended == self.domain.id and self.domain.is_suspended:
             self.domain.resume()
         with contextlib.suppress(Error):  # the record goes when the job is over, and until then it does no harm
-            job.intend(suspended=None)
+            journal.intend(suspended=None)
 
-    def _begin(self, plan, job):
+    def _begin(self, wanted, journal):
         """Begin the job; on another port, if we chose one that is taken."""
+        disks = [
+            (disk.name, disk.export, wanted.base if disk.is_increment else None, disk.scratch) for disk in wanted.disks
+        ]
         for tries_left in reversed(range(PORT_TRIES)):
+            backup = domxml.backup(wanted.endpoint.attributes(), disks, wanted.others)
             try:
-                self.domain.begin_backup(plan.backup_xml(), plan.checkpoint_xml(), job.record.scratch_made)
+                self.domain.begin_backup(backup, checkpoint_xml(wanted), journal.record.scratch_made)
                 return
             except AddressInUse:
-                if not plan.endpoint.is_tcp or plan.endpoint.is_given or not tries_left:
+                if not wanted.endpoint.is_tcp or wanted.endpoint.is_given or not tries_left:
                     raise
-            plan.endpoint.choose_port()
-            job.intend(endpoint=plan.endpoint.key)
+            wanted.endpoint.choose_port()
+            journal.intend(endpoint=wanted.endpoint.key)
 
-    def _freeze(self, options, job, xml):
+    def _freeze(self, wanted, journal, xml):
         """How many file systems are frozen now, by us; None where it did not come to that. xml: of the domain."""
         if self.domain.is_paused:
-            return self._not_frozen(options, job, "it is suspended, and its agent cannot answer")
+            return self._not_frozen(wanted, journal, "it is suspended, and its agent cannot answer")
         if not domxml.has_agent(xml):
-            return self._not_frozen(options, job, "it has no channel for a guest agent")
+            return self._not_frozen(wanted, journal, "it has no channel for a guest agent")
         if domxml.is_agent_away(xml):
             # It would not answer, as one that hangs: the keeper would wait for ever to thaw what nobody froze.
-            return self._not_frozen(options, job, "its guest agent is not connected")
-        left = job.record.frozen  # by a job before, whose freeze may have come true by now
-        job.intend(frozen=self.domain.id)
+            return self._not_frozen(wanted, journal, "its guest agent is not connected")
+        left = journal.record.frozen  # by a job before, whose freeze may have come true by now
+        journal.intend(frozen=self.domain.id)
         try:
-            frozen = self.domain.freeze(options["freeze"])
+            frozen = self.domain.freeze(wanted.freeze)
         except Unanswered as error:
             # It may freeze at any later time: the intent stays, and the keeper thaws when the agent answers.
-            return self._not_frozen(options, job, error.reason)
+            return self._not_frozen(wanted, journal, error.reason)
         except Error as error:
-            job.intend(frozen=left)  # refused: whoever froze it will thaw it
-            return self._not_frozen(options, job, error.reason)
+            journal.intend(frozen=left)  # refused: whoever froze it will thaw it
+            return self._not_frozen(wanted, journal, error.reason)
         if not frozen:
-            thaw(self.domain, job)
-            named = f"its agent knows no file system at {', '.join(options['freeze'])}"
-            return self._not_frozen(options, job, named if options["freeze"] else "its agent froze no file system")
+            thaw(self.domain, journal)
+            named = f"its agent knows no file system at {', '.join(wanted.freeze)}"
+            return self._not_frozen(wanted, journal, named if wanted.freeze else "its agent froze no file system")
         return frozen
 
-    def _not_frozen(self, options, job, why):
+    def _not_frozen(self, wanted, journal, why):
         """
         Say that the guest is not frozen, or raise Error where it has to be.
 
         That is no warning of a guest whose processors stand still while the job starts, as its user wanted it.
         """
-        if options["require_freeze"]:
+        if wanted.require_freeze:
             raise Error(self.name, f"cannot freeze the guest: {why}")
-        say = job.note if options["pause"] or self.domain.is_paused else job.warn
+        say = journal.note if wanted.pause or self.domain.is_paused else journal.warn
         say(f"{self.name}: the guest is not frozen: {why}")
 
-    def mark(self, plan):
-        """What libvirt says of the new checkpoint."""
-        return self.domain.checkpoint_xml(plan.head["checkpoint"])
+    def mark(self, checkpoint):
+        return self.domain.checkpoint_xml(checkpoint)
 
-    def end(self, job):
-        """End the job if it runs and is this one; then everything that it started."""
-        domain, record = self.domain, job.record
+    def thaw(self, journal):
+        return thaw(self.domain, journal)
+
+    def end(self, journal, clients, careful):
+        domain, record = self.domain, journal.record
         end_servers(record)  # an ssh that forwards clients
         with contextlib.suppress(NoDomain):  # a transient one may go with its job, or at any time
             domain.settle()
             if domain.is_active:
-                ran = domain.end_backup(record.endpoint, lambda: self._shut_out_clients(job))
+                ran = domain.end_backup(record.endpoint, lambda: self._shut_out(journal, clients, careful))
                 if ran and not record.stuck and domain.is_active and domain.is_paused_by_error():
                     domain.resume()  # its scratch was full, now it is gone
-        remove_files(job, self.host)
+        remove_files(journal, self.host)
         with contextlib.suppress(NoDomain):
             if record.suspended is not None:
-                self._resume(job)
+                self._resume(journal)
         if record.started is not None:
             self._destroy(record.started)
 
-    def _shut_out_clients(self, job):
+    def _shut_out(self, journal, clients, careful):
         """What export_clients says; on another host, there. Raises Unready where the guest would wait for them."""
-        careful = not job.is_committing  # else its command, and what that had connected, has ended
         with waiting.on("the clients of the export, which it cuts off"):
             if self.host is None:
-                shut_out(self.name, lambda: job.clients.shut_out(careful))
+                shut_out(self.name, lambda: clients().shut_out(careful))
             else:
-                shut_out(self.name, lambda: self._shut_out_there(job.record, careful, job.note))
+                shut_out(self.name, lambda: self._shut_out_there(journal.record, careful, journal.note))
 
     def _shut_out_there(self, record, careful, say):
         # An ssh that has not worked for anything else may not even be refused, but hang.
@@ -319,7 +333,6 @@ class Running:
             self.domain.destroy()
 
     def redefine(self, checkpoint_xml):
-        """Have libvirt know a checkpoint again, with the disks that hold its bitmap. Raises Error where none does."""
         redefine(self.domain, checkpoint_xml)
 
     def delete_checkpoint(self, name):
@@ -327,30 +340,26 @@ class Running:
             self.domain.delete_checkpoint(name)
 
     def describe(self, path):
-        """(mode, size, SHA-256 as hexadecimal digits) of a regular file on the domain's host. Raises Error."""
         return domain_files.describe(path, self.host)
 
     def room(self, directory):
-        """Free bytes where a directory is, or None if that is not known. Raises OSError."""
         if self.host is None:
             found = os.statvfs(directory)
             return found.f_bavail * found.f_frsize
         return None if self.forward is None else self.forward.room(directory)
 
     def allocated(self, disks):
-        """{disk: bytes} that full backups of disks (names) would have at most."""
         return {disk: self.domain.call("blockInfo", disk)[1] for disk in disks}
 
     def changed(self, checkpoint, disks):
-        """{disk: bytes} that have changed since a checkpoint, of those of disks (names) with a sound bitmap of it."""
         found = domxml.sizes(self.domain.checkpoint_xml(checkpoint, with_size=True))
         return {disk: found[disk] for disk in disks if disk in found}
 
 
-def _with_permission_hint(error, xml, plan):
+def _with_permission_hint(error, xml, wanted):
     """Who needs which right, where libvirt or QEMU was refused one."""
     user = domxml.qemu_user(xml)
-    paths = [*([] if plan.endpoint.is_tcp else [plan.endpoint.path]), *plan.scratch.values()]
+    paths = [*([] if wanted.endpoint.is_tcp else [wanted.endpoint.path]), *(disk.scratch for disk in wanted.disks)]
     directories = sorted({os.path.dirname(path) for path in paths})
     return Error(
         error.what,

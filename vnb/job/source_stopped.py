@@ -6,7 +6,8 @@ import time
 
 from vnb.base.errors import Error
 from vnb.job import domain_files
-from vnb.job.described import abouts, domain_fields
+from vnb.job.cleanup import thaw
+from vnb.job.described import abouts, checkpoint_xml, domain_fields, domain_of
 from vnb.job.redefining import redefine
 from vnb.job.source_offline import Offline
 from vnb.qemu import img
@@ -23,11 +24,17 @@ class Stopped(Offline):
         self.domain = domain
         self.name = domain.name
         self.uuid = domain.uuid
+        self.uri = domain.uri
         if not domain.is_local:
             raise Error(
                 self.name, "is not running, and its images are on another host: start it for the backup "
                 "(--start-paused), or run vnb-checkpoint there"
             )
+
+    @classmethod
+    def of_record(cls, record):
+        """The same of a job's record. Raises NoDomain."""
+        return cls(domain_of(record))
 
     def close(self):
         self.domain.close()
@@ -53,19 +60,14 @@ class Stopped(Offline):
             raise Error(disk.name, f"{what} can be read while its domain runs only (--start-paused)")
 
     def describe(self, path):
-        """See Running."""
         return domain_files.describe(path)
 
-    def nvram_of_libvirt(self, xml):
-        """
-        The path of an nvram that the domain's definition does not name, or None where there is no such file.
-
-        libvirt names it after the domain; up to 9.0 it is only in the XML of a domain that runs.
-        """
+    def more_files(self, xml):
+        """The nvram, where libvirt names it after the domain: up to 9.0 that is only in the XML of one that runs."""
         if not domxml.leaves_nvram_to_libvirt(domxml.parse(xml, "domain XML")):
-            return None
+            return []
         path = os.path.join(self.domain.nvram_directory, f"{self.name}_VARS.fd")
-        return path if os.path.exists(path) else None
+        return [("nvram", path)] if os.path.exists(path) else []
 
     def have(self):
         """What libvirt knows and the images still have."""
@@ -79,37 +81,37 @@ class Stopped(Offline):
         return found
 
     def abouts(self):
-        """See Running."""
         return abouts(self.domain)
 
     def images_then(self, checkpoint):
-        """See Running."""
         return domxml.images_then(self.domain.checkpoint_xml(checkpoint, with_domain=True))
 
     def head_fields(self):
         return domain_fields(self.domain)
 
-    def start(self, plan, job):
-        super().start(plan, job)
-        if plan.marks:
-            xml = domxml.with_creation_time(plan.checkpoint_xml(), int(time.time()))
-            self.domain.redefine_checkpoint(xml)
+    def begin(self, wanted, journal):
+        super().begin(wanted, journal)
+        if wanted.checkpoint is not None:
+            xml = checkpoint_xml(wanted)
+            self.domain.redefine_checkpoint(domxml.with_creation_time(xml, int(time.time())))
 
-    def mark(self, plan):
-        return self.domain.checkpoint_xml(plan.head["checkpoint"])
+    def mark(self, checkpoint):
+        return self.domain.checkpoint_xml(checkpoint)
+
+    def thaw(self, journal):
+        return thaw(self.domain, journal)
 
     def redefine(self, checkpoint_xml):
-        """See Running."""
         redefine(self.domain, checkpoint_xml)
 
     def delete_checkpoint(self, name):
         self.domain.delete_checkpoint(name)
 
-    def remove_bitmaps(self, record):
+    def remove_bitmaps(self, added, checkpoint):
         """Bitmaps that were added before libvirt was told of their checkpoint."""
         if not self.domain.is_active:
-            for name, path in record.added:
-                img.remove_bitmap(name, path, record.head["checkpoint"])
+            for name, path in added:
+                img.remove_bitmap(name, path, checkpoint)
 
 
 def _is_chain_of(disk, chain):

@@ -1,37 +1,53 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A domain that is gone: only the end of its job is left to do."""
 
+from __future__ import annotations
+
+from vnb.base.errors import Error
+from vnb.base.ssh import Host
 from vnb.job.cleanup import end_servers, remove_files
+from vnb.job.source import Source
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vnb.job.record import Record
+    from vnb.job.source import Journal
+    from vnb.virt.export_clients import Clients
 
 
-class Gone:
+class Gone(Source):
     """
     A domain that was undefined meanwhile, or was a transient one: with its QEMU the job has ended.
 
-    host (vnb.base.ssh.Host or None): where it was.
+    host: where it was, None for here. Nothing can be asked of it, and no job begins here.
     """
 
     kind = "gone"
+    is_gone = True
 
-    def __init__(self, host):
+    def __init__(self, host: Host | None) -> None:
         self._host = host
 
-    def close(self):
-        """Nothing is held."""
+    @classmethod
+    def of_record(cls, record: Record) -> Gone:
+        """The same of a job's record."""
+        return cls(None if record.uri is None else Host.of_uri(record.uri, **record.ssh))
 
     def have(self):
         """No checkpoint: libvirt forgot them with the domain."""
         return {}
 
-    abouts = have
-
-    def end(self, job):
+    def end(self, journal: Journal, clients: Callable[[], Clients], careful: bool) -> None:
         """End what the job started here, and remove its files."""
-        end_servers(job.record)
-        remove_files(job, self._host)
+        end_servers(journal.record)
+        remove_files(journal, self._host)
 
-    def delete_checkpoint(self, name):
-        """There is none."""
+    def delete_checkpoint(self, name: str) -> None:
+        """There is none. Whose its bitmaps are now is not known."""
 
-    def remove_bitmaps(self, record):
-        """Whose images these are now is not known."""
+    def _refuse(self, *_):
+        raise Error("the domain", "is gone")
+
+    disks = size_of = layers_now = allocated = changed = endpoint = begin = exports = _refuse

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""
-Sources: what a backup reads from. A running domain by libvirt's backup job, a domain that is off or plain image
-files by qemu-nbd. All have the same few methods, so that levels, catalogs and the end of a job know no difference.
-"""
+"""Which source a backup has: by the options of who begins it, and by the record of who has to end it."""
 
 from vnb.base import ssh
+from vnb.base.errors import Error
 from vnb.job.source_images import Images
 from vnb.job.source_running import Running
 from vnb.job.source_stopped import Stopped
@@ -12,9 +10,11 @@ from vnb.job.source_vanished import Gone
 from vnb.virt.domain import Domain
 from vnb.virt.failures import NoDomain
 
+SOURCES = {source.kind: source for source in (Images, Running, Stopped)}
+
 
 def open_source(options):
-    """The source that the options of vnb-checkpoint mean; see vnb.job.job.begin. Raises Error."""
+    """The Source that the options of vnb-checkpoint mean; see vnb.job.job.begin. Raises Error."""
     if options["images"]:
         return Images(options["images"])
     domain = Domain(options["uri"], options["domain"], options["user"], options["password_file"])
@@ -26,14 +26,10 @@ def open_source(options):
 
 
 def source_of(record):
-    """The source of a job from its record, by a connection made now: the daemon may have been restarted."""
-    if record.kind == "images":
-        return Images(record.images)
+    """The source of a job from its record, by a connection made now: libvirt may have been restarted. Raises Error."""
+    if record.kind not in SOURCES:
+        raise Error(record.head["domain"], f'its job is of a kind that this vnb does not know: "{record.kind}"')
     try:
-        domain = Domain(record.uri, record.head["uuid"], record.user, record.password_file)
+        return SOURCES[record.kind].of_record(record)
     except NoDomain:
-        return Gone(ssh.Host.of_uri(record.uri, **record.ssh))
-    domain.what = domain.name  # nobody has typed its UUID
-    if record.kind == "stopped":
-        return Stopped(domain)
-    return Running(domain, ssh.Host.of_uri(domain.uri, **record.ssh))
+        return Gone.of_record(record)
