@@ -9,6 +9,9 @@ HEAD = {
 }
 
 
+OWNER = {"host": "another", "boot": "b", "pid": 5, "start": 10}
+
+
 def record(**fields):
     """The record of a job of the domain vm1, of which nothing is left to undo but what fields say."""
-    return Record(**{"head": HEAD, "owner": {}, **fields})
+    return Record(**{"head": HEAD, "owner": dict(OWNER), **fields})

@@ -14,7 +14,7 @@ from fake_source import NOTHING, SIZE, Fake, World
 from vnb.base.errors import Error
 from vnb.format.frame import HOLE
 from vnb.job import job as jobs
-from vnb.job import keeper, sources
+from vnb.job import left_behind, sources
 from vnb.job.state import JobDirectory
 from vnb.store import chain
 from vnb.store.catalog import Catalog
@@ -52,7 +52,7 @@ class Place:
     def recover(self):
         """As each command does that finds a record."""
         with self.directory.locked(wait=True):
-            keeper.recover(self.directory, "fake", self.say)
+            left_behind.recover(self.directory, "fake", self.say)
 
     def begin(self, level="auto"):
         return jobs.begin(self.directory, Fake(self.path), {**self.options, "level": level}, self.say, self.say)
@@ -60,7 +60,7 @@ class Place:
     def back_up(self, level="auto"):
         """A whole backup, after what was left is ended."""
         with self.directory.locked(wait=True):
-            keeper.recover(self.directory, "fake", self.say)
+            left_behind.recover(self.directory, "fake", self.say)
             job = self.begin(level)
             self.store(job)
             self.commit(job)

@@ -12,8 +12,9 @@ from job_records import record
 from vnb.base import waiting
 from vnb.base.errors import Error
 from vnb.job.channel import Line
-from vnb.job.keeper import Keeper, _begin, keep_for
+from vnb.job.keeper import _begin, keep_for
 from vnb.job.state import JobDirectory
+from vnb.job.watch import Keeper, State
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_a_job_that_began_by_half_is_ended_when_that_can_be_done(pair, tmp_path,
         if len(tries) < 3:
             raise Error("vm", "no answer")
 
-    monkeypatch.setattr("vnb.job.keeper.TICK_SECONDS", 0.01)
+    monkeypatch.setattr("vnb.job.watch.TICK_SECONDS", 0.01)
     monkeypatch.setattr("vnb.job.job.begin", begin)
     monkeypatch.setattr("vnb.job.job.Job.abort", abort)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -78,8 +79,7 @@ def test_a_job_that_began_by_half_is_ended_when_that_can_be_done(pair, tmp_path,
 def test_who_gave_it_up_has_taken_over_nothing(tmp_path):
     """A keeper that was busy for longer than anybody waits stays, and the thaw with it."""
     directory = JobDirectory(str(tmp_path), "u")
-    keeper = Keeper(types.SimpleNamespace(directory=directory), None, None, {"deadline": 0})
-    keeper.done = True
+    keeper = Keeper(types.SimpleNamespace(directory=directory), None, None, {"deadline": 0}, State.OVER)
     for patient in (False, True):
         theirs, ours = socket.socketpair()
         with theirs, ours:
@@ -92,7 +92,7 @@ def test_who_gave_it_up_has_taken_over_nothing(tmp_path):
                 theirs.close()
             keeper.listener = types.SimpleNamespace(accept=lambda ours=ours: (ours.dup(), None))
             keeper._hear_client()
-            assert (keeper.successor is not None) == patient
+            assert keeper.state is (State.TAKEN if patient else State.OVER)
     keeper.successor.close()
 
 

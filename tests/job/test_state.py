@@ -7,7 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from job_records import HEAD, record
+from job_records import HEAD, OWNER, record
 
 from vnb.base.errors import Error
 from vnb.format import heads
@@ -23,7 +23,7 @@ def job(tmp_path):
 def test_a_record_comes_back(job):
     assert job.load() is None
     made = record(
-        owner={"pid": 5}, kind="running", disks=[{"name": "vda"}], uri="qemu:///system", phase=Phase.RUNNING, frozen=7,
+        kind="running", disks=[{"name": "vda"}], uri="qemu:///system", phase=Phase.RUNNING, frozen=7,
         started=Started(7, "mark"), servers=[Server(5, 10), Server(6, None)], sockets=["/s"],
         unions=[Union("vda", "/image", "bitmap")], added=[Added("vda", "/image")], scratch=["/scratch"],
     )
@@ -82,7 +82,8 @@ def test_a_record_of_another_version(job, tmp_path):
 
 WRONG = {
     "head": [5, {}, {**HEAD, "uuid": 5}, {**HEAD, "parent": 5}, {key: HEAD[key] for key in HEAD if key != "point"}],
-    "owner": [[], None], "kind": [5], "disks": [{}, [5]], "uri": [5], "ssh": [None], "images": [[]], "tcp": [1, None],
+    "owner": [[], None, {}, {**OWNER, "pid": "5"}, {**OWNER, "host": None}],
+    "kind": [5], "disks": [{}, [5]], "uri": [5], "ssh": [None], "images": [[]], "tcp": [1, None],
     "phase": ["over", None, []], "strict": ["5", True], "broken": [0], "scratch": ["x", [5]], "frozen": [False, "7"],
     "suspended": [True], "started": [5, [5], ["5", "mark"], [5, "mark", 6]], "servers": [5, [5], [[5]], [["5", 6]]],
     "sockets": [[None]], "unions": [[["a", "b"]]], "added": [[["a", "b", "c"]]], "endpoint": [None],

@@ -84,7 +84,7 @@ def _defaults(subcommand):
 
 
 def _options(args):
-    """What the keeper needs, checked; see vnb.job.job.begin and vnb.job.starter.Starter."""
+    """What the keeper needs, checked; see vnb.job.job.begin and vnb.job.starter.start."""
     level, base = args["--level"], args["--base"]
     if level not in LEVELS:
         found = "is needed:" if level is None else f'"{level}" is not'
@@ -186,13 +186,13 @@ def _images(args):
 
 
 def _begin(options):
-    from vnb.job.starter import Starter
+    from vnb.job.starter import start
 
     if os.isatty(1):
         raise Error("stdout", "is a terminal, and begin writes a stream for others to read: type > FILE behind it, or "
                     "| vnb-extents | vnb-read | vnb-pack -o DIR")
     out = output.stdout()
-    keeper = Starter(options, log.note, log.warn)
+    keeper = start(options, log.note, log.warn)
     if "below" in keeper.begun:
         return _below(keeper, NOTHING_TO_DO)
     try:
@@ -205,10 +205,10 @@ def _begin(options):
 
 
 def _run(options, command):
-    from vnb.job.starter import Starter
+    from vnb.job.starter import start
 
     _refuse_forgotten_quotes(options, command)
-    keeper = Starter(options, log.note, log.warn)
+    keeper = start(options, log.note, log.warn)
     if "below" in keeper.begun:
         return _below(keeper, 0)
     head = keeper.begun["head"]

@@ -13,8 +13,9 @@ from vnb.base.errors import Error, UsageError
 from vnb.cli.runner import show
 from vnb.job import decisions
 from vnb.job.cleanup import shut_out
-from vnb.job.keeper import make_way, stay, who_runs
-from vnb.job.keeper import recover as recover_job
+from vnb.job.keeper import stay
+from vnb.job.left_behind import make_way, who_runs
+from vnb.job.left_behind import recover as recover_job
 from vnb.job.plan import Plan, checkpoint_xml
 from vnb.job.redefining import redefine as redefine_checkpoint
 from vnb.job.source import UNION

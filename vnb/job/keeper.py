@@ -5,31 +5,26 @@ The keeper: a small process that begins a backup job and stays until it has ende
 A job that nobody ends fills its scratch, and then QEMU pauses the guest. So the process that begins one
 outlives whoever asked for it, and ends the job by itself when `run` has died, at a deadline, when nobody has been
 connected to the export for a while, or when the scratch is about to fill its file system. Backup loses, the guest wins.
+This module is the process; what it does while the job runs is in vnb.job.watch.
 
 Its starter speaks to it over a socket pair, others over the socket in the job's directory: JSON, one line a message.
 """
 
 import contextlib
 import os
-import select
 import signal
 import subprocess
 import sys
-import time
 import traceback
 
 from vnb.base import waiting
-from vnb.base.errors import Error, Interrupted, Saved, UsageError, lack, os_error
-from vnb.job import decisions
+from vnb.base.errors import Error, Interrupted, lack, os_error
 from vnb.job import job as jobs
-from vnb.job.channel import REQUEST_SECONDS, WAITED_FOR_SECONDS, Line
-from vnb.job.sources import open_source, source_of
-from vnb.job.state import JobDirectory, is_dead, owner
-from vnb.virt.export_clients import read_lists
-
-TICK_SECONDS = 1.0  # free room, clients and deadline have no event that one could wait for
-RAREST_SECONDS = 300  # between two attempts to end a job that does not end; the first pause is a tick
-MAKE_WAY_SECONDS = 20  # for a keeper that may be asking a guest agent that hangs
+from vnb.job.channel import REQUEST_SECONDS, Line
+from vnb.job.left_behind import make_way, recover, who_runs
+from vnb.job.sources import open_source
+from vnb.job.state import JobDirectory, owner
+from vnb.job.watch import Keeper, State
 
 
 def stay(directory):
@@ -55,9 +50,7 @@ def _stay(directory):
             return  # somebody was faster
         _redirect(directory.log)
         with _listening(directory) as listener:
-            keeper = Keeper(_adopt(directory, record), None, listener, {"deadline": 0})
-            keeper.done = True
-            keeper.loop()
+            Keeper(_adopt(directory, record), None, listener, {"deadline": 0}, State.OVER).loop()
 
 
 def _adopt(directory, record):
@@ -160,70 +153,8 @@ def _begin(directory, source, line, listener, options):
     if record is None:
         return None, message
     # It could not be ended, or the guest may still freeze: for this job, or for one before.
-    keeper = Keeper(_adopt(directory, record), line, listener, options)
-    if record.has_ended:
-        keeper.done = True
-    else:
-        keeper.ending = "it could not be begun"
-    return keeper, message
-
-
-def make_way(directory):
-    """
-    Have a keeper end that stays only to thaw the guest: who calls takes over its record, and the thaw with it.
-
-    It ends where its job has; and if it does not, the lock says so.
-    """
-    record = directory.load()
-    if record is None or not record.has_ended:
-        return
-    client = directory.connect()
-    if client is None:
-        return
-    client.settimeout(MAKE_WAY_SECONDS)
-    line = Line(client)
-    line.send(do="make way")
-    with contextlib.suppress(Error):
-        if line.receive() is not None:  # it would
-            line.send(do="taken")  # we are still here
-            line.receive()  # it hangs up when it has let go of the lock
-    line.close()
-
-
-def recover(directory, name, say):
-    """
-    End what a keeper that was killed has left; False where there is nothing. The caller holds the lock.
-
-    Raises Error where the owner is not provably dead.
-    """
-    record = directory.load()
-    if record is None:
-        return False
-    left = decisions.left(record.has_ended, is_dead(record.owner))
-    if left is decisions.Left.RUNS:
-        raise Error(name, f"a backup by process {record.owner['pid']} of "
-                    f"{record.owner['host']} may still run: vnb-checkpoint abort {name} ends it")
-    if left is decisions.Left.END:
-        say(f"{name}: ending the job of a keeper that died, begun {record.head['created']}")
-    jobs.Job(directory, record, say).abort()
-    return True
-
-
-def who_runs(directory):
-    """In words, whose backup it is that holds the lock."""
-    record = directory.load()
-    if record is None:
-        return "another backup is beginning"
-    who = record.owner
-    if record.has_ended:
-        return (
-            f"its backup has ended, and process {who['pid']} on {who['host']} stays until the guest agent has thawed "
-            "the guest"
-        )
-    trouble = f", and its job does not end: {record.trouble}" if record.trouble else ""
-    advice = "" if trouble else ": wait for its end, or end it by vnb-checkpoint abort"
-    begun = record.head["created"]
-    return f"a backup runs already, begun {begun} (process {who['pid']} on {who['host']}){trouble}{advice}"
+    state, reason = (State.OVER, None) if record.has_ended else (State.ENDING, "it could not be begun")
+    return Keeper(_adopt(directory, record), line, listener, options, state, reason), message
 
 
 def _redirect(log):
@@ -239,265 +170,6 @@ def _redirect(log):
     os.close(null)
     os.close(file)
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-
-
-class Keeper:
-    """
-    Watches over a running job, and stays after it (done) until the guest is thawed.
-
-    starter (Line), listener (socket): who may speak to it. options (dict): see Starter.
-    """
-
-    def __init__(self, job, starter, listener, options):
-        self.job = job
-        self.starter = starter
-        self.left = None  # a starter that has hung up, and waits for our end
-        self.successor = None  # a connection to the one who takes over from us
-        self.listener = listener
-        self.options = options
-        self.done = False
-        self.ending = None
-        self.ending_since = None
-        self.kept_alone = False
-        self.troubles = {}
-        self.pause = TICK_SECONDS  # until a job that could not be ended is tried again
-        self.next_try = time.monotonic()
-        self.looked = time.monotonic()
-        self.deadline = time.monotonic() + options["deadline"]
-        self.last_client = time.monotonic()
-        self.job.note = self.job.warn = self.log
-
-    def loop(self):
-        """Until the job has ended, and the guest is thawed, or somebody else sees to that."""
-        while (not self.done or self.job.record.frozen is not None) and self.successor is None:
-            if self.done and self.left is not None:
-                self._stay_without_starter()
-            waiting = [self.listener] if self.starter is None else [self.listener, self.starter]
-            ready, _, _ = select.select(waiting, [], [], TICK_SECONDS)
-            if self.starter in ready:
-                self._hear_starter()
-            elif self.listener in ready:
-                self._hear_client()
-            if time.monotonic() - self.looked >= TICK_SECONDS:  # whoever speaks to us, and how often
-                self._look()
-                self.looked = time.monotonic()
-
-    def _stay_without_starter(self):
-        """Have a starter that has hung up not wait for our end."""
-        self.left.offer(stays=True)
-        self.left.close()
-        self.left = None
-
-    def end_if_running(self, reason):
-        """
-        End the job by ourselves: it does not count, unless its segment is in the catalog.
-
-        Where libvirt does not answer, this is tried again, more and more rarely: it may be restarting.
-        """
-        if self.done:
-            return
-        if self.ending is None:
-            self.ending = reason
-            self.ending_since = time.monotonic()
-            self._write(f"ending the job: {reason}")
-            if self.starter is not None:
-                self.starter.offer(ending=reason)  # its command, which may be all that keeps QEMU, has to go
-        starter = self.starter or self.left
-        try:
-            with contextlib.nullcontext() if starter is None else starter.waits():
-                saved = self.job.abort(self.ending)
-        except Error as error:
-            self.next_try = time.monotonic() + self.pause
-            self.pause = min(2 * self.pause, RAREST_SECONDS)
-            if self._trouble("end", str(error)):
-                with contextlib.suppress(Error):
-                    self.job.intend(trouble=error.reason)
-            if self.left is not None and time.monotonic() - self.ending_since > WAITED_FOR_SECONDS:
-                self.left.tell(f"{error}; its keeper goes on trying")
-                self._stay_without_starter()
-            return
-        self.done = True
-        for line in (self.starter, self.left):
-            if line is not None:
-                line.offer(ended=True, saved=saved)
-
-    def log(self, text):
-        """A line for whoever looks into the log; also for the starter, while there is one."""
-        self._write(text)
-        if self.starter is not None:
-            self.starter.tell(text)
-
-    def _write(self, text):
-        with contextlib.suppress(OSError):  # a file system that is full is no reason to leave the guest alone
-            sys.stderr.write(f'{time.strftime("%Y-%m-%dT%H:%M:%S")} {text}\n')
-
-    def _trouble(self, about, text):
-        """A line on what fails tick after tick: only when it is another one than before, which is returned."""
-        if self.troubles.get(about) == text:
-            return False
-        self.troubles[about] = text
-        self.log(text)
-        return True
-
-    def _hear_starter(self):
-        try:
-            message = self.starter.receive()
-        except Error:
-            message = None
-        if message is None:
-            self.left, self.starter = self.starter, None
-            if not self.kept_alone:
-                self.end_if_running("the process that began it has died")
-        elif message.get("do") == "keep":
-            self.kept_alone = True
-            if self.options["strict"] and message["warnings"]:
-                self.job.intend(strict=message["warnings"])  # for whoever commits
-            self.last_client = time.monotonic()
-            self.starter.send(done=True)
-            self.starter.close()
-            self.starter = None
-        else:
-            self._do(self.starter, message)
-
-    def _hear_client(self):
-        try:
-            connection, _ = self.listener.accept()
-        except OSError:
-            return  # it has gone, or we may open no more files
-        with connection:
-            connection.settimeout(REQUEST_SECONDS)
-            line = Line(connection)
-            try:
-                message = line.receive()
-            except Error:
-                return
-            if message is None:
-                return
-            if message.get("do") == "make way" and self.done:
-                self._make_way(line)
-            else:
-                self._do(line, message)
-
-    def _make_way(self, line):
-        """Leave, but only for someone who is still there: who gave us up meanwhile has taken over nothing."""
-        line.send(way=True)
-        with contextlib.suppress(Error):
-            if (line.receive() or {}).get("do") == "taken":
-                self.successor = line.socket.dup()  # open as long as we live: then the lock is free
-
-    def _do(self, line, message):
-        self.job.note = line.tell
-        try:
-            if self.done:
-                self._do_late(line, message.get("do"))
-            else:
-                with line.waits():
-                    end_as_asked(self.job, message)
-                self.done = True
-            line.send(done=True, strict=self.job.strict)
-        except Error as error:
-            line.send(error=[error.what, error.reason, error.where], saved=isinstance(error, Saved))
-        except OSError as error:
-            line.send(error=["keeper", str(error), None])
-        finally:
-            self.job.note = self.log
-
-    def _do_late(self, line, what):
-        """The job has ended by itself, or was ended by somebody else, and we are here for the guest's sake."""
-        if what != "abort":
-            raise Error(self.job.head["domain"], f"the job was ended already: {self.job.record.reason}")
-        self.ending = None  # who asks need not be told later
-        line.tell(f"{self.job.head['domain']}: {who_runs(self.job.directory)}")
-
-    def _look(self):
-        if self.ending is not None:
-            if time.monotonic() >= self.next_try:
-                self.end_if_running(self.ending)
-        elif not self.done:
-            self._look_at_time()
-            for look in (self._look_at_scratch, self._look_at_guest):
-                if not self.done:
-                    look()
-        if self.job.record.frozen is not None:
-            self._thaw()
-
-    def _look_at_time(self):
-        now = time.monotonic()
-        if now > self.deadline:
-            self.end_if_running(f"its deadline of {self.options['deadline']} seconds has passed")
-        elif self._is_idle() and self.kept_alone:
-            if now - self.last_client > self.options["idle"]:
-                self.end_if_running(f"nobody was connected for {self.options['idle']} seconds")
-        else:
-            self.last_client = now
-
-    def _thaw(self):
-        self.job.note = lambda text: self._trouble("thaw", text)
-        try:
-            thawed = self.job.thaw()
-        except Error as error:
-            self._trouble("thaw", str(error))  # the daemon may come back
-            return
-        finally:
-            self.job.note = self.log
-        if thawed and self.done and self.ending is None:
-            self.job.directory.remove()  # this was all that was left to do
-
-    def _look_at_scratch(self):
-        for path in self.job.record.scratch:
-            try:
-                free = self.job.held.room(os.path.dirname(path))
-            except OSError:
-                continue  # gone with the domain
-            if free is not None and free < self.options["reserve"]:
-                self.end_if_running(
-                    f"only {free} bytes are left in {os.path.dirname(path)}, where the scratch is"
-                )
-                return
-
-    def _look_at_guest(self):
-        """A guest that QEMU stopped because it could not write is worth more than its backup."""
-        try:
-            stuck = self.job.held.is_guest_stopped()
-        except Error:
-            self._connect_again()
-            return
-        if not stuck and self.job.record.stuck:
-            with contextlib.suppress(Error):
-                self.job.intend(stuck=False)  # it runs again: when it stops now, that is because of us
-        if stuck and not self.job.record.stuck:
-            self.end_if_running("the guest was stopped by a write error: the scratch may be full")
-
-    def _connect_again(self):
-        """libvirtd was restarted, or the line was cut: the job survives that, our connection does not."""
-        try:
-            held = source_of(self.job.record)
-        except Error as error:
-            self._trouble("connection", str(error))
-            return
-        self.troubles.pop("connection", None)
-        if held.is_gone:
-            self.end_if_running("its domain is gone")
-            return
-        held.take_over(self.job.held)
-        self.job.held.close()
-        self.job.held = held
-
-    def _is_idle(self):
-        """Whether nobody is connected to the export, as far as that is known. Looks at each tick: to know how long."""
-        if self.job.record.tcp and not self.job.held.is_local:
-            return False
-        return self.job.clients.look(read_lists(self.job.clients.is_tcp), time.monotonic()) == 0
-
-
-def end_as_asked(job, message):
-    """Commit or abort a job as a message (dict) says."""
-    if message.get("do") == "commit":
-        job.commit(message.get("set"), message.get("proof", True))
-    elif message.get("do") == "abort":
-        job.abort()
-    else:
-        raise UsageError("keeper", f"asked to do {message.get('do')}")
 
 
 if __name__ == "__main__":

@@ -170,6 +170,12 @@ def _optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: None if value is None else check(value)
 
 
+def _owner(value: Any) -> Any:
+    for key, check in (("host", _text), ("boot", _text), ("pid", _is(int)), ("start", _number)):
+        check(_is(dict)(value)[key])
+    return value
+
+
 def _head(value: Any) -> Any:
     """What the end of a job needs of a head, which was checked when it was made."""
     for key in ("id", "domain", "uuid", "point", "level", "chain", "created"):
@@ -181,7 +187,7 @@ def _head(value: Any) -> Any:
 
 _text, _flag, _table, _number = _is(str), _is(bool), _is(dict), _is(int, None)
 _CHECKS: dict[str, Callable[[Any], Any]] = {
-    "head": _head, "owner": _table, "kind": _text, "disks": _several(_table), "uri": _is(str, None),
+    "head": _head, "owner": _owner, "kind": _text, "disks": _several(_table), "uri": _is(str, None),
     "user": _is(str, None), "password_file": _is(str, None), "ssh": _table, "images": _is(dict, None),
     "catalog": _table, "endpoint": _text, "tcp": _flag, "phase": Phase, "reason": _is(str, None), "strict": _number,
     "trouble": _is(str, None), "broken": _flag, "stuck": _flag, "scratch": _several(_text), "scratch_made": _flag,

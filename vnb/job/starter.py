@@ -9,47 +9,64 @@ import socket
 from vnb.base.errors import Error
 from vnb.job import job as jobs
 from vnb.job.channel import KeeperDied, Line
-from vnb.job.keeper import be_keeper, end_as_asked, keep_for, stay
+from vnb.job.keeper import be_keeper, keep_for, stay
 from vnb.job.state import JobDirectory
+from vnb.job.watch import end_as_asked
 
 ANSWER_SECONDS = 180  # a guest that shuts down keeps its job for half a minute
 
 
-class Starter:
+def start(options, say, warn):
     """
-    The starter's side: start a keeper, and have it end its job one way or the other.
+    Start a keeper, and wait until it has begun the job; returns its Starter. Raises Error where it has not.
 
     options (dict): see vnb.job.job.begin, and deadline, idle (seconds), reserve (bytes). say, warn: functions for lines
-    to the user. begun (dict): head, disks, files; or below (str), where there is less to do than the threshold.
+    to the user.
+    """
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        be_keeper(lambda: keep_for(theirs, options))
+    theirs.close()
+    starter = Starter(pid, Line(ours), options["state"], say, warn)
+    try:
+        starter.hear_begin()
+    except BaseException:
+        starter.leave()
+        raise
+    return starter
+
+
+class Starter:
+    """
+    The starter's side of a keeper, a child process: has it end its job one way or the other.
+
+    pid: of the keeper. line (Line): to it. state: the state directory. say, warn: see start().
+    begun (dict): head, disks, files; or below (str), where there is less to do than the threshold.
     warnings (int): lines that were warnings. saved (bool): the job has ended by itself, and its segment is saved.
 
     Keeper and starter watch each other: whoever finds the other one dead ends the job.
     """
 
-    def __init__(self, options, say, warn):
+    def __init__(self, pid, line, state, say, warn):
+        self.pid = pid
+        self.line = line
         self.say = say
         self.warn = warn
         self.warnings = 0
         self.saved = False
+        self.begun = {}
         self._ending = None  # why the keeper ends the job by itself
-        self._options = options
+        self._state = state
         self._uuid = None
-        ours, theirs = socket.socketpair()
-        self.pid = os.fork()
-        if self.pid == 0:
-            ours.close()
-            be_keeper(lambda: keep_for(theirs, options))
-        theirs.close()
-        self.line = Line(ours)
-        try:
-            message = self.line.answer(self._hear)
-            if "job" in message:
-                self._uuid = message["job"]
-                message = self.line.answer(self._hear)
-            self.begun = message
-        except BaseException:
-            self.leave()
-            raise
+
+    def hear_begin(self):
+        """Wait until the keeper has begun the job, or says why it has not. Raises Error."""
+        self.begun = self.line.answer(self._hear)
+        if "job" in self.begun:
+            self._uuid = self.begun["job"]
+            self.begun = self.line.answer(self._hear)
 
     def warned(self, text):
         """Say a warning of our own, which counts like the keeper's."""
@@ -105,7 +122,7 @@ class Starter:
             _, status = os.waitpid(self.pid, 0)
             if os.WIFSIGNALED(status) and self._uuid is not None:
                 self.say(f"the keeper was killed by {signal.Signals(os.WTERMSIG(status)).name}: ending its job")
-                directory = JobDirectory(self._options["state"], self._uuid)
+                directory = JobDirectory(self._state, self._uuid)
                 with directory.locked(wait=True):
                     record = directory.load()
                     if record is not None:
