@@ -387,7 +387,7 @@ def test_a_replacement_on_the_same_host(lab, machine):
     vm.handle.setAutostart(0)
     done, target = restore(lab, machine, "--define", "--keep-identity", "--autostart", "--keep-graphics")
     assert "2 checkpoints" in done.stderr
-    command = done.stderr.splitlines()[-1].partition("forgets them: ")[2]
+    command = done.stderr.splitlines()[-1].partition("before the next backup: ")[2]
     assert vm.handle.autostart() == 1
     root = ElementTree.fromstring(vm.handle.XMLDesc())  # noqa: S314 - libvirt's
     assert root.find("./devices/disk/source").get("file") == f"{target}/vda.qcow2"
