@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 def full(why: Full, catalog: Catalog, chain: str, base: str | None, forgotten: str) -> str:
     """Why a full backup is needed. base: what the user names. forgotten: what to say of checkpoints that are gone."""
     where = catalog.where
-    of_chain = "" if chain == heads.DEFAULT_CHAIN else f" of chain {chain}"
+    nothing = f"no earlier backup is saved {where}"
+    if chain != heads.DEFAULT_CHAIN:
+        nothing = f"no earlier backup of chain {chain} is saved {where}"
     return {
-        Full.NOTHING_SAVED: f"no earlier backup{of_chain} is saved {where}",
+        Full.NOTHING_SAVED: nothing,
         Full.NOTHING_WHOLE: f"no restore point {where} has all that it needs",
         Full.NO_FULL: f"no full backup of chain {chain} is known {where}",
         Full.NO_CHECKPOINT: f"no restore point {where} has a checkpoint: levels copy and diff make none",

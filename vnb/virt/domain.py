@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Domains of libvirt: their state, their backup jobs, their agents and their checkpoints."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
@@ -14,6 +16,14 @@ from vnb.qemu import img
 from vnb.virt import domxml
 from vnb.virt.connection import Patience, default_uri, dotted, error_of, is_local_uri, open_connection
 from vnb.virt.failures import AddressInUse, BrokenBitmap, Denied, NoDomain, Unanswered, Unready
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Any
+
+    from vnb.base.ssh import Host
+
 
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(-?[0-9A-Fa-f]{4}){3}-?[0-9A-Fa-f]{12}")
 SETTLE_SECONDS = 90  # a guest that shuts down while a job runs stays in that state for 30 s
@@ -52,7 +62,7 @@ WAITS = {  # what libvirt's functions wait for
 }
 
 
-def short_names(name):
+def short_names(name: str) -> set[bytes]:
     """
     What libvirt may put of a domain's name into paths (set of bytes): virDomainDefGetShortName() takes 20 characters.
 
@@ -69,7 +79,7 @@ class Domain:
     (str or None): what libvirt's authentication asks for. Raises Error, as all methods do.
     """
 
-    def __init__(self, uri, name, user=None, password_file=None):
+    def __init__(self, uri: str | None, name: str, user: str | None = None, password_file: str | None = None) -> None:
         self.uri = uri or default_uri()
         self.what = name
         try:
@@ -79,13 +89,13 @@ class Domain:
             raise error_of(self.uri, error) from None
         try:
             with waiting.on(f"libvirt at {self.uri} to answer"):
-                self._domain = waiting.Told(self._look_up(name), WAITS, "libvirt to answer")
+                self._domain: Any = waiting.Told(self._look_up(name), WAITS, "libvirt to answer")
             self.name = self._domain.name()
             self.uuid = self._domain.UUIDString()
         except libvirt.libvirtError as error:
             raise error_of(name, error) from None
 
-    def _look_up(self, name):
+    def _look_up(self, name: str) -> Any:
         """libvirt's domain of a name or a UUID; NoDomain only where libvirt says so: it may be away."""
         looks = [self._connection.lookupByName]
         if _UUID.fullmatch(name):
@@ -98,19 +108,19 @@ class Domain:
                     raise
         raise NoDomain(name, f"no such domain at {self.uri} (virsh -c {self.uri} list --all shows those that are)")
 
-    def close(self):
+    def close(self) -> None:
         """Let go of the connection, which the domain holds, too."""
         self._domain = None
         with contextlib.suppress(libvirt.libvirtError):  # the daemon was faster
             self._connection.close()
 
-    def __enter__(self):
+    def __enter__(self) -> Domain:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def call(self, function, *args):
+    def call(self, function: str, *args: Any) -> Any:
         """function(*args) of libvirt's domain object, its error as an Error."""
         try:
             return getattr(self._domain, function)(*args)
@@ -118,7 +128,7 @@ class Domain:
             raise error_of(self.what, error) from None
 
     @property
-    def is_active(self):
+    def is_active(self) -> bool:
         """Whether it runs; a transient one is not even known when it does not."""
         try:
             return bool(self.call("isActive"))
@@ -126,11 +136,11 @@ class Domain:
             return False
 
     @property
-    def id(self):
+    def id(self) -> int:
         """libvirt's number of this run of the domain, as it was when the domain was looked up; -1 where it was off."""
         return self.call("ID")
 
-    def refuse_managed_save(self):
+    def refuse_managed_save(self) -> None:
         """
         Raise Error where the domain is off, and its memory is saved.
 
@@ -143,23 +153,23 @@ class Domain:
             )
 
     @property
-    def is_persistent(self):
+    def is_persistent(self) -> bool:
         return bool(self.call("isPersistent"))
 
-    def xml(self, inactive=False):
+    def xml(self, inactive: bool = False) -> str:
         """The domain's XML, live or as it will be at the next start, without its secrets."""
         return self.call("XMLDesc", libvirt.VIR_DOMAIN_XML_INACTIVE if inactive else 0)
 
-    def size_of(self, disk):
+    def size_of(self, disk: str) -> int:
         """The size in bytes of a disk (name) as the guest sees it."""
         return self.call("blockInfo", disk)[0]
 
-    def block_job(self, disk):
+    def block_job(self, disk: str) -> str | None:
         """Why libvirt makes no backup job of a disk (name) now, for another block job of it, or None."""
         kind = (self.call("blockJobInfo", disk) or {}).get("type")
         return kind and f"has another block job ({BLOCK_JOBS.get(kind, kind)})"
 
-    def sharer(self, disk):
+    def sharer(self, disk: domxml.Disk) -> str | None:
         """
         The name of another domain that runs and has a disk (vnb.virt.domxml.Disk) of the same source, or None.
 
@@ -180,7 +190,7 @@ class Domain:
                 return other.name()
         return None
 
-    def _source_of(self, disk):
+    def _source_of(self, disk: domxml.Disk) -> object:
         """What tells the source of a disk from others, whatever it is called, as far as that can be known here."""
         path = disk.path or self._volume_path(disk)
         if path is None or not self.is_local:
@@ -191,7 +201,7 @@ class Domain:
             return path
         return found.st_rdev or (found.st_dev, found.st_ino)
 
-    def _volume_path(self, disk):
+    def _volume_path(self, disk: domxml.Disk) -> str | None:
         """The path of a volume of a storage pool, or None for other disks."""
         if disk.volume is None:
             return None
@@ -201,7 +211,7 @@ class Domain:
         except libvirt.libvirtError:
             return None  # a domain that runs may have outlived it
 
-    def private_directory(self, host=None):
+    def private_directory(self, host: Host | None = None) -> str:
         """
         The directory that libvirt made for this running domain, which only QEMU's user and root can enter.
 
@@ -227,11 +237,11 @@ class Domain:
             raise Error(self.what, f"no directory of this domain below {root}: name a socket with --socket")
         return found[0]
 
-    def running_job(self):
+    def running_job(self) -> str | None:
         """What kind of job runs, in words, or None. Never waits."""
         return self._job()[0]
 
-    def _job(self):
+    def _job(self) -> tuple[str | None, bool]:
         """(kind of the job that runs, or None; whether libvirt knows anything about it)."""
         try:
             stats = self._domain.jobStats()
@@ -244,7 +254,7 @@ class Domain:
             return None, True
         return JOBS.get(stats.get("operation"), "job"), True
 
-    def backup_endpoint(self):
+    def backup_endpoint(self) -> str | None:
         """Where the running pull-mode backup job listens (see domxml), or None where there is no backup job."""
         # What is not asked for in vain is no error in libvirtd's log.
         if self._job() != ("backup", True):
@@ -256,7 +266,7 @@ class Domain:
                 return None
             raise error_of(self.what, error) from None
 
-    def begin_backup(self, backup_xml, checkpoint_xml, reuse=False):
+    def begin_backup(self, backup_xml: str, checkpoint_xml: str | None, reuse: bool = False) -> None:
         """
         Start a backup job. Raises BrokenBitmap where a bitmap is missing or inconsistent; nothing is left then.
 
@@ -276,11 +286,11 @@ class Domain:
                     raise kind(self.what, error.get_error_message()) from None
             raise error_of(self.what, error) from None
 
-    def _versions(self):
+    def _versions(self) -> str:
         version, qemu = self.call_connection("getLibVersion"), self.call_connection("getVersion")
         return f"libvirt {dotted(version)}, QEMU {dotted(qemu)}; incremental backup needs libvirt 7.6 and QEMU 5.2"
 
-    def call_connection(self, function, *args):
+    def call_connection(self, function: str, *args: Any) -> Any:
         """function(*args) of libvirt's connection object, its error as an Error."""
         try:
             return getattr(self._connection, function)(*args)
@@ -288,18 +298,18 @@ class Domain:
             raise error_of(self.uri, error) from None
 
     @property
-    def nvram_directory(self):
+    def nvram_directory(self) -> str:
         """Where libvirt keeps what UEFI remembers, unless a domain's XML says so itself."""
         if not self.uri.partition("?")[0].endswith("/session"):
             return "/var/lib/libvirt/qemu/nvram"
         return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "libvirt/qemu/nvram")
 
     @property
-    def is_local(self):
+    def is_local(self) -> bool:
         """Whether paths in the domain's XML are paths of this host."""
         return is_local_uri(self.uri)
 
-    def end_backup(self, endpoint, get_ready):
+    def end_backup(self, endpoint: str, get_ready: Callable[[], Any]) -> bool:
         """
         End the backup job that listens at endpoint, and come back when it is gone. Returns whether it was there.
 
@@ -340,7 +350,7 @@ class Domain:
                     wait(patience.next_pause())  # the abort is answered before the block jobs are gone
 
     @contextlib.contextmanager
-    def _changes(self):
+    def _changes(self) -> Iterator[Callable[[float], None]]:
         """
         A function that waits for some seconds, or until a job of this domain has ended or its state has changed.
 
@@ -354,7 +364,7 @@ class Domain:
                     self._connection.domainEventRegisterAny(self._domain, event, lambda *_: changed.set(), None)
                 )
 
-        def wait(seconds):
+        def wait(seconds: float) -> None:
             changed.wait(seconds)
             changed.clear()
 
@@ -365,7 +375,7 @@ class Domain:
                 with contextlib.suppress(libvirt.libvirtError):  # the daemon has gone
                     self._connection.domainEventDeregisterAny(event)
 
-    def settle(self):
+    def settle(self) -> None:
         """Wait until a guest that is shutting down is off: libvirt says so a moment after QEMU's monitor is gone."""
         if not self._is_going():
             return
@@ -376,7 +386,7 @@ class Domain:
                     raise Error(self.what, f"is still shutting down after {SETTLE_SECONDS} seconds")
                 wait(patience.next_pause())
 
-    def _is_going(self):
+    def _is_going(self) -> bool:
         if not self.is_active:
             return False
         if self.call("state")[0] == libvirt.VIR_DOMAIN_SHUTDOWN:
@@ -387,22 +397,22 @@ class Domain:
             return error.get_error_domain() == libvirt.VIR_FROM_QEMU and error.get_error_code() in MONITOR_GONE
         return False
 
-    def is_paused_by_error(self):
+    def is_paused_by_error(self) -> bool:
         """Whether QEMU stopped the guest because it could not write."""
         state, reason = self.call("state")
         return state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_IOERROR
 
     @property
-    def is_paused(self):
+    def is_paused(self) -> bool:
         return self.call("state")[0] == libvirt.VIR_DOMAIN_PAUSED
 
     @property
-    def is_suspended(self):
+    def is_suspended(self) -> bool:
         """Whether somebody, as we, has paused it: not QEMU, and no snapshot or migration."""
         state, reason = self.call("state")
         return state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_USER
 
-    def resume(self):
+    def resume(self) -> None:
         """Have a paused guest run; harmless where somebody was faster."""
         try:
             self.call("resume")
@@ -410,7 +420,7 @@ class Domain:
             if self.is_paused:
                 raise
 
-    def start_paused(self):
+    def start_paused(self) -> tuple[int, str]:
         """
         Start the domain, paused, for as long as this connection lasts; returns what is_started() knows it by.
 
@@ -425,7 +435,7 @@ class Domain:
         )
         return self.id, mark
 
-    def is_started(self, id_, mark):
+    def is_started(self, id_: int, mark: str) -> bool:
         """Whether it runs in the very QEMU for which start_paused() returned these."""
         try:
             found = self._domain.metadata(
@@ -437,7 +447,7 @@ class Domain:
             raise error_of(self.what, error) from None
         return self.id == id_ and mark in found
 
-    def destroy(self):
+    def destroy(self) -> None:
         """Pull the plug; harmless where somebody was faster."""
         try:
             self.call("destroy")
@@ -446,7 +456,7 @@ class Domain:
                 raise
 
     @contextlib.contextmanager
-    def _agent_within(self, seconds):
+    def _agent_within(self, seconds: int) -> Iterator[None]:
         """
         Have the guest agent answer each question within some seconds. Raises libvirtError.
 
@@ -460,7 +470,7 @@ class Domain:
             with contextlib.suppress(libvirt.libvirtError):
                 self._domain.agentSetResponseTimeout(libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK)
 
-    def freeze(self, mountpoints):
+    def freeze(self, mountpoints: Sequence[str]) -> int:
         """
         Freeze all file systems of the guest, or those at mountpoints (list); returns how many.
 
@@ -468,11 +478,11 @@ class Domain:
         """
         return self._ask_agent(FREEZE_SECONDS, "fsFreeze", mountpoints or None)
 
-    def thaw(self):
+    def thaw(self) -> int:
         """Thaw the guest's file systems; returns how many. Raises Unanswered or Error."""
         return self._ask_agent(THAW_SECONDS, "fsThaw", None)
 
-    def _ask_agent(self, seconds, function, *args):
+    def _ask_agent(self, seconds: int, function: str, *args: Any) -> Any:
         try:
             with self._agent_within(seconds):
                 return getattr(self._domain, function)(*args)
@@ -481,7 +491,7 @@ class Domain:
                 raise Unanswered(self.what, error.get_error_message()) from None
             raise error_of(self.what, error) from None
 
-    def guest_info(self):
+    def guest_info(self) -> dict[str, Any] | None:
         """What the guest agent says of the guest (dict), or None where there is no agent that answers."""
         try:
             with self._agent_within(INFO_SECONDS):
@@ -489,7 +499,7 @@ class Domain:
         except libvirt.libvirtError:
             return None
 
-    def checkpoints(self):
+    def checkpoints(self) -> dict[str, str]:
         """{name: XML without the domain's} of all checkpoints; a transient domain takes them along when it ends."""
         flags = libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN
         try:
@@ -500,7 +510,7 @@ class Domain:
                 return {}
             raise error_of(self.what, error) from None
 
-    def checkpoint_xml(self, name, with_size=False, with_domain=False):
+    def checkpoint_xml(self, name: str, with_size: bool = False, with_domain: bool = False) -> str:
         """
         A checkpoint's XML.
 
@@ -515,14 +525,14 @@ class Domain:
         except libvirt.libvirtError as error:
             raise error_of(self.what, error) from None
 
-    def redefine_checkpoint(self, xml, validate=False):
+    def redefine_checkpoint(self, xml: str, validate: bool = False) -> None:
         """Have libvirt know a checkpoint again. validate: its bitmaps too, which needs a running domain."""
         flags = libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
         if validate and self.is_active:
             flags |= libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE
         self.call("checkpointCreateXML", xml, flags)
 
-    def delete_checkpoint(self, name):
+    def delete_checkpoint(self, name: str) -> None:
         """
         Delete a checkpoint and its bitmaps; harmless where it is gone already.
 
@@ -555,7 +565,7 @@ class Domain:
             if disk.name in disks and disk.path and disk.format == "qcow2":
                 img.remove_bitmap(disk.name, disk.path, disks[disk.name])
 
-    def _delete_by_disk(self, checkpoint):
+    def _delete_by_disk(self, checkpoint: Any) -> None:
         xml = checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN)
         checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
         present = {disk.name for disk in domxml.disks(self.xml())}
@@ -570,7 +580,7 @@ class Domain:
                 single.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
 
 
-def _may_still_happen(error):
+def _may_still_happen(error: libvirt.libvirtError) -> bool:
     """
     Whether the agent may have been asked, or still be: also by a libvirtd that we have lost.
 

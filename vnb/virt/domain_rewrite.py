@@ -12,6 +12,14 @@ from vnb.base.errors import Error
 from vnb.format import rules
 from vnb.virt import domxml
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from typing import Any
+
+    from vnb.format.types import Head
+
+
 # What libvirt makes of a domain's id or name when it starts, and makes anew.
 _MADE_PATH = re.compile(r"/domain-\d+-|/channel/target/|/run/libvirt/qemu/channel/|^/dev/pts/")
 _MADE_INTERFACE = re.compile(r"(vnet|macvtap|macvlan|vif)\d+")
@@ -19,7 +27,7 @@ NO_XML = "it was no libvirt domain, and vnb-restore --no-config restores its dis
 _CHARACTER_DEVICES = ("serial", "parallel", "console", "channel")
 
 
-def is_name(text):
+def is_name(text: str) -> bool:
     """Whether libvirt takes it as the name of a domain."""
     return text.strip() != "" and "/" not in text and "\n" not in text
 
@@ -36,12 +44,12 @@ class Place:
     format: str
     server: dict[str, str] | None = None
 
-    def source(self):
+    def source(self) -> ElementTree.Element:
         """The element that tells libvirt."""
         if self.type != "network":
             return ElementTree.Element("source", {"dev" if self.type == "block" else "file": self.path})
         source = ElementTree.Element("source", {"protocol": "nbd", "name": self.path})
-        ElementTree.SubElement(source, "host", self.server)
+        ElementTree.SubElement(source, "host", self.server or {})
         return source
 
 
@@ -65,7 +73,7 @@ class Domain:
     str): paths of files that it will write, once adjust() was called. Raises Error.
     """
 
-    def __init__(self, head, say):
+    def __init__(self, head: Head, say: Callable[[str], None]) -> None:
         live = _root(head, "domain_xml")
         inactive = _root(head, "inactive_xml")
         if live is None and inactive is None:
@@ -75,21 +83,21 @@ class Domain:
         if not self.name:
             raise Error("domain XML", "has no name")
         self.say = say
-        self.outputs = []
+        self.outputs: list[str] = []
         self._live = live
 
-    def files(self):
+    def files(self) -> list[tuple[str, str]]:
         """[(role, path)] of the files that the domain needs beside its disks, once adopt_firmware() was called."""
         return [(role, path) for role, path, _ in self._files() if path]
 
-    def _files(self):
+    def _files(self) -> Iterator[tuple[str, str | None, Any]]:
         os_ = self.root.find("os")
         for role in domxml.FILE_ROLES:
             for element in () if os_ is None else os_.findall(role):
                 if domxml.is_named(element):
                     yield role, domxml.file_path(element), element
 
-    def adopt_firmware(self):
+    def adopt_firmware(self) -> None:
         """
         Have the definition name loader and nvram as the running domain did.
 
@@ -112,7 +120,7 @@ class Domain:
                 features = ElementTree.SubElement(self.root, "features")
             features.append(smm)
 
-    def adopt_nvram(self, path):
+    def adopt_nvram(self, path: str) -> bool:
         """
         Have the definition name an nvram; True if it names none, and leaves that to libvirt.
 
@@ -125,7 +133,9 @@ class Domain:
         domxml.set_file_path(ElementTree.SubElement(os_, "nvram") if nvram is None else nvram, path)
         return True
 
-    def adjust(self, wishes, places, files):
+    def adjust(
+        self, wishes: Wishes, places: Mapping[str, Place | None], files: Mapping[tuple[str, str], str | None],
+    ) -> None:
         """
         Make it fit. places: {disk name: Place, or None where it stays where it was} of the disks in the backup.
 
@@ -147,7 +157,7 @@ class Domain:
                 "a new one"
             self.say(f"the state of its TPM is not in the backup: the guest finds {found}")
 
-    def xml(self):
+    def xml(self) -> str:
         """The XML (str), ending with a newline. Metadata, which are not libvirt's, have white space of their own."""
         foreign = {place: element for place, element in enumerate(self.root) if element.tag == "metadata"}
         for place in foreign:
@@ -159,7 +169,7 @@ class Domain:
         # As it stands there it would be read as a line feed.
         return ElementTree.tostring(self.root, encoding="unicode").replace("\r", "&#13;") + "\n"
 
-    def _identity(self, wishes):
+    def _identity(self, wishes: Wishes) -> None:
         self.name = wishes.name or (self.name if wishes.keep_identity else f"restore_{self.name}")
         if not is_name(self.name):
             raise Error("domain XML", f'"{self.name}" is no name for a domain: give another with --name')
@@ -180,7 +190,7 @@ class Domain:
         for cid in self.root.findall("./devices/vsock/cid"):
             cid.attrib = {"auto": "yes"}
 
-    def _runtime(self):
+    def _runtime(self) -> None:
         """Take away what libvirt adds while a domain runs: without a definition, the live XML is all there is."""
         devices = self.root.find("devices")
         for device in () if devices is None else devices.iter():
@@ -217,9 +227,9 @@ class Domain:
                 for name in ("portid", "bridge"):
                     source.attrib.pop(name, None)
 
-    def _disk(self, disk, places):
+    def _disk(self, disk: Any, places: Mapping[str, Place | None]) -> None:
         target = disk.find("target")
-        name = None if target is None else target.get("dev")
+        name = "" if target is None else target.get("dev", "")
         device = disk.get("device", "disk")
         if device in ("cdrom", "floppy"):
             if disk.find("source") is not None:
@@ -230,10 +240,10 @@ class Domain:
         elif name not in places:
             self.say(f"{name}: was not restored: removed from the domain")
             self.root.find("devices").remove(disk)
-        elif places[name] is not None:
-            self._place(disk, name, places[name])
+        elif (place := places[name]) is not None:
+            self._place(disk, name, place)
 
-    def _place(self, disk, name, place):
+    def _place(self, disk: Any, name: str, place: Place) -> None:
         if disk.find(".//encryption") is not None:
             self.say(f"{name}: was encrypted, its restored image is not")
         # auth and encryption stood there in older versions. Backing images and a data file are found by libvirt in
@@ -255,10 +265,10 @@ class Domain:
             _remove(disk, ".", "shareable")
         disk.insert(0, place.source())
 
-    def _restored_files(self, files, wishes):
+    def _restored_files(self, files: Mapping[tuple[str, str], str | None], wishes: Wishes) -> None:
         os_ = self.root.find("os")
         for role, path, element in list(self._files()):
-            key = role, path
+            key = role, path or ""
             restored = files.get(key)
             if restored is not None:
                 domxml.set_file_path(element, restored)
@@ -278,16 +288,16 @@ class Domain:
             else:
                 raise Error("domain XML", f"{role} {path} {why}, and the original writes to it: see --keep-identity")
 
-    def _output(self, directory, taken):
+    def _output(self, directory: str | None, taken: set[str]) -> None:
         """
         Have no output of the original's: files that its character devices write to.
 
         directory (str or None): for its own; without one libvirt has it for whoever opens the console. taken (set of
         str): paths in it that are others'.
         """
-        moved = {}  # a console may be a serial device once more
+        moved: dict[str, str] = {}  # a console may be a serial device once more
 
-        def own(device, path):
+        def own(device: Any, path: str, directory: str) -> str:
             if path not in moved:
                 name = os.path.basename(path)
                 new = os.path.join(directory, name if rules.is_safe_name(name) else f"{device.tag}.log")
@@ -305,19 +315,19 @@ class Domain:
             if device.tag in _CHARACTER_DEVICES and device.get("type") == "file" and source is not None:
                 path = source.get("path", "")
                 if directory is not None:
-                    source.set("path", own(device, path))
+                    source.set("path", own(device, path, directory))
                 else:
                     self.say(f"{device.tag}: its output is for virsh console: {path} is the original's")
                     device.set("type", "pty")
                     device.remove(source)
             for log in device.findall("log"):
                 if directory is not None and log.get("file"):
-                    log.set("file", own(device, log.get("file")))
+                    log.set("file", own(device, log.get("file"), directory))
                 else:
                     self.say(f"{device.tag}: is not logged: {log.get('file')} is the original's")
                     device.remove(log)
 
-    def _other_state(self):
+    def _other_state(self) -> None:
         """Name nothing else that the original writes, and is not in a backup."""
         for memory in self.root.findall("./devices/memory"):
             path = memory.findtext("source/path")
@@ -330,7 +340,7 @@ class Domain:
                 _remove(pstore, ".", "path")
         _remove(self.root, "./devices/tpm/backend[@type='emulator']", "source")
 
-    def _graphics(self):
+    def _graphics(self) -> None:
         """Let nobody in whom a password kept out: it was not stored, and nothing tells whether there was one."""
         devices = self.root.find("devices")
         for graphics in self.root.findall("./devices/graphics"):
@@ -350,7 +360,7 @@ class Domain:
             graphics.insert(0, ElementTree.Element("listen", type="none"))
 
 
-def _is_open(graphics):
+def _is_open(graphics: Any) -> bool:
     """Whether somebody can connect to it who has no right to a socket file."""
     listens = graphics.findall("listen")
     if graphics.get("socket") is not None and not listens:
@@ -358,14 +368,14 @@ def _is_open(graphics):
     return not listens or any(listen.get("type") not in ("none", "socket") for listen in listens)
 
 
-def _is_written(role, element, os_):
+def _is_written(role: str, element: Any, os_: Any) -> bool:
     """Whether a running guest writes to the file of an element of one of domxml.FILE_ROLES."""
     if role != "loader":
         return role in domxml.WRITTEN_ROLES
     return element.get("type") == "pflash" and element.get("readonly") != "yes" and os_.find("nvram") is None
 
 
-def _root(head, key):
+def _root(head: Mapping[str, Any], key: str) -> Any:
     text = head.get(key)
     if not isinstance(text, str) or not text:
         return None
@@ -375,7 +385,7 @@ def _root(head, key):
     return root
 
 
-def _remove(root, parents, tag):
+def _remove(root: Any, parents: str, tag: str) -> None:
     for parent in root.findall(parents):
         for element in parent.findall(tag):
             parent.remove(element)

@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Domain, checkpoint and backup XML: what libvirt says and what we ask of it. Pure: text in, text out."""
 
+from __future__ import annotations
+
 import json
 from xml.etree import ElementTree  # noqa: S405 - parse() lets no document type in
 from xml.parsers import expat  # noqa: S407 - the same
 
 from vnb.base.errors import Error
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterable, Iterator, Sequence
+    from typing import Any
+
 
 
 class Disk:
@@ -22,24 +30,26 @@ class Disk:
     no_job_because (str or None): why libvirt can make no backup job of it. on_iothread (bool): it or its controller.
     """
 
-    def __init__(self, element, on_iothread=False):
+    def __init__(self, element: ElementTree.Element, on_iothread: bool = False) -> None:
         self.on_iothread = on_iothread
         source = element.find("source")
         driver = element.find("driver")
-        self.name = element.find("target").get("dev")
+        self.name = _target(element).get("dev", "")
         self.device = element.get("device", "disk")
         self.type = element.get("type", "file")
         self.format = "raw" if driver is None else driver.get("type", "raw")
         self.empty = source is None or not (source.attrib or len(source))
         self.path = None if source is None or self.type not in ("file", "block") else _image_of(element)
-        self.volume = (source.get("pool"), source.get("volume")) if self.type == "volume" and not self.empty else None
+        self.volume = None
+        if source is not None and self.type == "volume" and not self.empty:
+            self.volume = (source.get("pool"), source.get("volume"))
         self.shareable = element.find("shareable") is not None
         self.no_job_because = _no_job_because(element)
         self.readonly = element.find("readonly") is not None
         places = list(_chain(element))
         stores = places[1:]
         named = [place for place in places if _image_of(place)]
-        self.layers = [_image_of(place) for place in named]
+        self.layers = [image for image in map(_image_of, named) if image]
         self.formats = [self.format if place is element else _format_of(place) for place in named]
         self.ends = any(place.find("source") is None for place in stores)
         outside = [place.find("source/dataStore") for place in named]
@@ -50,7 +60,7 @@ class Disk:
         self.sliced = _has(("source/slices",), places)
 
     @property
-    def left_out_because(self):
+    def left_out_because(self) -> str | None:
         """Why this is no disk to back up, or None."""
         if self.device != "disk":
             return f"is a {self.device}"
@@ -61,7 +71,7 @@ class Disk:
         return None
 
     @property
-    def kind_of_qemu(self):
+    def kind_of_qemu(self) -> str | None:
         """What it is (str), where what the guest sees is not in its file as it stands there, or None."""
         if self.path is None:
             return f"a disk of type {self.type}"
@@ -72,35 +82,40 @@ class Disk:
         return None
 
 
-def _chain(element):
+def _target(element: ElementTree.Element) -> ElementTree.Element:
+    found = element.find("target")
+    return ElementTree.Element("target") if found is None else found
+
+
+def _chain(element: ElementTree.Element | None) -> Iterator[ElementTree.Element]:
     """A disk element, then the backingStore elements below it; a mirror, the copy of a block job, has others."""
     while element is not None:
         yield element
         element = element.find("backingStore")
 
 
-def _has(paths, places):
+def _has(paths: Sequence[str], places: Sequence[ElementTree.Element]) -> bool:
     return any(place.find(path) is not None for place in places for path in paths)
 
 
-def _no_job_because(element):
+def _no_job_because(element: ElementTree.Element) -> str | None:
     """See Disk: what libvirt's qemuDomainDiskBlockJobIsSupported() refuses."""
     if element.get("type") == "vhostuser":
         return "is a vhost-user disk, whose data QEMU does not read"
     if element.find("transient") is not None:
         return "is transient, and libvirt makes no backup job of such a disk"
-    if element.find("target").get("bus") == "sd":
+    if _target(element).get("bus") == "sd":
         return "is on the bus sd, and libvirt makes no backup job of such a disk"
     return None
 
 
-def _format_of(store):
+def _format_of(store: ElementTree.Element) -> str | None:
     """The format of a backingStore element's image, or None."""
     format_ = store.find("format")
     return None if format_ is None else format_.get("type")
 
 
-def _image_of(element):
+def _image_of(element: ElementTree.Element) -> str | None:
     """What names the image of a disk, backingStore or dataStore element (str), or None."""
     source = element.find("source")
     if source is None:
@@ -113,7 +128,7 @@ def _image_of(element):
     return " ".join(word for word in words if word) or None
 
 
-def parse(text, what, comments=False):
+def parse(text: str, what: str, comments: bool = False) -> ElementTree.Element:
     """
     The root element of XML that has no document type, so no entities; Error.
 
@@ -136,48 +151,48 @@ def parse(text, what, comments=False):
     return builder.close()
 
 
-def disks(domain_xml):
+def disks(domain_xml: str) -> list[Disk]:
     """The disks (list of Disk) of a domain's XML, in its order."""
     root = parse(domain_xml, "domain XML")
     return [Disk(element, _is_on_iothread(element, root)) for element in root.iterfind("./devices/disk")]
 
 
-def _is_on_iothread(element, root):
+def _is_on_iothread(element: ElementTree.Element, root: ElementTree.Element) -> bool:
     """Whether a disk, or the controller that it is at, has an iothread or several."""
     address = element.find("address[@type='drive']")
     index = None if address is None else address.get("controller")
     drivers = element.findall("driver")
-    if index is not None and element.find("target").get("bus") == "scsi":
+    if index is not None and _target(element).get("bus") == "scsi":
         drivers += root.findall(f"./devices/controller[@type='scsi'][@index='{int(index)}']/driver")
     return any(driver.get("iothread") or driver.find("iothreads") is not None for driver in drivers)
 
 
-def emulator(domain_xml):
+def emulator(domain_xml: str) -> str:
     """The path of the program that runs a domain."""
     return parse(domain_xml, "domain XML").findtext("./devices/emulator", "")
 
 
-def disk_names(domain_xml):
+def disk_names(domain_xml: str) -> set[str]:
     """The names (set of str) of the disks in a domain's XML, which may come from a stream."""
-    return {target.get("dev") for target in parse(domain_xml, "domain XML").iterfind("./devices/disk/target")}
+    return {target.get("dev", "") for target in parse(domain_xml, "domain XML").iterfind("./devices/disk/target")}
 
 
-def bitmaps(checkpoint_xml):
+def bitmaps(checkpoint_xml: str) -> dict[str, str]:
     """{disk name: bitmap name} of a checkpoint's XML: the disks that it can give changes for."""
     return {
-        disk.get("name"): disk.get("bitmap") or disk.get("name")
+        disk.get("name", ""): disk.get("bitmap", "") or disk.get("name", "")
         for disk in parse(checkpoint_xml, "checkpoint XML").iterfind("./disks/disk")
         if disk.get("checkpoint") == "bitmap"
     }
 
 
-def images_then(checkpoint_xml):
+def images_then(checkpoint_xml: str) -> dict[str, str]:
     """{disk name: what names its image} of the domain as a checkpoint's XML has it; {} where it does not have it."""
     found = parse(checkpoint_xml, "checkpoint XML").iterfind("./domain/devices/disk")
     return {disk.name: disk.layers[0] for disk in map(Disk, found) if disk.layers}
 
 
-def backup_endpoint(backup_xml):
+def backup_endpoint(backup_xml: str) -> str | None:
     """Where the server of a running backup job listens: the key of its endpoint (see vnb.nbd.endpoint), or None."""
     # libvirt writes a tab, which a domain's name and so its directory may have, as it is: in an attribute a parser
     # takes that for a space. It indents by spaces.
@@ -187,7 +202,7 @@ def backup_endpoint(backup_xml):
     return server.get("socket") or f"{server.get('name')}:{server.get('port')}"
 
 
-def backup(server, wanted, others):
+def backup(server: dict[str, str], wanted: Iterable[tuple[str, str, str | None, str]], others: Iterable[str]) -> str:
     """
     The XML of a pull-mode backup job.
 
@@ -200,7 +215,8 @@ def backup(server, wanted, others):
     disks_ = ElementTree.SubElement(root, "disks")
     for name, export, since, scratch in wanted:
         mode = {"backupmode": "incremental", "incremental": since} if since else {"backupmode": "full"}
-        disk = ElementTree.SubElement(disks_, "disk", name=name, backup="yes", type="file", exportname=export, **mode)
+        attributes = {"name": name, "backup": "yes", "type": "file", "exportname": export, **mode}
+        disk = ElementTree.SubElement(disks_, "disk", attributes)
         ElementTree.SubElement(disk, "driver", type="qcow2")
         ElementTree.SubElement(disk, "scratch", file=scratch)
     for name in others:
@@ -208,7 +224,7 @@ def backup(server, wanted, others):
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def checkpoint(name, description, wanted, others):
+def checkpoint(name: str, description: str, wanted: Iterable[str], others: Iterable[str]) -> str:
     """The XML of a checkpoint with bitmaps on the disks named in wanted and none on others."""
     root = ElementTree.Element("domaincheckpoint")
     ElementTree.SubElement(root, "name").text = name
@@ -221,18 +237,18 @@ def checkpoint(name, description, wanted, others):
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def checkpoint_of_one(xml, disk):
+def checkpoint_of_one(xml: str, disk: str) -> str:
     """The XML of a checkpoint with the bitmap of one of its disks alone."""
     root = parse(xml, "checkpoint XML")
     for parent in root.findall("parent"):
         root.remove(parent)
     for element in root.iterfind("./disks/disk"):
         if element.get("name") != disk:
-            element.attrib = {"name": element.get("name"), "checkpoint": "no"}
+            element.attrib = {"name": element.get("name", ""), "checkpoint": "no"}
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def checkpoint_of(xml, disks, present):
+def checkpoint_of(xml: str, disks: Container[str], present: Container[str]) -> str:
     """
     The XML of a checkpoint without a parent, and with the bitmaps of some disks (container of str) alone.
 
@@ -241,27 +257,27 @@ def checkpoint_of(xml, disks, present):
     root = parse(xml, "checkpoint XML")
     for element in root.findall("parent"):
         root.remove(element)
-    found = root.find("disks")
-    for element in [] if found is None else found.findall("disk"):
-        name = element.get("name")
-        if name not in present:
-            found.remove(element)
-        elif name not in disks:
-            element.attrib = {"name": name, "checkpoint": "no"}
+    for parent in root.findall("disks"):
+        for element in parent.findall("disk"):
+            name = element.get("name", "")
+            if name not in present:
+                parent.remove(element)
+            elif name not in disks:
+                element.attrib = {"name": name, "checkpoint": "no"}
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def with_creation_time(xml, seconds):
+def with_creation_time(xml: str, seconds: int) -> str:
     """The XML of a checkpoint with the time of its creation (Unix time): libvirt redefines none without."""
     root = parse(xml, "checkpoint XML")
     ElementTree.SubElement(root, "creationTime").text = str(seconds)
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def sizes(checkpoint_xml):
+def sizes(checkpoint_xml: str) -> dict[str, int]:
     """{disk name: bytes that an increment would have} of a checkpoint's XML that has them."""
     return {
-        disk.get("name"): int(disk.get("size"))
+        disk.get("name", ""): int(disk.get("size", 0))
         for disk in parse(checkpoint_xml, "checkpoint XML").iterfind("./disks/disk")
         if disk.get("size") is not None
     }
@@ -272,32 +288,34 @@ WRITTEN_ROLES = ("nvram", "varstore")  # by the firmware, while the guest runs
 STABLE_ROLES = tuple(role for role in FILE_ROLES if role not in WRITTEN_ROLES)  # the guest never writes to them
 
 
-def files(domain_xml):
+def files(domain_xml: str) -> list[tuple[str, str]]:
     """[(role, path)] of the files that the domain needs beside its disks; an nvram may be a block device."""
     root = parse(domain_xml, "domain XML")
     found = [(role, file_path(element)) for role in FILE_ROLES for element in root.iterfind(f"./os/{role}")]
     return [(role, path) for role, path in found if path]
 
 
-def remote_firmware(domain_xml):
+def remote_firmware(domain_xml: str) -> list[str]:
     """What is no file and no device of the host (list of str), and a domain's firmware writes to it."""
     found = parse(domain_xml, "domain XML").iterfind("./os/nvram")
     return [f"its nvram, of type {element.get('type')}" for element in found
             if file_path(element) is None and is_named(element)]
 
 
-def leaves_nvram_to_libvirt(root):
+def leaves_nvram_to_libvirt(root: ElementTree.Element) -> bool:
     """Whether a domain (Element) boots by UEFI that remembers something, and its definition does not say where."""
     os_ = root.find("os")
     if os_ is None or any(is_named(element) for tag in WRITTEN_ROLES for element in os_.iterfind(tag)):
         return False
-    loader = ElementTree.Element("loader") if os_.find("loader") is None else os_.find("loader")
+    loader = os_.find("loader")
+    if loader is None:
+        loader = ElementTree.Element("loader")
     if loader.get("stateless") == "yes":
         return False
     return os_.get("firmware") == "efi" or (loader.get("type"), loader.get("readonly")) == ("pflash", "yes")
 
 
-def file_path(element):
+def file_path(element: ElementTree.Element) -> str | None:
     """The absolute path that an element of one of FILE_ROLES names, or None."""
     # An nvram may have a source, as disks have; a varstore has an attribute.
     source = element.find("source")
@@ -309,7 +327,7 @@ def file_path(element):
     return path if path.startswith("/") else None
 
 
-def is_named(element):
+def is_named(element: ElementTree.Element) -> bool:
     """Whether an element of one of FILE_ROLES names anything: a file, a device, or a place on the network."""
     source = element.find("source")
     if source is not None:
@@ -317,7 +335,7 @@ def is_named(element):
     return bool(((element.get("path") if element.tag == "varstore" else element.text) or "").strip())
 
 
-def set_file_path(element, path):
+def set_file_path(element: ElementTree.Element, path: str) -> None:
     """Have an element of one of FILE_ROLES name another file."""
     source = element.find("source")
     if source is not None:
@@ -331,15 +349,16 @@ def set_file_path(element, path):
         element.text = path
 
 
-def forget_file(element):
+def forget_file(element: ElementTree.Element) -> None:
     """Have an nvram or varstore name nothing any more: libvirt makes a new one, of the same template."""
-    element.attrib = {key: element.get(key) for key in ("template", "templateFormat") if element.get(key)}
+    kept = ("template", "templateFormat")
+    element.attrib = {key: value for key, value in element.attrib.items() if key in kept and value}
     element.text = None
     for child in list(element):
         element.remove(child)
 
 
-def has_tpm(domain_xml):
+def has_tpm(domain_xml: str) -> bool:
     """Whether the domain has an emulated TPM, whose state is not in any disk."""
     return parse(domain_xml, "domain XML").find("./devices/tpm/backend[@type='emulator']") is not None
 
@@ -347,29 +366,29 @@ def has_tpm(domain_xml):
 _AGENT = "./devices/channel/target[@name='org.qemu.guest_agent.0']"
 
 
-def has_agent(domain_xml):
+def has_agent(domain_xml: str) -> bool:
     """Whether the domain has a channel for a guest agent."""
     root = parse(domain_xml, "domain XML")
     return root.find(_AGENT) is not None
 
 
-def is_agent_away(domain_xml):
+def is_agent_away(domain_xml: str) -> bool:
     """Whether nobody in the guest has opened that channel, as libvirt says of a domain that runs."""
     target = parse(domain_xml, "domain XML").find(_AGENT)
     return target is not None and target.get("state") == "disconnected"
 
 
-def qemu_user(domain_xml):
+def qemu_user(domain_xml: str) -> str | None:
     """The user and group that QEMU runs as ("+64055:+107"), or None."""
     return parse(domain_xml, "domain XML").findtext("./seclabel[@model='dac']/label")
 
 
-def default_qemu_user(capabilities_xml):
+def default_qemu_user(capabilities_xml: str) -> str | None:
     """The user and group that QEMU runs as where a domain says nothing else ("+64055:+107"), or None."""
     return parse(capabilities_xml, "capabilities").findtext("./host/secmodel[model='dac']/baselabel")
 
 
-def about(checkpoint_xml):
+def about(checkpoint_xml: str) -> dict[str, Any] | None:
     """What a checkpoint of ours says of itself (dict: owner, catalog, destination, base, run, chain), or None."""
     description = parse(checkpoint_xml, "checkpoint XML").findtext("description") or ""
     word, _, text = description.partition(" ")
@@ -382,6 +401,6 @@ def about(checkpoint_xml):
     return found if isinstance(found, dict) else None
 
 
-def pool_path(pool_xml):
+def pool_path(pool_xml: str) -> str | None:
     """The directory of a storage pool, or None."""
     return parse(pool_xml, "storage pool XML").findtext("./target/path")

@@ -16,6 +16,8 @@ reads what was sent to it, and then the end. Where we may not do that to QEMU, w
 This file also runs on another host, as a program that needs nothing but Python: see main().
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -24,6 +26,12 @@ import socket
 import struct
 import sys
 import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
 
 CUT_SECONDS = 5  # for QEMU to notice that connections have ended: it takes milliseconds
 HANDSHAKE_SECONDS = 11  # QEMU hangs up on clients that have not ended theirs after ten (NBD_DEFAULT_HANDSHAKE_MAX_SECS)
@@ -47,7 +55,7 @@ _NETLINK_SOCK_DIAG, _BY_FAMILY, _REQUEST, _DUMP = 4, 20, 1, 0x300
 _PEER, _QUEUES = 2, 4  # attributes; each is asked for by the bit of its number
 
 
-def read_lists(is_tcp):
+def read_lists(is_tcp: bool) -> str | None:
     """This kernel's lists of sockets, as text, None where that fails. A kernel without IPv6 has one less."""
     text = ""
     try:
@@ -59,7 +67,7 @@ def read_lists(is_tcp):
     return text
 
 
-def clients_of(endpoint, is_tcp, sockets=()):
+def clients_of(endpoint: str, is_tcp: bool, sockets: Iterable[str] = ()) -> Clients:
     """The Clients of an endpoint, as vnb.nbd.endpoint has its key (str), and of more unix sockets."""
     if is_tcp:
         address, _, port = endpoint.rpartition(":")
@@ -67,7 +75,7 @@ def clients_of(endpoint, is_tcp, sockets=()):
     return Clients([endpoint, *sockets])
 
 
-def wait_blindly(careful, since=0):
+def wait_blindly(careful: bool, since: float = 0) -> None:
     """Wait as long as a handshake may take that has lasted for some seconds (since); careful: see Clients."""
     if careful:
         time.sleep(max(0, HANDSHAKE_SECONDS - since))
@@ -82,7 +90,7 @@ class Clients:
     line breaks in it.
     """
 
-    def __init__(self, paths=(), port=None, address=""):
+    def __init__(self, paths: Iterable[str] = (), port: int | None = None, address: str = "") -> None:
         self.is_tcp = port is not None
         self._paths = sorted(paths)
         if self.is_tcp:
@@ -95,11 +103,11 @@ class Clients:
             line = rf"^\w+: \w+ \w+ ([0-9A-F]+) \w+ \w+ +(\d+) (?:{names})$"
         self._line = re.compile(line, re.ASCII | re.MULTILINE)
         self._is_here = False  # whether it was ever listened there
-        self._listening = []  # inodes of what listens there
-        self._since = {}  # when each was first seen, by inode
+        self._listening: list[int] = []  # inodes of what listens there
+        self._since: dict[int, float] = {}  # when each was first seen, by inode
         self._waiting = 0  # those that QEMU has not accepted yet: they have no inode
 
-    def look(self, lists, now):
+    def look(self, lists: str | None, now: float) -> int | None:
         """How many there are by the kernel's lists (str or None); None where these have never had a listener there."""
         if lists is None:
             return None
@@ -115,11 +123,11 @@ class Clients:
         self._since = {inode: self._since.get(inode, now) for inode in found if inode != 0}
         return len(found) if self._is_here else None
 
-    def in_handshake(self, now):
+    def in_handshake(self, now: float) -> bool:
         """Whether, by the last look, one may not have ended its handshake."""
         return self._waiting > 0 or any(now - since < HANDSHAKE_SECONDS for since in self._since.values())
 
-    def shut_out(self, careful=True):
+    def shut_out(self, careful: bool = True) -> int:
         """
         On this host: let nobody connect any more, cut the connections, and wait until they are gone.
 
@@ -149,7 +157,7 @@ class Clients:
             return len(self._stalled(lists))
         return 0
 
-    def wait_for_handshakes(self, read, careful):
+    def wait_for_handshakes(self, read: Callable[[], str | None], careful: bool) -> None:
         """
         Wait until no client is in its handshake.
 
@@ -170,7 +178,7 @@ class Clients:
             now = time.monotonic()
         wait_blindly(careful or self.in_handshake(now), now - first)
 
-    def _cut(self, lists):
+    def _cut(self, lists: str | None) -> None:
         """
         Cut the connections of the last look, as far as we may.
 
@@ -181,13 +189,13 @@ class Clients:
         refused = ours - _each(ours, _cut_server)
         if refused:
             peers = {inode: peer for inode, (peer, _) in self._ends(lists).items()}
-            _each({peers[inode] for inode in refused if inode in peers}, _cut_client)
+            _each({peer for inode in refused if (peer := peers.get(inode)) is not None}, _cut_client)
 
-    def _stalled(self, lists):
+    def _stalled(self, lists: str | None) -> set[int]:
         """The connections of the last look (set of inodes) through which QEMU has not sent all that it wants to."""
         return {inode for inode, (_, queued) in self._ends(lists).items() if queued and inode in self._since}
 
-    def _ends(self, lists):
+    def _ends(self, lists: str | None) -> dict[int, tuple[int | None, int]]:
         """{inode: (inode of the other end or None, bytes that are not sent)} of the connections of this host."""
         if not self.is_tcp:
             return _unix_ends()
@@ -200,7 +208,7 @@ class Clients:
         }
 
 
-def _in_lists(address):
+def _in_lists(address: str) -> list[str]:
     """What an address looks like in the kernel's lists (list of str, patterns)."""
     if address in ("", "0.0.0.0"):  # noqa: S104 -- what QEMU was told
         return [r"[0-9A-F]{8}"]
@@ -209,12 +217,12 @@ def _in_lists(address):
     found = set()
     with contextlib.suppress(OSError):  # a name that nobody knows any more
         for family, _, _, _, place in socket.getaddrinfo(address, None, type=socket.SOCK_STREAM):
-            packed = socket.inet_pton(family, place[0].partition("%")[0])
+            packed = socket.inet_pton(family, str(place[0]).partition("%")[0])
             found.add("".join(f"{word:08X}" for word in struct.unpack(f"={len(packed) // 4}I", packed)))
     return sorted(found) or ["x"]
 
 
-def _each(inodes, cut):
+def _each(inodes: Iterable[int], cut: Callable[[socket.socket], bool]) -> set[int]:
     """cut(socket) for the sockets of all processes that have these inodes (set of int); those that were cut (set)."""
     done = set()
     names = {f"socket:[{inode}]": inode for inode in inodes}
@@ -228,7 +236,7 @@ def _each(inodes, cut):
     return done
 
 
-def _with_descriptor_of(pid, fd, inode, cut):
+def _with_descriptor_of(pid: int, fd: int, inode: int, cut: Callable[[socket.socket], bool]) -> bool:
     """cut(socket) for a process's socket, if its descriptor is still that; whether it was. Raises OSError."""
     process = _syscall(_PIDFD_OPEN, pid, 0)
     try:
@@ -242,7 +250,7 @@ def _with_descriptor_of(pid, fd, inode, cut):
         return cut(found)
 
 
-def _syscall(*arguments):
+def _syscall(*arguments: int) -> int:
     import ctypes  # few need it
 
     result = _libc().syscall(*map(ctypes.c_long, arguments))
@@ -252,13 +260,13 @@ def _syscall(*arguments):
     return result
 
 
-def _libc():
+def _libc() -> Any:
     import ctypes
 
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _cut_server(end):
+def _cut_server(end: socket.socket) -> bool:
     """Shut QEMU's end down, and have a write that waits there go on; whether that could be done."""
     with contextlib.suppress(OSError):  # the client has hung up
         end.shutdown(socket.SHUT_RDWR)
@@ -270,7 +278,7 @@ def _cut_server(end):
     return True
 
 
-def _cut_client(end):
+def _cut_client(end: socket.socket) -> bool:
     """
     Shut a client's end down, and throw away what it has not read, at once: else it may take the rest for a whole reply.
     """
@@ -285,9 +293,9 @@ def _cut_client(end):
     return True
 
 
-def _unix_ends():
+def _unix_ends() -> dict[int, tuple[int | None, int]]:
     """{inode: (inode of the other end, bytes that it has not read)} of unix sockets, as sock_diag(7) has them."""
-    found = {}
+    found: dict[int, tuple[int | None, int]] = {}
     with contextlib.suppress(OSError), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as diag:
         # struct nlmsghdr; struct unix_diag_req: family, protocol, pad, states, inode, show, cookie
         request = struct.pack("=BBHIIIII", socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, 1 << _PEER | 1 << _QUEUES, 0, 0)
@@ -312,7 +320,7 @@ def _unix_ends():
     return found
 
 
-def main(endpoint, is_tcp, careful):
+def main(endpoint: str, is_tcp: bool, careful: bool) -> None:
     """On another host: shut out the clients of an endpoint; prints what Clients.shut_out() returns."""
     print(clients_of(endpoint, is_tcp).shut_out(careful))
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Failures of libvirt that somebody acts upon, told by codes and never by words."""
 
+from __future__ import annotations
+
 import errno
 
 import libvirt
@@ -27,7 +29,7 @@ class SystemRefusal(Error):
     words = ""
 
     @classmethod
-    def is_meant(cls, error):
+    def is_meant(cls, error: libvirt.libvirtError) -> bool:
         """Whether this is what a libvirtError tells."""
         if error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR:
             return error.get_int1() in cls.numbers
