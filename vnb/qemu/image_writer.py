@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Image files through QEMU's own tools: qemu-img makes and resizes them, a private qemu-nbd writes them."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -15,6 +17,14 @@ from vnb.nbd.connection import Lost
 from vnb.nbd.sinks import MAX_CLUSTER, Nbd
 from vnb.qemu.qemu_nbd import QemuNbd
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Any
+
+    from vnb.format.types import Bytes
+
+
 # QEMU takes a buffer for each request and gives it back, and glibc asks the kernel for each one of this size: half of
 # a restore was page faults. With these it keeps the memory, at most as much as was ever in flight at once.
 _TUNABLES = "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=268435456"
@@ -22,16 +32,16 @@ _SECTOR = 512  # bytes: the sizes of images are multiples of it
 _CLUSTER_BITS = 20  # where the header of a qcow2 image has them (4 bytes, big-endian)
 
 
-def create(path, what, format_, size, options):
+def create(path: str, what: str, format_: str, size: int, options: dict[str, str]) -> None:
     """
-    Make an image. path (str): absolute, so that QEMU takes it for a file. options (dict of str): as qemu-img's -o.
+    Make an image. path: absolute, so that QEMU takes it for a file. options: as qemu-img's -o.
 
-    what (str): stands for it in messages. A data_file is made beside it. Raises Error.
+    what: stands for it in messages. A data_file is made beside it. Raises Error.
     """
     _qemu_img(["create", "-q", "-f", format_, *_options(options), "--", path, str(size)], path, what)
 
 
-def resize(path, what, format_, size, preallocate=False):
+def resize(path: str, what: str, format_: str, size: int, preallocate: bool = False) -> None:
     """Have an image at least so large: what is added reads as zeroes. Nobody may have it open. Raises Error."""
     size = -(-size // _SECTOR) * _SECTOR
     if json.loads(_qemu_img(["info", "--output=json", "-f", format_, "--", path], path, what))["virtual-size"] >= size:
@@ -40,15 +50,15 @@ def resize(path, what, format_, size, preallocate=False):
     _qemu_img(["resize", "-q", "-f", format_, *how, "--", path, str(size)], path, what)
 
 
-def amend(path, what, format_, options):
+def amend(path: str, what: str, format_: str, options: dict[str, str]) -> None:
     """Change settings (dict of str, see create()) of an image, and make that durable. Raises Error."""
     with _synced(path, what):
         _qemu_img(["amend", "-q", "-f", format_, *_options(options), "--", path], path, what)
 
 
-def compress(source, path, what, format_, options):
+def compress(source: str, path: str, what: str, format_: str, options: dict[str, str]) -> None:
     """
-    Make an image with compressed clusters of a raw one, and make it durable. options (dict of str): see create().
+    Make an image with compressed clusters of a raw one, and make it durable. options: see create().
 
     What reads as zeroes in source is not in the image. Raises Error.
     """
@@ -58,7 +68,7 @@ def compress(source, path, what, format_, options):
 
 
 @contextlib.contextmanager
-def _synced(path, what):
+def _synced(path: str, what: str) -> Iterator[None]:
     """Make a file durable that somebody else writes meanwhile."""
     try:
         # Opened before, so that no error of what is written to it is told to somebody else.
@@ -72,9 +82,9 @@ def _synced(path, what):
         raise os_error(what, error) from None
 
 
-def settings(info):
+def settings(info: Any) -> dict[str, str]:
     """
-    Settings (dict of str), as qemu-img's -o has them, of an image of which `qemu-img info --output=json` said this.
+    Settings, as qemu-img's -o has them, of an image of which `qemu-img info --output=json` said this.
 
     info comes from a stream: what makes no sense is left out, and what qemu-img refuses can be overridden.
     data_file is "on" where the data was outside.
@@ -101,18 +111,18 @@ def settings(info):
     return found
 
 
-def _is_power_of_2(value, low, high):
+def _is_power_of_2(value: object, low: int, high: int) -> bool:
     return type(value) is int and low <= value <= high and value & (value - 1) == 0
 
 
-def _options(options):
+def _options(options: dict[str, str]) -> list[str]:
     # A comma within a value is written twice.
     text = ",".join(f"{key}={value.replace(',', ',,')}" for key, value in options.items())
     return ["-o", text] if text else []
 
 
-def _qemu_img(arguments, path, what):
-    """Run it; gives its standard output. what (str): stands for path in messages. Raises Error."""
+def _qemu_img(arguments: Sequence[str], path: str, what: str) -> bytes:
+    """Run it; gives its standard output. what: stands for path in messages. Raises Error."""
     try:
         return run(what, "qemu-img", *arguments)
     except Error as error:
@@ -123,17 +133,17 @@ class Server:
     """
     A qemu-nbd with one image, for one connection that nobody else can have. Ends when that is closed.
 
-    path (str): absolute. what (str): stands for it in messages.
-    connection (socket): connected before the server runs; whatever becomes of us, it sees the end of it.
+    path: absolute. what: stands for it in messages.
+    connection: connected before the server runs; whatever becomes of us, it sees the end of it.
     """
 
-    def __init__(self, path, what, format_, unsafe, discard):
+    def __init__(self, path: str, what: str, format_: str, unsafe: bool, discard: bool) -> None:
         self._path = path
         self._what = what
         listener, self.connection = _private_connection()
         cache, discards = "unsafe" if unsafe else "writeback", "unmap" if discard else "ignore"
         options = [f"--cache={cache}", f"--discard={discards}", "--detect-zeroes=off"]
-        self._child = None
+        self._child: Any = None
         try:
             with listener:
                 # What it had not written when we die is written again.
@@ -146,16 +156,16 @@ class Server:
             self.connection.close()
             raise
 
-    def wait(self):
+    def wait(self) -> None:
         """Wait until it has closed the image and ended, after the connection was closed. Raises Error."""
         if self._child.process.wait():
             raise Error(self._what, _without(self._path, str(self._child.failure())))
 
-    def kill(self):
+    def kill(self) -> None:
         """End it at once; harmless when it has ended. From any thread."""
         self._child.process.kill()
 
-    def close(self):
+    def close(self) -> None:
         """Let go of it, once it has ended or was killed."""
         self._child.end()
         self.connection.close()
@@ -165,13 +175,16 @@ class Image(Nbd):
     """
     The content of an image file, through a qemu-nbd of its own. See Nbd.
 
-    name (str): the disk, what (str): the image, both for messages. path (str): of the image, absolute.
-    new (bool): if we do not finish nobody wants the file, so QEMU need not order its writes for that.
-    keep (bool): zeroes stay allocated. outside (list of str): paths of files that hold its data.
+    name: the disk, what: the image, both for messages. path: of the image, absolute.
+    new: if we do not finish nobody wants the file, so QEMU need not order its writes for that.
+    keep: zeroes stay allocated. outside: paths of files that hold its data.
     """
 
-    def __init__(self, name, path, what, format_, new=False, keep=False, outside=()):
-        self._files = []
+    def __init__(
+        self, name: str, path: str, what: str, format_: str, new: bool = False, keep: bool = False,
+        outside: Sequence[str] = (),
+    ) -> None:
+        self._files: list[int] = []
         try:
             for file in (path, *outside):
                 self._files.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
@@ -179,7 +192,7 @@ class Image(Nbd):
             self._close_files()
             raise os_error(what, error) from None
         self._write_back = WriteBack(self._files[-1])
-        self._server = None
+        self._server: Any = None
         try:
             self._server = Server(path, what, format_, unsafe=new, discard=not keep)
             super().__init__(name, what, "", self._server.connection, keep, alone=True)
@@ -189,19 +202,19 @@ class Image(Nbd):
             self.close()
             raise better from None
 
-    def write(self, offset, plain, done):
+    def write(self, offset: int, plain: Bytes, done: Callable[[], None]) -> None:
         super().write(offset, plain, done)
         self._write_back.count(len(plain))
 
-    def _start(self, *request):
+    def _start(self, *request: Any) -> None:
         with self._explaining():  # to begin a request is enough to hear that the connection is lost
             super()._start(*request)
 
-    def poll(self):
+    def poll(self) -> None:
         with self._explaining():
             super().poll()
 
-    def finish(self):
+    def finish(self) -> None:
         with self._explaining():
             super().finish()
         self._server.wait()
@@ -211,29 +224,29 @@ class Image(Nbd):
         except OSError as error:
             raise os_error(self.name, error) from None
 
-    def abort(self):
+    def abort(self) -> None:
         if self._server is not None:
             self._server.kill()
         super().abort()
 
-    def close(self):
+    def close(self) -> None:
         super().close()
         if self._server is not None:
             self._server.close()
         self._close_files()
 
-    def _close_files(self):
+    def _close_files(self) -> None:
         while self._files:
             os.close(self._files.pop())
 
     @contextlib.contextmanager
-    def _explaining(self):
+    def _explaining(self) -> Iterator[None]:
         try:
             yield
         except Lost as error:
             raise self._explained(error) from None
 
-    def _explained(self, error):
+    def _explained(self, error: Error) -> Error:
         """The Error that tells why the connection was lost: qemu-nbd ends when it is, and says more than libnbd."""
         super().close()
         try:
@@ -243,7 +256,7 @@ class Image(Nbd):
         return error
 
 
-def _cluster_size(fd, format_):
+def _cluster_size(fd: int, format_: str) -> int:
     """Bytes of an image's clusters: as its header has them, if it is of a format that has any."""
     if format_ != "qcow2":
         return 1
@@ -251,7 +264,7 @@ def _cluster_size(fd, format_):
     return 1 << bits if 9 <= bits <= 21 else MAX_CLUSTER
 
 
-def _private_connection():
+def _private_connection() -> tuple[socket.socket, socket.socket]:
     """(listening socket, socket connected to it): their path was in a directory of ours and is gone."""
     listener, connection = (socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(2))
     try:
@@ -267,12 +280,12 @@ def _private_connection():
     return listener, connection
 
 
-def _environment():
+def _environment() -> dict[str, str]:
     tunables = os.environ.get("GLIBC_TUNABLES")
     return {"GLIBC_TUNABLES": f"{tunables}:{_TUNABLES}" if tunables else _TUNABLES}
 
 
-def _without(path, words):
+def _without(path: str, words: str) -> str:
     """What QEMU says after the name of the image, which may be a name that the user never saw."""
     if "Is another process using the image" in words:
         return "is in use: another process has its locks (is its domain running)"

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Images that no guest uses: what qemu-img says of them, their bitmaps, and qemu-nbd to read them."""
 
+from __future__ import annotations
+
 import json
 import os
 import socket
@@ -11,16 +13,22 @@ from vnb.nbd.connections import Connections
 from vnb.nbd.endpoint import Unix
 from vnb.qemu.qemu_nbd import QemuNbd
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+
 
 class Layer:
     """
     An image of a backing chain.
 
     bitmaps: {name: set of flags}. "in-use": it was not closed properly. "auto": it records what is written.
-    data_file (str or None): the file that has its data, as its header names it.
+    data_file: the file that has its data, as its header names it.
     """
 
-    def __init__(self, info):
+    def __init__(self, info: dict[str, Any]) -> None:
         self.path = info["filename"]
         self.format = info["format"]
         self.size = info["virtual-size"]
@@ -29,29 +37,29 @@ class Layer:
         self.data_file = data.get("data-file")
         self.is_v2 = self.format == "qcow2" and data.get("compat") == "0.10"
 
-    def is_sound(self, bitmap):
+    def is_sound(self, bitmap: str) -> bool:
         """Whether a bitmap has all that was written since it was made; libvirt asks for the same of one in use."""
         flags = self.bitmaps.get(bitmap, ())
         return "auto" in flags and "in-use" not in flags
 
 
-def info(name, path, format_, shared=False, run=run):
+def info(name: str, path: str, format_: str, shared: bool = False, run: Callable[..., bytes] = run) -> str:
     """
     What qemu-img says of an image and its backing chain, as text (JSON).
 
-    shared (bool): a guest may use it. run: a function like run(), of the host where it is.
+    shared: a guest may use it. run: a function like run(), of the host where it is.
     """
     return run(
         name, "qemu-img", "info", *(["-U"] if shared else []), "--backing-chain", "--output=json", "-f", format_, path
     ).decode()
 
 
-def layers(name, path, format_, shared=False):
-    """The backing chain (list of Layer) of an image from the top; Error where it is in use, unless shared."""
+def layers(name: str, path: str, format_: str, shared: bool = False) -> list[Layer]:
+    """The backing chain of an image from the top; Error where it is in use, unless shared."""
     return [Layer(found) for found in json.loads(info(name, path, format_, shared))]
 
 
-def holders(chain, bitmap):
+def holders(chain: Sequence[Layer], bitmap: str) -> list[Layer]:
     """
     The layers whose bitmaps together tell what changed since a bitmap was made, from the top; [] if they don't.
 
@@ -61,7 +69,7 @@ def holders(chain, bitmap):
     if True not in have:
         return []
     lowest = len(have) - 1 - have[::-1].index(True)
-    wanted = chain[: lowest + 1]
+    wanted = list(chain[: lowest + 1])
     if all(layer.is_sound(bitmap) and layer.size == wanted[0].size for layer in wanted):
         return wanted
     return []
@@ -71,17 +79,17 @@ def holders(chain, bitmap):
 _CREATE = 'umask 077; qemu-img create -q -f qcow2 -- "$1" "$2" && { test -z "$3" || chown -- "$3" "$1"; }'
 
 
-def create(name, path, size, owner, run=run):
-    """Make an empty qcow2 image. owner (str or None): as chown(1) has it. run: see info(). Raises Error."""
+def create(name: str, path: str, size: int, owner: str | None, run: Callable[..., bytes] = run) -> None:
+    """Make an empty qcow2 image. owner: as chown(1) has it. run: see info(). Raises Error."""
     run(name, "sh", "-c", _CREATE, "sh", path, str(size), owner or "")
 
 
-def add_bitmap(name, path, bitmap):
+def add_bitmap(name: str, path: str, bitmap: str) -> None:
     """Add a persistent bitmap that records from now on."""
     run(name, "qemu-img", "bitmap", "--add", "-f", "qcow2", path, bitmap)
 
 
-def add_union(name, wanted, bitmap, union):
+def add_union(name: str, wanted: Sequence[Layer], bitmap: str, union: str) -> None:
     """Add a bitmap to the top layer that is the union of one bitmap over several layers; it records nothing."""
     top = wanted[0].path
     run(name, "qemu-img", "bitmap", "--add", "--disable", "-f", "qcow2", top, union)
@@ -91,14 +99,14 @@ def add_union(name, wanted, bitmap, union):
         run(name, "qemu-img", "bitmap", "--merge", bitmap, *source, "-f", "qcow2", top, union)
 
 
-def remove_bitmap(name, path, bitmap):
+def remove_bitmap(name: str, path: str, bitmap: str) -> None:
     """Remove a bitmap from an image and all layers below it that have it."""
     for layer in layers(name, path, "qcow2"):
         if bitmap in layer.bitmaps:
             run(name, "qemu-img", "bitmap", "--remove", "-f", "qcow2", layer.path, bitmap)
 
 
-def serve(name, export_name, path, format_, socket_path, bitmap=None):
+def serve(name: str, export_name: str, path: str, format_: str, socket_path: str, bitmap: str | None = None) -> QemuNbd:
     """
     Start a read-only qemu-nbd with one export, of the disk called name; returns it (QemuNbd) when it answers.
 

@@ -11,6 +11,8 @@ of its own without a guest.
 This file also runs on another host, as a program that needs nothing but Python: see main().
 """
 
+from __future__ import annotations
+
 import json
 import os
 import signal
@@ -20,6 +22,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 
 SECONDS = 30  # for the whole trial, which takes less than one
 ROUNDS = 3  # clients that hang up: QEMU dies a moment after one has
@@ -31,7 +38,7 @@ _ARGUMENTS = (
 )
 
 
-def survives(program):
+def survives(program: str) -> bool:
     """Try it with a program, the path of a QEMU. Raises OSError or ValueError where that is not possible."""
     with tempfile.TemporaryDirectory(prefix="vnb-iothread.") as directory:
         qemu = subprocess.Popen(
@@ -46,14 +53,15 @@ def survives(program):
             timer.cancel()
             qemu.kill()
             qemu.wait()
-            qemu.stdin.close()
-            qemu.stdout.close()
+            for pipe in (qemu.stdin, qemu.stdout):
+                if pipe is not None:
+                    pipe.close()
     if not is_ready or status not in (0, -signal.SIGABRT):
         raise ValueError(f"{program} ended with status {status}")
     return status == 0
 
 
-def _try(qemu, path):
+def _try(qemu: Any, path: str) -> bool:
     """Serve a disk on an iothread, have clients come and hang up, end; whether it came to the clients."""
     is_ready = False
     try:
@@ -71,9 +79,9 @@ def _try(qemu, path):
     return is_ready
 
 
-def _ask(qemu, command, **arguments):
+def _ask(qemu: Any, command: str, **arguments: Any) -> None:
     """A QMP command that has to work. Raises OSError or ValueError."""
-    message = {"execute": command}
+    message: dict[str, Any] = {"execute": command}
     if arguments:
         message["arguments"] = arguments
     qemu.stdin.write(json.dumps(message).encode() + b"\n")
@@ -85,7 +93,7 @@ def _ask(qemu, command, **arguments):
             return
 
 
-def _connect_and_hang_up(path):
+def _connect_and_hang_up(path: str) -> None:
     """As a client does that is killed. It speaks NBD: newstyle without padding, NBD_OPT_EXPORT_NAME."""
     name = _EXPORT["name"].encode()
     with socket.socket(socket.AF_UNIX) as client:
@@ -96,9 +104,9 @@ def _connect_and_hang_up(path):
         client.recv(10, socket.MSG_WAITALL)
 
 
-def program_of(uuid):
+def program_of(uuid: str) -> str:
     """
-    The program, also one that was replaced since, of the QEMU that runs a domain, by its uuid (str). Raises OSError.
+    The program, also one that was replaced since, of the QEMU that runs a domain, by its uuid. Raises OSError.
     """
     mark = f"\0-uuid\0{uuid}\0".encode()
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -111,11 +119,11 @@ def program_of(uuid):
     raise FileNotFoundError("no QEMU of this domain is seen here")
 
 
-def find_out(uuid, emulator):
+def find_out(uuid: str, emulator: str) -> bool:
     """
     Whether the QEMU of a domain survives it. Raises OSError or ValueError where that cannot be tried.
 
-    uuid (str): the domain's. emulator (str): the program of its XML, for where we may not see which one runs.
+    uuid: the domain's. emulator: the program of its XML, for where we may not see which one runs.
     """
     try:
         return survives(program_of(uuid))
@@ -123,7 +131,7 @@ def find_out(uuid, emulator):
         return survives(emulator)
 
 
-def main(uuid, emulator):
+def main(uuid: str, emulator: str) -> None:
     """On another host: prints what find_out() returns, as JSON."""
     print(json.dumps(find_out(uuid, emulator)))
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Files of a domain beside its disks (nvram, kernel, ...), on their way from file frames to their places."""
 
+from __future__ import annotations
+
 import errno
 import os
 import tempfile
@@ -11,17 +13,23 @@ from vnb.format.frame import MiB
 from vnb.restore.imagedir import EXISTS, ImageDirectory
 from vnb.virt import domxml
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from typing import Any
+
+
 PART = MiB  # bytes of a file that are read at a time
 _SYSTEM = ("/dev", "/proc", "/run", "/sys")  # nothing that is found there after a restart
 
 
-def destinations(wanted, directory):
+def destinations(wanted: Iterable[tuple[str, str]], directory: str) -> dict[tuple[str, str], str]:
     """
     {(role, path): where it goes} of files, [(role, path)], that come into one directory.
 
     Of the path, which comes from a stream, the last part alone counts. Raises Error where that is no name for a file.
     """
-    found = {}
+    found: dict[tuple[str, str], str] = {}
     for role, path in wanted:
         check_path(role, path)
         name = os.path.basename(path)
@@ -33,7 +41,7 @@ def destinations(wanted, directory):
     return found
 
 
-def originals(wanted):
+def originals(wanted: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str | None]:
     """{(role, path): where it goes, or None where something is there already} of files that go where they were."""
     found = {}
     for role, path in wanted:
@@ -45,7 +53,7 @@ def originals(wanted):
     return found
 
 
-def check_path(role, path):
+def check_path(role: str, path: str) -> None:
     """Raise Error unless a path from a stream, of a file that a domain needs, is one that a file may have had."""
     if not path.startswith("/") or ".." in path.split("/"):
         raise Error("file", f"{role}: is no absolute path, or leads upwards", path)
@@ -65,31 +73,31 @@ class Earlier:
     They lie in temporary files without a name.
     """
 
-    def __init__(self):
-        self._before = {}  # (role, path): file of the segment before
-        self._now = {}
+    def __init__(self) -> None:
+        self._before: dict[tuple[str, str], Any] = {}  # (role, path): file of the segment before
+        self._now: dict[tuple[str, str], Any] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> Earlier:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for file in (*self._before.values(), *self._now.values()):
             file.close()
 
-    def begin(self):
+    def begin(self) -> None:
         """Another segment begins."""
         for file in self._before.values():
             file.close()
         self._before, self._now = self._now, {}
 
-    def parts(self, frame):
+    def parts(self, frame: values.File | values.Same) -> Iterable[values.File] | None:
         """
         The frames File of a frame File, or Same: itself, or those of the segment before.
 
         None where nothing before has the file. Raises OSError.
         """
         key = frame.fields["role"], frame.fields["path"]
-        if frame.__class__ is values.File:
+        if type(frame) is values.File:
             if key[0] in domxml.STABLE_ROLES:
                 if key not in self._now:
                     self._now[key] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by begin() or __exit__()
@@ -101,13 +109,14 @@ class Earlier:
         self._now[key] = file
         return self._again(file, {**frame.fields, "size": file.seek(0, os.SEEK_END)})
 
-    def _again(self, file, fields):
+    def _again(self, file: Any, fields: Any) -> Iterator[values.File]:
         offset = file.seek(0)
         while True:
             payload = file.read(PART)
             if not payload and (offset or fields["size"]):
                 return
-            yield values.File({**fields, "offset": offset}, payload)
+            part: Any = {**fields, "offset": offset}
+            yield values.File(part, payload)
             offset += len(payload)
             if offset == fields["size"]:
                 return
@@ -122,30 +131,30 @@ class Files:
             files.publish()
 
     destinations: {(role, path): where it goes, or None}. Until publish() nothing has its final name, and what is not
-    published is gone in the end. Nothing is ever replaced. check (bool): all is looked at, and nothing written.
+    published is gone in the end. Nothing is ever replaced. check: all is looked at, and nothing written.
     Raises Error.
     """
 
-    def __init__(self, destinations_, check=False):
+    def __init__(self, destinations_: Mapping[tuple[str, str], str | None], check: bool = False) -> None:
         self._destinations = destinations_
         self._check = check
-        self._directories = {}  # path: ImageDirectory
-        self._descriptors = {}  # (role, path): of the file that is written
-        self._complete = {}  # (role, path): ImageDirectory and name
-        self._published = []
+        self._directories: dict[str, ImageDirectory] = {}  # path: ImageDirectory
+        self._descriptors: dict[tuple[str, str], int] = {}  # (role, path): of the file that is written
+        self._complete: dict[tuple[str, str], tuple[ImageDirectory | None, str]] = {}  # and the file's name
+        self._published: list[str] = []
 
-    def __enter__(self):
+    def __enter__(self) -> Files:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
-    def complete(self):
+    def complete(self) -> set[tuple[str, str]]:
         """The keys of the files that came, whole."""
         return set(self._complete)
 
-    def add(self, frame):
+    def add(self, frame: values.File) -> None:
         """Take a part of a file; parts are whole and in order. A file that nothing needs is left out."""
         fields = frame.fields
         key = fields["role"], fields["path"]
@@ -161,11 +170,11 @@ class Files:
         except OSError as error:
             raise os_error(final, error) from None
 
-    def wants(self, role, path):
+    def wants(self, role: str, path: str) -> bool:
         """Whether a file goes anywhere."""
         return self._destinations.get((role, path)) is not None
 
-    def add_text(self, final, text):
+    def add_text(self, final: str, text: str) -> None:
         """Make one more file, private, of a text of ours."""
         data = text.encode()
         try:
@@ -173,7 +182,7 @@ class Files:
         except OSError as error:
             raise os_error(final, error) from None
 
-    def _write(self, key, final, fields, payload):
+    def _write(self, key: tuple[str, str], final: str, fields: Any, payload: Any) -> None:
         directory, name = os.path.split(final)
         is_last = fields["offset"] + len(payload) == fields["size"]
         if self._check:
@@ -202,14 +211,14 @@ class Files:
             os.close(self._descriptors.pop(key))
             self._complete[key] = home, name
 
-    def publish(self):
+    def publish(self) -> None:
         """Give all that came their names, durably."""
         for home in self._directories.values():
             names = [name for other, name in self._complete.values() if other is home]
             home.publish(names)
             self._published += [home.final(name) for name in names]
 
-    def withdraw(self):
+    def withdraw(self) -> None:
         """Remove what was published: what it was published for has failed."""
         while self._published:
             try:
@@ -218,7 +227,7 @@ class Files:
                 if error.errno != errno.ENOENT:
                     raise os_error(error.filename, error) from None
 
-    def close(self):
+    def close(self) -> None:
         """Remove what was not published. May be called again."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])

@@ -16,6 +16,8 @@ Who finds .names there, and one of these that has no final name, takes the other
 links they are moved, and told by their sizes and times.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import json
@@ -26,6 +28,11 @@ import shutil
 from vnb.base import locks
 from vnb.base.durable import make_directories, sync_directory
 from vnb.base.errors import Error, os_error
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 EXISTS = f"{os.strerror(errno.EEXIST)}: nothing is replaced here, so choose another directory or remove it"
 _PREFIX = ".vnb-apply."
@@ -43,13 +50,13 @@ class ImageDirectory:
             directory.publish(["vda.qcow2"])
 
     What was not published is gone in the end, and with it the directory if it was made here and holds nothing.
-    path (str): made if it is not there. What a killed process left in it is removed. Raises Error.
+    path: made if it is not there. What a killed process left in it is removed. Raises Error.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str) -> None:
         self.path = path
-        self._workspace = None
-        self._lock = None
+        self._workspace = ""
+        self._lock: int | None = None
         self._made = _make(path)
         try:
             remove_abandoned(path)
@@ -61,19 +68,19 @@ class ImageDirectory:
                 raise os_error(path, error) from None
             raise
 
-    def __enter__(self):
+    def __enter__(self) -> ImageDirectory:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         try:
             self.close()
         except BaseException:
             self.close()  # a signal; there is no second one
             raise
 
-    def close(self):
+    def close(self) -> None:
         """Remove what was not published. May be called again."""
-        if self._workspace is not None:
+        if self._workspace:
             shutil.rmtree(self._workspace, ignore_errors=True)
         if self._lock is not None:
             lock, self._lock = self._lock, None
@@ -82,20 +89,20 @@ class ImageDirectory:
             with contextlib.suppress(OSError):
                 os.rmdir(path)
 
-    def final(self, file_name):
+    def final(self, file_name: str) -> str:
         """The path of an image that has its final name, as the user would type it."""
         return os.path.join(self.path, file_name)
 
-    def partial(self, file_name):
+    def partial(self, file_name: str) -> str:
         """The absolute path of an image that has not."""
         return os.path.abspath(os.path.join(self._workspace, file_name))
 
-    def refuse_existing(self, file_name):
+    def refuse_existing(self, file_name: str) -> None:
         """Raise Error if there is something by this name already."""
         if os.path.lexists(self.final(file_name)):
             raise Error(self.final(file_name), EXISTS)
 
-    def publish(self, file_names):
+    def publish(self, file_names: Sequence[str]) -> None:
         """
         Give images their final names, all or none, and make that durable. The images themselves are durable already.
 
@@ -124,7 +131,7 @@ class ImageDirectory:
             if workspace != -1:
                 os.close(workspace)
 
-    def _announce(self, stamps, workspace):
+    def _announce(self, stamps: dict[str, list[int]], workspace: int) -> None:
         """Tell what is to get a final name, durably; the images' names in the workspace are durable, too, then."""
         fd = os.open(_NAMES, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=workspace)
         try:
@@ -137,11 +144,11 @@ class ImageDirectory:
         os.fsync(workspace)
         sync_directory(self.path)
 
-    def _forget_names(self):
+    def _forget_names(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(self._workspace, _NAMES))
 
-    def replace(self, file_names):
+    def replace(self, file_names: Sequence[str]) -> None:
         """Give images their final names, whatever had these before, and make that durable. Raises Error."""
         try:
             for file_name in file_names:
@@ -150,7 +157,7 @@ class ImageDirectory:
         except OSError as error:
             raise os_error(self.final(file_name) if file_names else self.path, error) from None
 
-    def _name(self, file_name):
+    def _name(self, file_name: str) -> None:
         partial, final = self.partial(file_name), self.final(file_name)
         try:
             os.link(partial, final)
@@ -161,7 +168,7 @@ class ImageDirectory:
             self.refuse_existing(file_name)
             os.rename(partial, final)
 
-    def _begin(self):
+    def _begin(self) -> None:
         """Make the workspace and lock it. Somebody who cleans up may take it for abandoned before it is locked."""
         self._workspace = os.path.join(self.path, f"{_PREFIX}{secrets.token_hex(4)}{_SUFFIX}")
         os.mkdir(self._workspace, 0o700)
@@ -169,7 +176,7 @@ class ImageDirectory:
             self._lock = lock_file(os.path.join(self._workspace, _LOCK), os.O_CREAT)
 
 
-def remove_abandoned(directory):
+def remove_abandoned(directory: str) -> None:
     """
     Remove what killed processes left in a directory. What a living one makes is locked. Raises OSError.
 
@@ -194,11 +201,11 @@ def remove_abandoned(directory):
                 os.close(fd)
 
 
-def _end_publishing(directory, workspace):
+def _end_publishing(directory: str, workspace: int) -> None:
     """
     What a killed process gave final names to keeps them if that is all, else loses them. Raises OSError.
 
-    workspace (int): a descriptor of the directory that it left.
+    workspace: a descriptor of the directory that it left.
     """
     try:
         fd = os.open(_NAMES, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=workspace)
@@ -210,17 +217,17 @@ def _end_publishing(directory, workspace):
         _take_names_back(directory, workspace, stamps)
 
 
-def _is_named(file_name, workspace):
+def _is_named(file_name: str, workspace: int) -> bool:
     """Whether a file in the workspace has got another name, which may have been changed since, or was moved."""
     found = _found(file_name, workspace)
     return found is None or found.st_nlink > 1
 
 
-def _take_names_back(directory, workspace, stamps):
+def _take_names_back(directory: str, workspace: int, stamps: dict[str, list[int]]) -> None:
     """
     Take the final names of files away from them, and make that durable. Raises OSError.
 
-    stamps (dict): {name: what _stamp() said before it was named}. What is something else now is left alone: it is
+    stamps: {name: what _stamp() said before it was named}. What is something else now is left alone: it is
     another's, or somebody has begun to use it.
     """
     for file_name, stamp in stamps.items():
@@ -235,12 +242,12 @@ def _take_names_back(directory, workspace, stamps):
     sync_directory(directory)
 
 
-def _stamp(found):
+def _stamp(found: os.stat_result) -> list[int]:
     """What of a file (os.stat() of it) stays the same when it is linked or moved, and changes when it is written."""
     return [found.st_size, found.st_mtime_ns]
 
 
-def _found(path, directory=None):
+def _found(path: str, directory: int | None = None) -> os.stat_result | None:
     """os.stat() of a file, not of what a link leads to; None if there is none. directory: see lock_file()."""
     try:
         return os.stat(path, dir_fd=directory, follow_symlinks=False)
@@ -248,11 +255,11 @@ def _found(path, directory=None):
         return None
 
 
-def lock_file(path, flags=0, directory=None):
+def lock_file(path: str, flags: int = 0, directory: int | None = None) -> int | None:
     """
     A descriptor of a file, locked; None if somebody else has the lock, or removed the file. Raises OSError.
 
-    directory (int or None): a descriptor of what path is relative to.
+    directory: a descriptor of what path is relative to.
     """
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600, dir_fd=directory)
     try:
@@ -265,7 +272,7 @@ def lock_file(path, flags=0, directory=None):
     return None
 
 
-def _make(path):
+def _make(path: str) -> list[str]:
     """Make a directory and those above it, unless they are there; the paths of those made. Raises Error."""
     try:
         # QEMU, which runs as another user, has to get through to the images; they themselves are private.

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Whether somebody else uses a file or a device that is to be written."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import fcntl
@@ -16,11 +18,11 @@ _QEMU_WRITE, _QEMU_RESIZE = 1, 3
 BLKROGET = 0x125E  # whether a block device is read-only: it can be opened for writing all the same
 
 
-def refuse_if_in_use(fd, text):
+def refuse_if_in_use(fd: int, text: str) -> None:
     """
     Raise Error if a file is used in a way that does not go with writing; keep QEMU out of it as it keeps us.
 
-    fd (int): open for reading at least, which has the locks as long as it is open. text (str): what the user typed.
+    fd: open for reading at least, which has the locks as long as it is open. text: what the user typed.
     """
     if _has_loop_device(os.fstat(fd)):
         raise Error(text, "is in use: a loop device is on it")
@@ -37,7 +39,7 @@ def refuse_if_in_use(fd, text):
             raise Error(text, "is in use: another process has its locks (is its domain running)") from None
 
 
-def refuse_if_in_use_at(path):
+def refuse_if_in_use_at(path: str) -> None:
     """Raise Error if there is a file, and it is in use now."""
     try:
         # Not to wait for whoever may open the other end of a FIFO. A link is replaced, not what it leads to.
@@ -52,7 +54,7 @@ def refuse_if_in_use_at(path):
         os.close(fd)
 
 
-def _has_loop_device(found):
+def _has_loop_device(found: os.stat_result) -> bool:
     """Whether a loop device, which may be mounted and takes no locks, is on a file; found: os.stat() of it."""
     for path in glob.glob("/sys/block/loop*/loop/backing_file"):
         with contextlib.suppress(OSError), open(path, "rb") as file:
@@ -64,5 +66,5 @@ def _has_loop_device(found):
 _FLOCK = "hhqqi4x"  # struct flock of fcntl(2), with 64 bits of offset
 
 
-def _lock(type_, byte):
+def _lock(type_: int, byte: int) -> bytes:
     return struct.pack(_FLOCK, type_, os.SEEK_SET, byte, 1, 0)

@@ -17,6 +17,8 @@ from its start. The state says the old point until all of it is durable. So:
     after that                        all disks are at the new point, the spool is not needed
 """
 
+from __future__ import annotations
+
 import json
 import os
 import stat
@@ -29,6 +31,17 @@ from vnb.restore.imagedir import ImageDirectory, lock_file
 from vnb.restore.restore import Restore, undisturbed
 from vnb.restore.targets import NewImage, StandbyImage
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from vnb.format.stream import Segment
+    from vnb.format.types import Head
+    from vnb.restore.targets import Recipe
+    from vnb.restore.writer import Buffers
+
+
 STATE = ".vnb-apply.state"
 SPOOL = ".vnb-apply.spool"
 LOCK = ".vnb-apply.lock"
@@ -40,24 +53,27 @@ class Standby:
     """
     The copy in a directory.
 
-    recipe (vnb.restore.targets.Recipe): of images that are made. chosen (dict): see vnb.restore.restore.Restore.
-    words (list of str): the options that say what the copy is; each run has to give the same.
+    recipe: of images that are made. chosen: see vnb.restore.restore.Restore.
+    words: the options that say what the copy is; each run has to give the same.
     buffers (Buffers): the Reader's.
     """
 
-    def __init__(self, path, recipe, chosen, words, buffers):
+    def __init__(
+        self, path: str, recipe: Recipe, chosen: dict[str, Callable[[str], Any] | None], words: list[str],
+        buffers: Buffers,
+    ) -> None:
         self.path = path
         self._restore = (recipe, chosen, buffers)
         self._chosen = chosen
         self._words = words
         self._buffers = buffers
         self._reached = False
-        self._skipped = None  # a point that was passed over and is not known
-        self._directory = None
-        self._lock = None
-        self._state = None
+        self._skipped: str | None = None  # a point that was passed over and is not known
+        self._directory: Any = None
+        self._lock: int | None = None
+        self._state: Any = None
 
-    def __enter__(self):
+    def __enter__(self) -> Standby:
         try:
             self._directory = ImageDirectory(self.path)
             self._lock = lock_file(self._directory.final(LOCK), os.O_CREAT)
@@ -71,14 +87,14 @@ class Standby:
             raise
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         try:
             self._close()
         except BaseException:
             self._close()  # a signal; there is no second one
             raise
 
-    def _close(self):
+    def _close(self) -> None:
         if self._lock is not None:
             if not os.path.lexists(self._directory.final(STATE)):
                 os.unlink(self._directory.final(LOCK))
@@ -87,7 +103,7 @@ class Standby:
         if self._directory is not None:
             self._directory.close()
 
-    def resume(self):
+    def resume(self) -> None:
         """Finish what another run could not. Raises Error."""
         path = self._directory.final(SPOOL)
         if not os.path.lexists(path):
@@ -102,7 +118,7 @@ class Standby:
             self._apply_spool()
         self._remove_spool()
 
-    def take(self, segment):
+    def take(self, segment: Segment) -> None:
         """Apply a segment that leads on from the point reached; pass over one that leads there. Raises Error."""
         if self._state["point"] is None:
             self._make(segment)
@@ -119,12 +135,12 @@ class Standby:
             self._remove_spool()
         self._reached = self._reached or self._state["point"] == segment.head["point"]
 
-    def check_reached(self):
+    def check_reached(self) -> None:
         """All segments are there. Raises Error if they lead to another point than the copy's."""
         if not self._reached and self._skipped is not None:
             raise Error("stdin", f'ends at {self._skipped}, {self.path} holds {self._state["point"]}')
 
-    def _is_passed_over(self, head):
+    def _is_passed_over(self, head: Head) -> bool:
         """Whether a segment leads to a point that the copy has reached; False if it leads on. Raises Error."""
         state, point = self._state, head["point"]
         if head["uuid"] != state["uuid"]:
@@ -144,7 +160,7 @@ class Standby:
         does = f'follows {head["parent"]}' if head["parent"] else "is a full backup of its own"
         raise Error("stdin", f'{point} {does}, {self.path} holds {state["point"]}')
 
-    def _make(self, segment):
+    def _make(self, segment: Segment) -> None:
         """Make the copy from a full."""
         with Restore(self.path, *self._restore) as restore:
             for file_name in self._state["taking"]:
@@ -161,7 +177,7 @@ class Standby:
                     raise
                 self._save_reached(segment, restore)
 
-    def _fill_spool(self, segment):
+    def _fill_spool(self, segment: Segment) -> None:
         """Write a segment to the spool, every byte checked, and make it durable."""
         path = self._directory.final(SPOOL)
         names = [disk["name"] for disk in segment.disks]
@@ -173,7 +189,7 @@ class Standby:
             spool = writing.Writer(fd, path)
             for raws in (segment.front, segment.raws()):
                 for raw in raws:
-                    if raw.frame.__class__ is values.Data:
+                    if type(raw.frame) is values.Data:
                         codec.plain(raw.frame, names[raw.frame.disk])
                     spool.write(raw.header, raw.payload)
                     if raw.payload is not None:
@@ -185,13 +201,13 @@ class Standby:
         finally:
             os.close(fd)
 
-    def _commit_spool(self, taking):
-        """From here on the segment will be applied. taking (list of str): names of files that nobody had before."""
+    def _commit_spool(self, taking: list[str]) -> None:
+        """From here on the segment will be applied. taking: names of files that nobody had before."""
         with undisturbed(last=False):
             self._save({**self._state, "taking": taking})
             self._directory.replace([SPOOL])
 
-    def _apply_spool(self):
+    def _apply_spool(self) -> None:
         path = self._directory.final(SPOOL)
         fd = _open(path)
         try:
@@ -206,14 +222,14 @@ class Standby:
         finally:
             os.close(fd)
 
-    def _remove_spool(self):
+    def _remove_spool(self) -> None:
         _unlink(self._directory.final(SPOOL))
         try:
             sync_directory(self.path)
         except OSError as error:
             raise os_error(self.path, error) from None
 
-    def _check_unchanged(self):
+    def _check_unchanged(self) -> None:
         """Raise Error if an image is not as it was left: an increment to something else makes nothing of sense."""
         for disk in self._state["disks"].values():
             for file_name, stamp in disk["files"].items():
@@ -221,12 +237,12 @@ class Standby:
                 if _stamp(path) != stamp:
                     raise Error(path, f'was changed since it was brought to {self._state["point"]}')
 
-    def _save_reached(self, segment, restore):
+    def _save_reached(self, segment: Segment, restore: Restore) -> None:
         """Make durable that the copy is at a segment's point."""
-        head = segment.head
+        head: Any = segment.head
         disks = {}
         for disk in segment.disks:
-            names = ()
+            names: Any = ()
             if disk["name"] in restore.disks:
                 before = self._state["disks"].get(disk["name"], {"files": ()})
                 names = restore.disks[disk["name"]].place.file_names or before["files"]
@@ -242,7 +258,7 @@ class Standby:
             "taking": [],
         })
 
-    def _save(self, state):
+    def _save(self, state: dict[str, Any]) -> None:
         path, partial = self._directory.final(STATE), self._directory.partial(STATE)
         state = {**state, "version": VERSION, "options": self._words}
         try:
@@ -258,7 +274,7 @@ class Standby:
             raise os_error(path, error) from None
         self._state = state
 
-    def _load(self):
+    def _load(self) -> dict[str, Any]:
         path = self._directory.final(STATE)
         if not os.path.lexists(path):
             return {"point": None, "history": [], "disks": {}, "taking": []}
@@ -274,23 +290,27 @@ class Standby:
             raise Error(self.path, f"was made with other options, and needs the same again: {said}")
         return state
 
-    def _give(self, frame):
-        if getattr(frame, "payload", None) is not None:
-            self._buffers.give(frame.payload)
+    def _give(self, frame: object) -> None:
+        payload = getattr(frame, "payload", None)
+        if payload is not None:
+            self._buffers.give(payload)
 
 
 class Replay(Restore):
-    """A restore that goes on from the state (dict) of a copy."""
+    """A restore that goes on from the state of a copy."""
 
-    def __init__(self, path, recipe, chosen, buffers, state):
+    def __init__(
+        self, path: str, recipe: Recipe, chosen: dict[str, Callable[[str], Any] | None], buffers: Buffers, state: Any,
+    ) -> None:
         super().__init__(path, recipe, chosen, buffers)
         self._state = state
         self._path = path
-        self.follow.head = {key: state[key] for key in ("uuid", "domain", "point")}
-        self.follow.disks = {name: {"name": name, "size": disk["size"]} for name, disk in state["disks"].items()}
+        head: Any = {key: state[key] for key in ("uuid", "domain", "point")}
+        disks: Any = {name: {"name": name, "size": disk["size"]} for name, disk in state["disks"].items()}
+        self.follow.head, self.follow.disks = head, disks
 
-    def check(self, segment):
-        """Raise Error if a segment cannot be applied; the names (list of str) of the files that it will add."""
+    def check(self, segment: Segment) -> list[str]:
+        """Raise Error if a segment cannot be applied; the names of the files that it will add."""
         before = self.follow.disks
         self.follow.accept(segment.head, segment.disks)
         disks = {disk["name"]: disk for disk in segment.disks if not self.chosen or disk["name"] in self.chosen}
@@ -312,7 +332,7 @@ class Replay(Restore):
                 log.note(f'{name}: not part of restore point {segment.head["point"]}: {files} stays as it is')
         return taking
 
-    def publish(self):
+    def publish(self) -> None:
         """Give the new images their names; the old ones are of no use any more."""
         if self._directory is not None:
             for disk in self.disks.values():
@@ -320,19 +340,19 @@ class Replay(Restore):
                     disk.place.refuse_in_use()  # a domain may have been started on it meanwhile
             self._directory.replace(self.file_names())
 
-    def make_place(self, name):
+    def make_place(self, directory: ImageDirectory, name: str) -> Any:
         """A place for a disk in the directory of the copy."""
         files = self._state["disks"].get(name, {}).get("files")
         if files:
-            return StandbyImage(self._directory, name, self._recipe, list(files))
+            return StandbyImage(directory, name, self._recipe, list(files))
         taken = f"{name}.{self._recipe.format}" in self._state["taking"]
         left = self._state.get("left", {}).get(name, {}).get("files", {})
-        unchanged = left and all(_stamp(self._directory.final(file)) in (stamp, None) for file, stamp in left.items())
-        return NewImage(self._directory, name, self._recipe, replaces=taken or bool(unchanged))
+        unchanged = left and all(_stamp(directory.final(file)) in (stamp, None) for file, stamp in left.items())
+        return NewImage(directory, name, self._recipe, replaces=taken or bool(unchanged))
 
 
-def _is_sound(state):
-    """Whether a state (dict) is such as _save() writes it, with names of files that are in the directory."""
+def _is_sound(state: dict[str, Any]) -> bool:
+    """Whether a state is such as _save() writes it, with names of files that are in the directory."""
     disks, left = state.get("disks"), state.get("left", {})
     if "point" not in state or not isinstance(disks, dict) or not isinstance(left, dict):
         return False
@@ -354,7 +374,7 @@ def _is_sound(state):
     )
 
 
-def _stamp(path):
+def _stamp(path: str) -> list[int] | None:
     """What of a file changes when it is written to, or None."""
     try:
         found = os.stat(path, follow_symlinks=False)
@@ -365,7 +385,7 @@ def _stamp(path):
     return [found.st_mtime_ns, found.st_size, stat.S_IFMT(found.st_mode)]
 
 
-def _open(path):
+def _open(path: str) -> int:
     try:
         # Not to wait for whoever may open the other end of a FIFO.
         return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -373,7 +393,7 @@ def _open(path):
         raise os_error(path, error) from None
 
 
-def _unlink(path):
+def _unlink(path: str) -> None:
     try:
         os.unlink(path)
     except FileNotFoundError:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A restore: the segments of a stream, in order, onto the places of their disks."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import signal
@@ -14,16 +16,25 @@ from vnb.restore.imagedir import ImageDirectory
 from vnb.restore.writer import Writer
 from vnb.store.chain import Follow
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from typing import Any
+
+    from vnb.format import types
+    from vnb.format.stream import Segment
+    from vnb.restore.writer import Buffers
+
+
 MAX_INFO = 4 * MiB  # of what qemu-img said of the images of a segment, with their backing chains
-_OF_DISKS = (Data, Extents)
 
 
 @contextlib.contextmanager
-def undisturbed(last=True):
+def undisturbed(last: bool = True) -> Iterator[None]:
     """
     Signals that ask us to end wait.
 
-    last (bool): if this succeeds they come too late, since all that they could stop is done.
+    last: if this succeeds they come too late, since all that they could stop is done.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
     try:
@@ -39,42 +50,46 @@ class Restore:
     """
     Disks on their way from a stream to their places.
 
-    directory (str or None): for new images. recipe (vnb.restore.targets.Recipe): of these.
-    chosen (dict): {name: function (name) -> place, or None for a new image}; all disks, to new images, if empty.
-    buffers (Buffers): the Reader's. force (bool): apply segments that do not follow each other.
+    directory: for new images. recipe: of these.
+    chosen: {name: function (name) -> place, or None for a new image}; all disks, to new images, if empty.
+    buffers: the Reader's. force: apply segments that do not follow each other.
     What publish() did not name is gone in the end.
     """
 
-    def __init__(self, directory, recipe, chosen, buffers, force=False):
+    def __init__(
+        self, directory: str | None, recipe: targets.Recipe, chosen: dict[str, Callable[[str], Any] | None],
+        buffers: Buffers, force: bool = False,
+    ) -> None:
         self.chosen = chosen
         self.buffers = buffers
         self.follow = Follow("stdin")
-        self.disks = {}  # name: Disk
+        self.disks: dict[str, Disk] = {}  # name: Disk
         self._force = force
-        self._most = {}  # disk: the most bytes that it has, where that is more than in the first segment
-        self._dropped = {}  # disk that the point before had: (point without it, what becomes of its place)
+        self._most: dict[str, int] = {}  # bytes, where a disk has more later than in the first segment
+        # disk that the point before had: (point without it, what becomes of its place)
+        self._dropped: dict[str, tuple[str, str]] = {}
         self._directory_path = directory
         self._recipe = recipe
-        self._directory = None
+        self._directory: ImageDirectory | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         try:
             self.close()
         except BaseException:
             self.close()  # a signal; there is no second one
             raise
 
-    def close(self):
+    def close(self) -> None:
         """Stop all that goes on. May be called again."""
         for disk in self.disks.values():
             disk.writer.abort()
         if self._directory is not None:
             self._directory.close()
 
-    def apply(self, segment):
+    def apply(self, segment: Segment) -> None:
         """Write one segment. When this returns, the segment was read and checked to its end."""
         before = self.follow.disks
         if self.follow.head is None:
@@ -83,24 +98,22 @@ class Restore:
         infos = Infos(segment.disks)
         numbers = None
         for frame in segment:
-            kind = frame.__class__
-            if kind in _OF_DISKS:
+            if type(frame) is Data or type(frame) is Extents:
                 if numbers is None:
                     numbers = self._begin(segment, before, infos)
                 disk = numbers[frame.disk]
                 if disk is not None:
                     disk.put(frame)
                     continue
-                if kind is Extents:
-                    continue
-            elif kind is File:
+            elif type(frame) is File:
                 infos.add(frame)
-            if frame.payload is not None:
-                self.buffers.give(frame.payload)
+            payload = getattr(frame, "payload", None)
+            if payload is not None:
+                self.buffers.give(payload)
         if numbers is None:
             self._begin(segment, before, infos)
 
-    def _accept(self, segment):
+    def _accept(self, segment: Segment) -> None:
         try:
             self.follow.accept(segment.head, segment.disks)
         except Error as error:
@@ -111,14 +124,14 @@ class Restore:
             self.follow.force = False
             log.warn(f"--force-sequence: {error.reason}: applied because of --force-sequence")
 
-    def finish(self):
+    def finish(self) -> None:
         """All segments are there: make what was written durable."""
         self.buffers.check()
         for name, (point, what) in self._dropped.items():
             if name not in self.disks:  # else a later segment has brought it back
                 log.note(f"{name}: not part of restore point {point}: {what}")
         for name in self.chosen:
-            if name not in self.disks:
+            if name not in self.disks and self.follow.head is not None:
                 there = ", ".join(self.follow.disks) or "no disk"
                 raise Error("--disk", f"no disk {name} at restore point {self.follow.head['point']}, there is {there}")
         for disk in self.disks.values():
@@ -128,20 +141,20 @@ class Restore:
         for disk in self.disks.values():
             disk.place.complete()
 
-    def publish(self):
+    def publish(self) -> None:
         """Give the new images their names."""
         if self._directory is not None:
             self._directory.publish(self.file_names())
 
-    def file_names(self):
+    def file_names(self) -> list[str]:
         """Of the new images."""
         return [name for disk in self.disks.values() for name in disk.place.file_names]
 
-    def _begin(self, segment, before, infos):
+    def _begin(self, segment: Segment, before: Mapping[str, types.Disk], infos: Infos) -> list[Disk | None]:
         """
         Have a Disk for each one that is in this segment and wanted, as large as it is there.
 
-        before (dict): the disks at the point before, by name. Returns a list of Disks, by their numbers in the
+        before: the disks at the point before, by name. Returns a list of Disks, by their numbers in the
         segment, with None for those that are not wanted.
         """
         disks = {disk["name"]: disk for disk in segment.disks if not self.chosen or disk["name"] in self.chosen}
@@ -151,8 +164,9 @@ class Restore:
         new = {name: self._place(name) for name in disks if name not in self.disks}
         if not before:
             for name in self._most.keys() - disks.keys():  # these come later
-                if self.chosen.get(name) is not None:
-                    self.chosen[name](name).open(self._most[name]).close()
+                make = self.chosen.get(name)
+                if make is not None:
+                    make(name).open(self._most[name]).close()
         for name, disk in disks.items():
             if name in new and disk["level"] == "inc" and name not in before and new[name].fresh:
                 raise Error("stdin", f'{segment.head["point"]} has changes of disk {name}, and there is no image of it')
@@ -164,19 +178,20 @@ class Restore:
                 self.disks[name].go_on(disk, infos.of(disk))
         return [self.disks.get(disk["name"]) for disk in segment.disks]
 
-    def _place(self, name):
+    def _place(self, name: str) -> Any:
         make = self.chosen.get(name)
         if make is not None:
             return make(name)
         if self._directory is None:
+            assert self._directory_path is not None  # whoever chose no place for a disk gave one
             self._directory = ImageDirectory(self._directory_path)
-        return self.make_place(name)
+        return self.make_place(self._directory, name)
 
-    def make_place(self, name):
+    def make_place(self, directory: ImageDirectory, name: str) -> Any:
         """A place for a disk in the directory."""
-        return targets.NewImage(self._directory, name, self._recipe)
+        return targets.NewImage(directory, name, self._recipe)
 
-    def _drop(self, name, point):
+    def _drop(self, name: str, point: str) -> None:
         disk = self.disks.pop(name)
         if disk.place.fresh:
             disk.writer.abort()
@@ -190,19 +205,19 @@ class Restore:
 class Infos:
     """What qemu-img said of the original images, from the files of a segment with these disks."""
 
-    def __init__(self, disks):
+    def __init__(self, disks: Sequence[types.Disk]) -> None:
         self._texts = {disk["name"]: bytearray() for disk in disks}
         self._room = MAX_INFO
 
-    def add(self, file):
+    def add(self, file: File) -> None:
         """Take a part of a file; parts are whole and in order."""
         text = self._texts.get(file.fields["path"])
         if file.fields["role"] == "image-info" and text is not None and len(file.payload) <= self._room:
             text += file.payload
             self._room -= len(file.payload)
 
-    def of(self, disk):
-        """The information (dict) on the image of a disk (dict), or None: nothing but settings depends on it."""
+    def of(self, disk: types.Disk) -> dict[str, Any] | None:
+        """The information on the image of a disk, or None: nothing but settings depends on it."""
         try:
             info = json.loads(self._texts[disk["name"]] or b"null")
         except (ValueError, RecursionError):
@@ -217,11 +232,13 @@ class Disk:
     """
     A disk, its place, and the writer that brings it there.
 
-    before (dict or None): the disk as its place has it. disk (dict): as it is in the first segment for it.
-    most (int): bytes that it will have, as far as that is known. size (int): bytes at the point reached.
+    before: the disk as its place has it. disk: as it is in the first segment for it.
+    most: bytes that it will have, as far as that is known. size: bytes at the point reached.
     """
 
-    def __init__(self, place_, before, disk, most, info, buffers):
+    def __init__(
+        self, place_: Any, before: types.Disk | None, disk: types.Disk, most: int, info: Any, buffers: Buffers,
+    ) -> None:
         self.place = place_
         self._most = most
         self._buffers = buffers
@@ -233,26 +250,26 @@ class Disk:
         if disk["level"] != "full" and before is not None:
             self._zero_tail(before["size"])
 
-    def _open(self, disk):
+    def _open(self, disk: types.Disk) -> None:
         self.size = disk["size"]
         self.fresh = disk["level"] == "full" and self.place.fresh
         self.writer = Writer(self.place.open(max(disk["size"], self._most)), self.place.name, self._buffers)
 
-    def _zero_tail(self, before):
+    def _zero_tail(self, before: int) -> None:
         """
         Have zeroes where the disk grew: an increment says nothing of them, as long as nobody wrote to them.
 
-        What exists may be larger than the disk was, and have anything there. before (int): its size then.
+        What exists may be larger than the disk was, and have anything there. before: its size then.
         """
         if self.size > before and not self.place.fresh:
-            self.writer.put(Extents(None, [before, self.size - before, ZERO]), False)
+            self.writer.put(Extents(0, [before, self.size - before, ZERO]), False)
             self.writer.fence()
 
-    def put(self, frame):
+    def put(self, frame: Data | Extents) -> None:
         """Write a Data or Extents frame."""
         self.writer.put(frame, self.fresh)
 
-    def go_on(self, disk, info):
+    def go_on(self, disk: types.Disk, info: Any) -> None:
         """A segment follows in which the disk is like this."""
         if disk["level"] == "full" and self.place.fresh:
             self.writer.abort()  # nothing stays of what was written
@@ -270,7 +287,7 @@ class Disk:
         self.fresh = False
         self.writer.fence()
 
-    def finish(self):
+    def finish(self) -> None:
         """Wait until all is durable."""
         self.writer.start_finish()
         self.writer.finish()

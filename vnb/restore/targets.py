@@ -13,6 +13,8 @@ Places: what the user named as the home of a disk. A new image in a directory, o
 info is what qemu-img says of the original image, or None.
 """
 
+from __future__ import annotations
+
 import errno
 import fcntl
 import os
@@ -25,6 +27,16 @@ from vnb.nbd import sinks
 from vnb.qemu import image_writer
 from vnb.restore.in_use import BLKROGET, refuse_if_in_use, refuse_if_in_use_at
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any, Union
+
+    from vnb.restore.imagedir import ImageDirectory
+    Place = Union["NewImage", "Existing"]
+    Sink = Union[sinks.Raw, sinks.Nbd]
+
+
 _QCOW2_MAGIC = b"QFI\xfb"
 _URI = re.compile(r"nbds?(\+unix|\+vsock)?:", re.ASCII)
 
@@ -33,18 +45,20 @@ class Recipe:
     """
     How new images are made.
 
-    format_ (str): qcow2 or raw. options (dict of str): as qemu-img's -o, before those of the original.
-    preallocate (bool): all room is taken at the start. compress (bool): clusters are compressed.
+    format_: qcow2 or raw. options: as qemu-img's -o, before those of the original.
+    preallocate: all room is taken at the start. compress: clusters are compressed.
     """
 
-    def __init__(self, format_, options=None, preallocate=False, compress=False):
+    def __init__(
+        self, format_: str, options: dict[str, str] | None = None, preallocate: bool = False, compress: bool = False,
+    ) -> None:
         self.format = format_
         self.options = options or {}
         self.preallocate = preallocate
         self.compress = compress
 
-    def settings(self, name, info):
-        """The settings (dict of str) of an image for the disk called name. info: of the original, see places."""
+    def settings(self, name: str, info: Any) -> dict[str, str]:
+        """The settings of an image for the disk called name. info: of the original, see places."""
         if self.format != "qcow2":
             return {}
         settings = {**image_writer.settings(info), **self.options}
@@ -59,15 +73,15 @@ class Recipe:
 
 class NewImage:
     """
-    A new image in a vnb.restore.imagedir.ImageDirectory. name (str): the disk. recipe (Recipe).
+    A new image in a vnb.restore.imagedir.ImageDirectory. name: the disk. recipe (Recipe).
 
     It is there under its final name when the directory has published file_names.
-    replaces (bool): what has these names now may be replaced, unless it is in use.
+    replaces: what has these names now may be replaced, unless it is in use.
     """
 
     fresh = True
 
-    def __init__(self, directory, name, recipe, replaces=False):
+    def __init__(self, directory: ImageDirectory, name: str, recipe: Recipe, replaces: bool = False) -> None:
         self.name = name
         self._replaces = replaces
         self.file_names = [f"{name}.{recipe.format}"]
@@ -76,10 +90,10 @@ class NewImage:
         # What is compressed cannot be written to again, nor in part, so all is gathered in a raw image first.
         self._format = "raw" if recipe.compress else recipe.format
         self._path = directory.partial(f"{name}.{self._format}")
-        self._settings = {}
+        self._settings: dict[str, str] = {}
         self._refuse_existing(self.file_names[0])
 
-    def begin(self, size, info):
+    def begin(self, size: int, info: Any) -> None:
         """Make it, without any data, in the place of what was written until now."""
         self._settings = self._recipe.settings(self.name, info)
         self._make_empty(self._path)
@@ -97,7 +111,7 @@ class NewImage:
         else:
             image_writer.create(self._path, self.name, self._format, size, self._settings)
 
-    def open(self, _size):
+    def open(self, _size: int) -> Sink:
         """A target that writes to it."""
         keep = self._recipe.preallocate
         if self._format == "raw":
@@ -106,14 +120,14 @@ class NewImage:
         outside = [self._directory.partial(name) for name in self.file_names[1:]]
         return image_writer.Image(self.name, self._path, self.name, self._format, new=True, keep=keep, outside=outside)
 
-    def grow(self, size):
+    def grow(self, size: int) -> None:
         """Make it larger: what is added reads as zeroes."""
         before = os.stat(self._path).st_size
         _grow(self._path, self._format, size, self.name, self._recipe.preallocate)
         if self._format == "raw":
             self._allocate(before, size)
 
-    def complete(self):
+    def complete(self) -> None:
         """All that is to be in it is there, and durable."""
         if len(self.file_names) > 1:
             outside = os.path.abspath(self._directory.final(self.file_names[1]))
@@ -128,25 +142,25 @@ class NewImage:
         self._make_empty(final)
         image_writer.compress(self._path, final, self.name, self._recipe.format, self._settings)
 
-    def refuse_in_use(self):
+    def refuse_in_use(self) -> None:
         """Raise Error if one of the files that it will replace is in use: what is written there would be lost."""
         for file_name in self.file_names:
             refuse_if_in_use_at(self._directory.final(file_name))
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.file_names[0]
 
-    def _refuse_existing(self, file_name):
+    def _refuse_existing(self, file_name: str) -> None:
         if self._replaces:
             refuse_if_in_use_at(self._directory.final(file_name))
         else:
             self._directory.refuse_existing(file_name)
 
-    def _make_empty(self, path):
+    def _make_empty(self, path: str) -> None:
         """Have an empty file: nobody else may read what was in the guest, and qemu-img leaves modes as they are."""
         os.close(_open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, self.name))
 
-    def _allocate(self, start, end):
+    def _allocate(self, start: int, end: int) -> None:
         if self._recipe.preallocate and end > start:
             fd = _open(self._path, os.O_WRONLY, self.name)
             try:
@@ -161,10 +175,10 @@ class StandbyImage(NewImage):
     """
     An image that was made before and is written where it is, or is made anew if the disk comes as a whole.
 
-    files (list of str): the names of its files. Raises Error if one is in use.
+    files: the names of its files. Raises Error if one is in use.
     """
 
-    def __init__(self, directory, name, recipe, files):
+    def __init__(self, directory: ImageDirectory, name: str, recipe: Recipe, files: list[str]) -> None:
         super().__init__(directory, name, recipe, replaces=True)
         self._made = self.file_names
         self._outside = files[1:]
@@ -174,14 +188,14 @@ class StandbyImage(NewImage):
         self.file_names = []  # nothing to publish
         self.fresh = False
 
-    def begin(self, size, info):
+    def begin(self, size: int, info: Any) -> None:
         """Make a new one: the old one stays as it is until that is published."""
         self.file_names = self._made
         self._path = self._directory.partial(self.file_names[0])
         self.fresh = True
         super().begin(size, info)
 
-    def open(self, size):
+    def open(self, size: int) -> Sink:
         """A target that writes to it."""
         if self.fresh:
             return super().open(size)
@@ -198,35 +212,35 @@ class StandbyImage(NewImage):
         path = os.path.abspath(self._path)
         return image_writer.Image(self.name, path, self._path, self._format, keep=keep, outside=outside)
 
-    def complete(self):
+    def complete(self) -> None:
         """All that is to be in it is there, and durable."""
         if self.fresh:
             super().complete()
 
 
 class Existing:
-    """Something that exists. name (str): the disk. text (str): what the user typed."""
+    """Something that exists. name: the disk. text: what the user typed."""
 
     fresh = False
-    file_names = ()
+    file_names: Sequence[str] = ()
 
-    def __init__(self, name, text):
+    def __init__(self, name: str, text: str) -> None:
         self.name = name
         self.text = text
 
-    def begin(self, size, info):
+    def begin(self, size: int, info: Any) -> None:
         """Nothing is made here."""
 
-    def complete(self):
+    def complete(self) -> None:
         """Nothing is left to do here."""
 
-    def grow(self, size):
+    def grow(self, size: int) -> None:
         """By itself it has the size that it has; open() will see."""
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.text
 
-    def _check(self, has, size):
+    def _check(self, has: int, size: int) -> None:
         if has < size:
             raise Error(self.text, f"has {has} bytes, disk {self.name} needs {size}")
 
@@ -234,7 +248,7 @@ class Existing:
 class Export(Existing):
     """An NBD export; text is its URI."""
 
-    def open(self, size):
+    def open(self, size: int) -> Sink:
         """A target that writes to it. Raises Error if it is too small."""
         export = sinks.Nbd(self.name, self.text, self.text)
         try:
@@ -252,12 +266,12 @@ class Export(Existing):
 class ImageFile(Existing):
     """An image file in a format of QEMU's."""
 
-    def __init__(self, name, text, path, format_):
+    def __init__(self, name: str, text: str, path: str, format_: str) -> None:
         super().__init__(name, text)
         self._path = os.path.abspath(path)
         self._format = format_
 
-    def open(self, size):
+    def open(self, size: int) -> image_writer.Image:
         """A target that writes to it. Raises Error if it is too small, or not such an image."""
         image = image_writer.Image(self.name, self._path, self.text, self._format)
         try:
@@ -267,7 +281,7 @@ class ImageFile(Existing):
             raise
         return image
 
-    def grow(self, size):
+    def grow(self, size: int) -> None:
         """Make it larger, if it is not large enough."""
         image = self.open(0)
         image.close()
@@ -276,14 +290,14 @@ class ImageFile(Existing):
 
 
 class RawFile(Existing):
-    """A file or block device whose bytes are those of the disk. certain (bool): the user said so."""
+    """A file or block device whose bytes are those of the disk. certain: the user said so."""
 
-    def __init__(self, name, text, path, certain):
+    def __init__(self, name: str, text: str, path: str, certain: bool) -> None:
         super().__init__(name, text)
         self._path = path
         self._certain = certain
 
-    def open(self, size):
+    def open(self, size: int) -> Sink:
         """A target that writes to it. Raises Error if it is too small, in use, or perhaps another format's."""
         try:
             mode = os.stat(self._path).st_mode
@@ -308,7 +322,7 @@ class RawFile(Existing):
             raise
         return sinks.Raw(fd, self.name)
 
-    def grow(self, size):
+    def grow(self, size: int) -> None:
         """Make it larger, if it is a file and not large enough."""
         found = os.stat(self._path)
         if stat.S_ISREG(found.st_mode) and found.st_size < size:
@@ -316,14 +330,14 @@ class RawFile(Existing):
             _grow(self._path, "raw", size, self.name)
 
 
-def _open(path, flags, text):
+def _open(path: str, flags: int, text: str) -> int:
     try:
         return os.open(path, flags | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise os_error(text, error) from None
 
 
-def _grow(path, format_, size, name, preallocate=False):
+def _grow(path: str, format_: str, size: int, name: str, preallocate: bool = False) -> None:
     if format_ != "raw":
         image_writer.resize(path, name, format_, size, preallocate)
         return
@@ -333,7 +347,7 @@ def _grow(path, format_, size, name, preallocate=False):
         raise os_error(name, error) from None
 
 
-def parse(text):
+def parse(text: str) -> Callable[[str], Existing]:
     """A function (name) -> place that exists, for what stands behind NAME= on the command line; UsageError."""
     if _URI.match(text):
         return lambda name: Export(name, text)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Where vnb-map listens: a private directory, a unix socket, a TCP port."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import shutil
@@ -13,12 +15,17 @@ from vnb.base import locks
 from vnb.base.errors import Error, os_error
 from vnb.base.tempdir import runtime_directory
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
 PREFIX = "vnb-map."  # of the names of private directories
 LOCK = "lock"  # the file in them that a living vnb-map has locked
 
 
 @contextlib.contextmanager
-def private_directory():
+def private_directory() -> Iterator[str]:
     """The path of a directory that only we can enter, for as long as this lasts. Those of the killed are removed."""
     try:
         above = runtime_directory()
@@ -39,7 +46,7 @@ def private_directory():
         os.close(lock)
 
 
-def _remove_directories(above):
+def _remove_directories(above: str) -> None:
     """Remove private directories of ours whose vnb-map was killed: the lock of a living one can't be had."""
     for name in os.listdir(above):
         if not name.startswith(PREFIX):
@@ -61,7 +68,7 @@ def _remove_directories(above):
 
 
 @contextlib.contextmanager
-def directory(path):
+def directory(path: str) -> Iterator[str]:
     """The path of a directory, made private if it was not there, and then removed in the end."""
     try:
         os.mkdir(path, 0o700)
@@ -80,23 +87,23 @@ def directory(path):
 class Address:
     """Where a server listens (listener: socket), and how clients find it."""
 
-    def __init__(self, listener, scheme, authority, query=""):
+    def __init__(self, listener: socket.socket, scheme: str, authority: str, query: str = "") -> None:
         self.listener = listener
         self.where = listener.getsockname()
         self._parts = scheme, authority, query
 
-    def uri(self, export=""):
+    def uri(self, export: str = "") -> str:
         """The NBD URI of an export."""
         scheme, authority, query = self._parts
         return f"{scheme}://{authority}/{quote(export, safe='@:')}{query}"
 
-    def close(self):
+    def close(self) -> None:
         """We are not the one who listens: when the server has died, clients shall not wait for it."""
         self.listener.close()
 
 
 @contextlib.contextmanager
-def unix_address(path):
+def unix_address(path: str) -> Iterator[Address]:
     """The Address of a Unix socket that only its owner may connect to. It is removed at the end."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         _remove_abandoned(path)
@@ -117,7 +124,7 @@ def unix_address(path):
                     os.unlink(path)
 
 
-def _remove_abandoned(path):
+def _remove_abandoned(path: str) -> None:
     """Remove a socket that nobody listens on any more: a server that was killed left it."""
     try:
         if stat.S_ISSOCK(os.lstat(path).st_mode):
@@ -130,14 +137,14 @@ def _remove_abandoned(path):
 
 
 @contextlib.contextmanager
-def tcp_address(text, host, port, tls):
-    """The Address of a TCP port; 0 is one that is free. text: as the user typed it. tls (bool): for the URI."""
+def tcp_address(text: str, host: str, port: int, tls: bool) -> Iterator[Address]:
+    """The Address of a TCP port; 0 is one that is free. text: as the user typed it. tls: for the URI."""
     try:
         family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.create_server(where[:2], family=family)
     except OSError as error:
         is_name = isinstance(error, socket.gaierror)
-        raise Error(text, error.strerror if is_name else os.strerror(error.errno)) from None
+        raise Error(text, error.strerror if is_name else os.strerror(error.errno or 0)) from None
     with listener:
         shown = f"[{host}]" if ":" in host else host
         yield Address(listener, "nbds" if tls else "nbd", f"{shown}:{listener.getsockname()[1]}")

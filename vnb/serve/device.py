@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Restore points as devices of the kernel."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
@@ -18,14 +20,14 @@ class Device(Child):
     SYS = "/sys"
     CONNECTED = b" is now connected to "  # with --fork it would say that all is well before it has tried
 
-    def __init__(self, path, uri, writable, debug):
+    def __init__(self, path: str, uri: str, writable: bool, debug: bool) -> None:
         self.path = path
         self._said = b""
         self._debug = debug
         try:
             found = os.stat(path)
         except OSError as error:
-            raise Error(path, error.strerror + self._hint()) from None
+            raise Error(path, f"{error.strerror}{self._hint()}") from None
         if not stat.S_ISBLK(found.st_mode) or os.major(found.st_rdev) != self.MAJOR:
             raise Error(path, "is no NBD device")
         pid = f"{self.SYS}/dev/block/{self.MAJOR}:{os.minor(found.st_rdev)}/pid"  # there while the device is connected
@@ -45,7 +47,7 @@ class Device(Child):
         finally:
             os.close(pipe)
 
-    def ready(self):
+    def ready(self) -> None:
         """Wait until the device is connected. Raises Error."""
         while self.CONNECTED not in self._said:
             part = os.read(self._pipe, 4096)
@@ -56,11 +58,11 @@ class Device(Child):
                 raise Error(self.path, reason + self._hint())
             self._said += part
 
-    def words(self):
+    def words(self) -> bytes:
         """What it has said before it was ready: all that is read."""
         return self._said
 
-    def _hint(self):
+    def _hint(self) -> str:
         """What to type, if that is what is missing."""
         number = re.fullmatch(r"/dev/nbd(\d+)", self.path)
         needed = int(number[1]) + 1 if number else 0
@@ -71,7 +73,7 @@ class Device(Child):
             return f" (type: modprobe -r nbd && modprobe nbd nbds_max={needed})"
         return ""
 
-    def end(self):
+    def end(self) -> None:
         """Disconnect the device, as qemu-nbd's page has it, and then end it."""
         if self.fd is None:
             return

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Restore points as files, by nbdfuse."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import subprocess
@@ -13,10 +15,10 @@ class Fuse(Child):
     """
     nbdfuse, serving an export as a file, path. The file is made, and removed in the end.
 
-    directory (str): private.
+    directory: private.
     """
 
-    def __init__(self, path, uri, directory, debug):
+    def __init__(self, path: str, uri: str, directory: str, debug: bool) -> None:
         self.path = path
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDONLY | os.O_CLOEXEC, 0o600))
@@ -33,12 +35,13 @@ class Fuse(Child):
             os.unlink(path)
             raise
 
-    def ready(self):
+    def ready(self) -> None:
         """Wait until the file can be read. Raises Error."""
+        assert self.fd is not None
         if wait_for([self.fd, self._fifo]) == self.fd:
             raise self.failure()
 
-    def end(self):
+    def end(self) -> None:
         """Unmount; whoever still has the file open can read on until nbdkit ends, a moment later."""
         if self.fd is None:
             return

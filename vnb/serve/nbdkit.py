@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """nbdkit with our plugin."""
 
+from __future__ import annotations
+
 import fcntl
 import json
 import os
@@ -12,6 +14,14 @@ import vnb
 from vnb.base.errors import Error
 from vnb.base.processes import Child
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from typing import Any
+
+    from vnb.serve.address import Address
+
+
 PLUGIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "nbdkit_plugin.py")
 THREADS = 1  # of nbdkit for each connection: with more, 1.32 aborts when a client dies; more connections are faster
 HIGH = 10  # descriptors that a child inherits stay clear of 3, where it gets the socket
@@ -21,11 +31,14 @@ class Nbdkit(Child):
     """
     nbdkit with the plugin, serving saved disks at an address.
 
-    choice (dict): what to serve, see vnb.serve.nbdkit_plugin. directory (str): private. options: nbdkit's own.
-    log (bool): what goes wrong with a request is for the system's log, not for our standard error.
+    choice: what to serve, see vnb.serve.nbdkit_plugin. directory: private. options: nbdkit's own.
+    log: what goes wrong with a request is for the system's log, not for our standard error.
     """
 
-    def __init__(self, address, choice, directory, options, debug, log=False):
+    def __init__(
+        self, address: Address, choice: dict[str, Any], directory: str, options: Sequence[str], debug: bool,
+        log: bool = False,
+    ) -> None:
         self._status, status = _high(os.pipe())
         inherited = [status] if log else [status, *_high([os.dup(2)])]
         choice = {
@@ -54,14 +67,14 @@ class Nbdkit(Child):
             for fd in inherited:
                 os.close(fd)
 
-    def reason(self, lines):
+    def reason(self, lines: list[str]) -> str:
         """nbdkit goes on after its message, and Python before its own."""
         exceptions = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
         return (exceptions or [line for line in lines if line.startswith("nbdkit: ")] or lines)[0]
 
-    def ready(self):
+    def ready(self) -> dict[str, Any]:
         """
-        Wait until it serves. Returns a dict: disks (name: size), default (name or None), point, damaged (list of str).
+        Wait until it serves. Returns a dict: disks (name: size), default (name or None), point, damaged.
 
         Raises Error.
         """
@@ -77,7 +90,7 @@ class Nbdkit(Child):
         return answer
 
 
-def _high(fds):
+def _high(fds: Iterable[int]) -> list[int]:
     """The same descriptors with higher numbers; the old ones are closed."""
     moved = []
     for fd in fds:
@@ -86,7 +99,7 @@ def _high(fds):
     return moved
 
 
-def _python_path():
+def _python_path() -> str:
     """
     Where this Python finds vnb and what it needs, for the Python in nbdkit: we may run from a virtual environment.
 
@@ -96,7 +109,7 @@ def _python_path():
     return os.pathsep.join([ours, *(path for path in sys.path if path.endswith("-packages"))])
 
 
-def _tunables():
+def _tunables() -> str:
     """
     How nbdkit's memory is kept: frames come and go in all its threads, and glibc would ask the kernel for each of them,
     or have a heap for each thread. It is a tenth of the time, and a third of the memory.

@@ -14,6 +14,8 @@ nbdkit makes a message of several lines, a traceback, of every failed request. S
 it is ready, and what a user has to know is said here, once.
 """
 
+from __future__ import annotations
+
 import builtins
 import ctypes
 import errno
@@ -31,6 +33,14 @@ from vnb.base.errors import Error, one_line, os_error
 from vnb.format import frame as f
 from vnb.store.saved_disk import MAX_EXTENTS, Images
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from vnb.store.saved_disk import Image
+
+
 API_VERSION = 2
 PREFERRED = 512 * f.KiB  # request size: that of most frames, so that one read serves one request
 MAXIMUM = 32 * f.MiB  # request size: NBD's own limit for those that do not ask
@@ -38,9 +48,9 @@ PR_SET_PDEATHSIG = 1
 GIL_LOCKED = 0  # PyGILState_STATE: whoever called has the lock already, and keeps it
 MANY_LINES = 10_000  # said already: then lines may come again
 
-choice = None
-images = None
-answer = None
+choice: Any = None
+images: Any = None
+answer: Any = None
 told: set[str] = set()
 lock = threading.Lock()
 thread = threading.local()
@@ -51,7 +61,7 @@ class Failed(Exception):
     """A request failed, and it has been told why. nbdkit never frees it (400 bytes): it must not hold anything."""
 
 
-def config(key, value):
+def config(key: str, value: str) -> None:
     """Called for each parameter."""
     global choice
     if key != "choice":
@@ -60,12 +70,12 @@ def config(key, value):
         choice = json.load(file)
 
 
-def thread_model():
+def thread_model() -> Any:
     """Any number of requests at once."""
     return nbdkit.THREAD_MODEL_PARALLEL
 
 
-def keep_thread_state():
+def keep_thread_state() -> None:
     """
     Keep what Python has for this thread of nbdkit's until the thread ends.
 
@@ -79,12 +89,12 @@ def keep_thread_state():
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-def thread_ended(_):
+def thread_ended(_: object) -> None:
     """A thread that called keep_thread_state() is about to end: let go of its state."""
     ctypes.pythonapi.PyGILState_Release(GIL_LOCKED)
 
 
-def get_ready():
+def get_ready() -> None:
     """Open everything that is to be served at once, or say why not, and end."""
     global answer, images
     # Each segment of a chain is an open file, and a chain may be longer than the usual 1024.
@@ -101,7 +111,7 @@ def get_ready():
         os._exit(1)
 
 
-def after_fork():
+def after_fork() -> None:
     """Called when connections are about to be accepted: nbdkit has nothing to say any more."""
     # With a socket handed over nbdkit asks for SIGTERM when its parent dies, and then waits for its clients to go.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -115,29 +125,29 @@ def after_fork():
         os.close(null)
 
 
-def reply(message):
+def reply(message: object) -> None:
     """Tell vnb-map how it went."""
     with builtins.open(choice["status"], "w", closefd=False) as file:
         json.dump(message, file)
 
 
-def list_exports(_readonly, _is_tls):
+def list_exports(_readonly: object, _is_tls: object) -> list[str]:
     """Called for clients that ask what is here."""
     own, names = choice["export_name"], images.names()
     return names if own is None else [own, *(name for name in names if name != own)]
 
 
-def default_export(_readonly, _is_tls):
+def default_export(_readonly: object, _is_tls: object) -> str:
     """The name behind the empty name; without one, open() says what is missing."""
     return images.default or ""
 
 
-def open(_readonly):
+def open(_readonly: object) -> Any:
     """Called for a new connection."""
     return told_if_failed(lambda: images.open(export_name()))
 
 
-def export_name():
+def export_name() -> str:
     """What the client calls it: any bytes. Raises Error."""
     try:
         name = nbdkit.export_name()
@@ -146,32 +156,32 @@ def export_name():
         raise Error("a client", "asked for an export whose name is not UTF-8") from None
 
 
-def get_size(image):
+def get_size(image: Image) -> int:
     """Bytes of the export."""
     return image.size
 
 
-def export_description(image):
+def export_description(image: Image) -> str:
     """For people."""
     return f'{image.name} of {one_line(image.head["domain"])} at {image.head["point"]}'
 
 
-def block_size(_image):
+def block_size(_image: Image) -> tuple[int, int, int]:
     """Any offset and length will do."""
     return 1, PREFERRED, MAXIMUM
 
 
-def can_multi_conn(_image):
+def can_multi_conn(_image: Image) -> bool:
     """All connections see the same, and nothing changes."""
     return True
 
 
-def can_cache(_image):
+def can_cache(_image: Image) -> Any:
     """Prefetching unpacks frames for readers that come."""
     return nbdkit.CACHE_NATIVE
 
 
-def pread(image, buf, offset, _flags):
+def pread(image: Image, buf: Any, offset: int, _flags: int) -> None:
     """Fill buf."""
     keep_thread_state()
     try:
@@ -184,7 +194,7 @@ def pread(image, buf, offset, _flags):
         raise Failed
 
 
-def cache(image, count, offset, _flags):
+def cache(image: Image, count: int, offset: int, _flags: int) -> None:
     """Prefetch; what fails here fails again when it is read."""
     try:
         image.prefetch(offset, count)
@@ -192,13 +202,13 @@ def cache(image, count, offset, _flags):
         tell(error)
 
 
-def extents(image, count, offset, flags):
+def extents(image: Image, count: int, offset: int, flags: int) -> Any:
     """The extents of a range, or of its start; QEMU asks for one at a time."""
     most = 1 if flags & nbdkit.FLAG_REQ_ONE else MAX_EXTENTS
     return told_if_failed(lambda: image.extents(offset, count, most))
 
 
-def told_if_failed(function):
+def told_if_failed(function: Callable[[], Any]) -> Any:
     """What function returns; what goes wrong is said, and the request fails."""
     try:
         return function()
@@ -208,7 +218,7 @@ def told_if_failed(function):
     raise Failed
 
 
-def tell(error):
+def tell(error: Exception) -> None:
     """Say once what went wrong."""
     if isinstance(error, MemoryError):
         error = Error(None, "out of memory")

@@ -36,7 +36,7 @@ def default_uri() -> str:
 
 
 def dotted(version: int) -> str:
-    """A version (int) of libvirt or QEMU, as libvirt has it, in its usual form."""
+    """A version of libvirt or QEMU, as libvirt has it, in its usual form."""
     return f"{version // 1000000}.{version // 1000 % 1000}.{version % 1000}"
 
 
@@ -177,7 +177,7 @@ class Host:
             raise error_of(self.uri, error) from None
 
     def define(self, name: str, xml: str) -> None:
-        """Define a domain. name (str): for messages."""
+        """Define a domain. name: for messages."""
         try:
             self._connection.defineXML(xml)
         except libvirt.libvirtError as error:

@@ -64,7 +64,7 @@ WAITS = {  # what libvirt's functions wait for
 
 def short_names(name: str) -> set[bytes]:
     """
-    What libvirt may put of a domain's name into paths (set of bytes): virDomainDefGetShortName() takes 20 characters.
+    What libvirt may put of a domain's name into paths: virDomainDefGetShortName() takes 20 characters.
 
     In the locale C characters are bytes.
     """
@@ -75,8 +75,8 @@ class Domain:
     """
     A domain, looked up anew: the daemon may have been restarted since the last time.
 
-    uri (str or None): None for the default. name (str): a name or a UUID. user (str or None), password_file
-    (str or None): what libvirt's authentication asks for. Raises Error, as all methods do.
+    uri: None for the default. name: a name or a UUID. user, password_file:
+    what libvirt's authentication asks for. Raises Error, as all methods do.
     """
 
     def __init__(self, uri: str | None, name: str, user: str | None = None, password_file: str | None = None) -> None:
@@ -171,7 +171,7 @@ class Domain:
 
     def sharer(self, disk: domxml.Disk) -> str | None:
         """
-        The name of another domain that runs and has a disk (vnb.virt.domxml.Disk) of the same source, or None.
+        The name of another domain that runs and has a disk of the same source, or None.
 
         libvirt 11.0 to 11.4 asks QEMU before it describes a domain. If QEMU hangs, this takes half a minute.
         """
@@ -215,7 +215,7 @@ class Domain:
         """
         The directory that libvirt made for this running domain, which only QEMU's user and root can enter.
 
-        host (vnb.base.ssh.Host or None): where it is.
+        host: where it is.
         """
         import glob
 
@@ -270,7 +270,7 @@ class Domain:
         """
         Start a backup job. Raises BrokenBitmap where a bitmap is missing or inconsistent; nothing is left then.
 
-        reuse (bool): the scratch files are there already, empty images as large as the disks.
+        reuse: the scratch files are there already, empty images as large as the disks.
         """
         flags = libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL if reuse else 0
         flags |= PRESERVE_SHUTDOWN if self.call_connection("getLibVersion") >= PRESERVE_SHUTDOWN_SINCE else 0
@@ -472,7 +472,7 @@ class Domain:
 
     def freeze(self, mountpoints: Sequence[str]) -> int:
         """
-        Freeze all file systems of the guest, or those at mountpoints (list); returns how many.
+        Freeze all file systems of the guest, or those at mountpoints; returns how many.
 
         Raises Unanswered where the agent may do it later, Error where it was refused: then nothing is frozen by us.
         """
@@ -492,7 +492,7 @@ class Domain:
             raise error_of(self.what, error) from None
 
     def guest_info(self) -> dict[str, Any] | None:
-        """What the guest agent says of the guest (dict), or None where there is no agent that answers."""
+        """What the guest agent says of the guest, or None where there is no agent that answers."""
         try:
             with self._agent_within(INFO_SECONDS):
                 return self._domain.guestInfo(0)

@@ -35,8 +35,8 @@ def is_name(text: str) -> bool:
 @dataclasses.dataclass
 class Place:
     """
-    Where a disk is now. type (str): file, block, or network for NBD. path (str): absolute, or the name of the export.
-    format (str): of the image there. server (dict): attributes of libvirt's host element, for network.
+    Where a disk is now. type: file, block, or network for NBD. path: absolute, or the name of the export.
+    format: of the image there. server: attributes of libvirt's host element, for network.
     """
 
     type: str
@@ -56,7 +56,7 @@ class Place:
 @dataclasses.dataclass
 class Wishes:
     """
-    What the user wants. name (str or None): of the domain; directory (str or None): where its files go, absolute; the
+    What the user wants. name: of the domain; directory: where its files go, absolute; the
     others as the options of vnb-config.
     """
 
@@ -68,8 +68,8 @@ class Wishes:
 
 class Domain:
     """
-    The domain of a segment's head (dict). root (Element): its XML, the definition rather than the state where both
-    are there. say (callable): takes a line to the user for each thing that does not stay as it was. outputs (list of
+    The domain of a segment's head. root (Element): its XML, the definition rather than the state where both
+    are there. say: takes a line to the user for each thing that does not stay as it was. outputs (list of
     str): paths of files that it will write, once adjust() was called. Raises Error.
     """
 
@@ -158,7 +158,7 @@ class Domain:
             self.say(f"the state of its TPM is not in the backup: the guest finds {found}")
 
     def xml(self) -> str:
-        """The XML (str), ending with a newline. Metadata, which are not libvirt's, have white space of their own."""
+        """The XML, ending with a newline. Metadata, which are not libvirt's, have white space of their own."""
         foreign = {place: element for place, element in enumerate(self.root) if element.tag == "metadata"}
         for place in foreign:
             self.root[place] = ElementTree.Element("metadata")
@@ -292,7 +292,7 @@ class Domain:
         """
         Have no output of the original's: files that its character devices write to.
 
-        directory (str or None): for its own; without one libvirt has it for whoever opens the console. taken (set of
+        directory: for its own; without one libvirt has it for whoever opens the console. taken (set of
         str): paths in it that are others'.
         """
         moved: dict[str, str] = {}  # a console may be a serial device once more

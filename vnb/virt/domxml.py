@@ -20,14 +20,14 @@ class Disk:
     """
     A disk of a domain.
 
-    name (str): the target, as vda. device (str): disk, cdrom, floppy, lun. type (str): file, block, network, ...
-    format (str): of the image. path (str or None): of the image, if it is a local file or block device.
-    layers (list of str): what names its image, and those below it as far as the XML has them; a path, or what a
-    network's or volume's source says. formats (list of str or None): of these. data (list of str or None): what names
-    their data files. ends (bool): the XML says that nothing is below the last of them; where it does not, that is for
-    the image to say. readonly, empty (bool). encrypted, sliced (bool): it, one below, or the data file of one is.
-    shareable (bool): other domains may use it at the same time. volume ((pool, name) or None): of a storage pool.
-    no_job_because (str or None): why libvirt can make no backup job of it. on_iothread (bool): it or its controller.
+    name: the target, as vda. device: disk, cdrom, floppy, lun. type: file, block, network, ...
+    format: of the image. path: of the image, if it is a local file or block device.
+    layers: what names its image, and those below it as far as the XML has them; a path, or what a
+    network's or volume's source says. formats: of these. data: what names
+    their data files. ends: the XML says that nothing is below the last of them; where it does not, that is for
+    the image to say. readonly, empty. encrypted, sliced: it, one below, or the data file of one is.
+    shareable: other domains may use it at the same time. volume ((pool, name) or None): of a storage pool.
+    no_job_because: why libvirt can make no backup job of it. on_iothread: it or its controller.
     """
 
     def __init__(self, element: ElementTree.Element, on_iothread: bool = False) -> None:
@@ -72,7 +72,7 @@ class Disk:
 
     @property
     def kind_of_qemu(self) -> str | None:
-        """What it is (str), where what the guest sees is not in its file as it stands there, or None."""
+        """What it is, where what the guest sees is not in its file as it stands there, or None."""
         if self.path is None:
             return f"a disk of type {self.type}"
         if self.encrypted:
@@ -116,7 +116,7 @@ def _format_of(store: ElementTree.Element) -> str | None:
 
 
 def _image_of(element: ElementTree.Element) -> str | None:
-    """What names the image of a disk, backingStore or dataStore element (str), or None."""
+    """What names the image of a disk, backingStore or dataStore element, or None."""
     source = element.find("source")
     if source is None:
         return None
@@ -133,7 +133,7 @@ def parse(text: str, what: str, comments: bool = False) -> ElementTree.Element:
     The root element of XML that has no document type, so no entities; Error.
 
     A prefix is a part of a name, and xmlns:PREFIX is an attribute: what is written again has them as they were. So
-    have comments and processing instructions, which libvirt keeps in metadata alone, where comments (bool) says so.
+    have comments and processing instructions, which libvirt keeps in metadata alone, where comments says so.
     """
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise Error(what, "XML with a document type is not accepted")
@@ -173,7 +173,7 @@ def emulator(domain_xml: str) -> str:
 
 
 def disk_names(domain_xml: str) -> set[str]:
-    """The names (set of str) of the disks in a domain's XML, which may come from a stream."""
+    """The names of the disks in a domain's XML, which may come from a stream."""
     return {target.get("dev", "") for target in parse(domain_xml, "domain XML").iterfind("./devices/disk/target")}
 
 
@@ -250,9 +250,9 @@ def checkpoint_of_one(xml: str, disk: str) -> str:
 
 def checkpoint_of(xml: str, disks: Container[str], present: Container[str]) -> str:
     """
-    The XML of a checkpoint without a parent, and with the bitmaps of some disks (container of str) alone.
+    The XML of a checkpoint without a parent, and with the bitmaps of some disks alone.
 
-    present (container of str): the disks that the domain has: libvirt takes none that names others.
+    present: the disks that the domain has: libvirt takes none that names others.
     """
     root = parse(xml, "checkpoint XML")
     for element in root.findall("parent"):
@@ -296,7 +296,7 @@ def files(domain_xml: str) -> list[tuple[str, str]]:
 
 
 def remote_firmware(domain_xml: str) -> list[str]:
-    """What is no file and no device of the host (list of str), and a domain's firmware writes to it."""
+    """What is no file and no device of the host, and a domain's firmware writes to it."""
     found = parse(domain_xml, "domain XML").iterfind("./os/nvram")
     return [f"its nvram, of type {element.get('type')}" for element in found
             if file_path(element) is None and is_named(element)]

@@ -68,7 +68,7 @@ def read_lists(is_tcp: bool) -> str | None:
 
 
 def clients_of(endpoint: str, is_tcp: bool, sockets: Iterable[str] = ()) -> Clients:
-    """The Clients of an endpoint, as vnb.nbd.endpoint has its key (str), and of more unix sockets."""
+    """The Clients of an endpoint, as vnb.nbd.endpoint has its key, and of more unix sockets."""
     if is_tcp:
         address, _, port = endpoint.rpartition(":")
         return Clients(port=int(port), address=address)
@@ -83,9 +83,9 @@ def wait_blindly(careful: bool, since: float = 0) -> None:
 
 class Clients:
     """
-    Connections to unix sockets (paths, list of str), or to a TCP port (int) of an address, and since when they are.
+    Connections to unix sockets (paths, list of str), or to a TCP port of an address, and since when they are.
 
-    address (str): a name, or what stands for all addresses: nobody else listens on the port then. Seconds are those of
+    address: a name, or what stands for all addresses: nobody else listens on the port then. Seconds are those of
     time.monotonic(). Lines that are not the kernel's are passed over: the name of somebody's abstract socket may have
     line breaks in it.
     """
@@ -108,7 +108,7 @@ class Clients:
         self._waiting = 0  # those that QEMU has not accepted yet: they have no inode
 
     def look(self, lists: str | None, now: float) -> int | None:
-        """How many there are by the kernel's lists (str or None); None where these have never had a listener there."""
+        """How many there are by the kernel's lists; None where these have never had a listener there."""
         if lists is None:
             return None
         found, self._listening = [], []
@@ -162,7 +162,7 @@ class Clients:
         Wait until no client is in its handshake.
 
         read: a function that gives the kernel's lists as text, or None.
-        careful (bool): somebody may be about to connect, who is on no list yet: look twice; and where the lists do not
+        careful: somebody may be about to connect, who is on no list yet: look twice; and where the lists do not
         tell, wait for as long as a handshake may take.
         Where new ones come all the time that ends, too.
         """
@@ -223,7 +223,7 @@ def _in_lists(address: str) -> list[str]:
 
 
 def _each(inodes: Iterable[int], cut: Callable[[socket.socket], bool]) -> set[int]:
-    """cut(socket) for the sockets of all processes that have these inodes (set of int); those that were cut (set)."""
+    """cut(socket) for the sockets of all processes that have these inodes; those that were cut."""
     done = set()
     names = {f"socket:[{inode}]": inode for inode in inodes}
     for pid in filter(str.isdigit, os.listdir("/proc")):

@@ -1,11 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The data of one file of virtnbdbackup, on its way into a disk of a segment."""
 
+from __future__ import annotations
+
 from xxhash import xxh3_64_intdigest
 
 from vnb.format import frame as f
 from vnb.format.runs import Joining
 from vnb.virtnbdbackup.datafile import END, PIECE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vnb.format.types import Bytes
+    from vnb.format.writing import SegmentWriter
+    from vnb.virtnbdbackup.datafile import Input
+    from vnb.virtnbdbackup.directory import DataFile
+
 
 _ZEROES = bytes(PIECE)
 
@@ -13,7 +23,7 @@ _ZEROES = bytes(PIECE)
 class Copy:
     """The data of one file on its way into one disk of a segment. out: vnb.format.writing.SegmentWriter."""
 
-    def __init__(self, file, source, out, number):
+    def __init__(self, file: DataFile, source: Input, out: SegmentWriter, number: int) -> None:
         self.file = file
         self.source = source
         self.out = out
@@ -21,7 +31,7 @@ class Copy:
         self.at = 0  # where the next extent may begin
         self._holes = Joining(lambda runs: out.extents(number, runs))
 
-    def run(self):
+    def run(self) -> None:
         if self.file.is_raw:
             self._raw()
         else:
@@ -32,7 +42,7 @@ class Copy:
             raise self.source.error(f"{self.file.size - self.at} bytes of a full disk are missing")
         self._holes.flush()
 
-    def _stream(self):
+    def _stream(self) -> None:
         total = 0
         while True:
             kind, offset, length = self.source.frame()
@@ -59,7 +69,7 @@ class Copy:
             self.source.trailer()
         self.source.end()
 
-    def _raw(self):
+    def _raw(self) -> None:
         """An image has zeroes and data alike."""
         while self.at < self.file.size:
             for plain in self.source.plain(min(PIECE, self.file.size - self.at)):
@@ -69,11 +79,11 @@ class Copy:
                     self._data(self.at, plain)
         self.source.end()
 
-    def _data(self, offset, plain):
+    def _data(self, offset: int, plain: Bytes) -> None:
         self._holes.flush()
         self.out.data(self.number, offset, len(plain), "none", xxh3_64_intdigest(plain), plain)
         self.at = offset + len(plain)
 
-    def _extent(self, offset, length):
+    def _extent(self, offset: int, length: int) -> None:
         self._holes.add(offset, length, f.HOLE)
         self.at = offset + length

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A file of virtnbdbackup with the data of a disk: its frames, read and checked."""
 
+from __future__ import annotations
+
 import io
 import json
 import os
@@ -10,6 +12,12 @@ import zlib
 
 from vnb.base.errors import Error, os_error
 from vnb.format import frame as f
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
 
 # A stream of virtnbdbackup, as versions 1.9.15 and 2.x write it. Numbers are 16 hexadecimal digits, \r\n ends things:
 #
@@ -32,10 +40,10 @@ class Input:
     """
     A file that virtnbdbackup wrote, read once from start to end.
 
-    size (int), modified (Unix time): of the file. offset (int): of the next byte.
+    size, modified (Unix time): of the file. offset: of the next byte.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str) -> None:
         self.path = path
         self._file = open_file(path)
         status = os.fstat(self._file.fileno())
@@ -45,21 +53,21 @@ class Input:
         self._ahead = b""  # read from the file, and not yet from here
         self._adler = 1
 
-    def __enter__(self):
+    def __enter__(self) -> Input:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def error(self, reason):
+    def error(self, reason: object) -> Error:
         return Error(self.path, reason, f"stream offset {self.offset}")
 
-    def peek(self, size):
+    def peek(self, size: int) -> bytes:
         """Its next bytes, at most size of them, which stay to be read."""
         self._fill(size)
         return self._ahead[:size]
 
-    def read(self, size):
+    def read(self, size: int) -> bytes:
         """Exactly size bytes."""
         self._fill(size)
         found = self._ahead[:size]
@@ -69,7 +77,7 @@ class Input:
         self.offset += size
         return found
 
-    def _fill(self, size):
+    def _fill(self, size: int) -> None:
         while len(self._ahead) < size:
             try:
                 found = os.read(self._file.fileno(), size - len(self._ahead))
@@ -80,19 +88,19 @@ class Input:
             self._adler = zlib.adler32(found, self._adler)
             self._ahead = self._ahead + found if self._ahead else found
 
-    def expect(self, text):
+    def expect(self, text: bytes) -> None:
         if self.read(len(text)) != text:
             raise self.error("not a stream of virtnbdbackup, or damaged")
 
-    def frame(self):
-        """(kind (str), offset, length) of the frame that comes next."""
+    def frame(self) -> tuple[str, int, int]:
+        """(kind, offset, length) of the frame that comes next."""
         match = FRAME.fullmatch(self.read(FRAME_SIZE))
         if match is None:
             raise self.error("not a stream of virtnbdbackup, or damaged")
         return match[1].decode(), int(match[2], 16), int(match[3], 16)
 
-    def meta(self):
-        """The header (dict)."""
+    def meta(self) -> dict[str, Any]:
+        """The header, which comes next."""
         kind, _, length = self.frame()
         if kind != "meta" or length > MAX_META:
             raise self.error("not a stream of virtnbdbackup, or damaged")
@@ -102,14 +110,14 @@ class Input:
         self.expect(END)
         return meta
 
-    def plain(self, length):
+    def plain(self, length: int) -> Iterator[bytes]:
         """Yield length bytes in pieces."""
         while length:
             piece = self.read(min(PIECE, length))
             yield piece
             length -= len(piece)
 
-    def unpacked(self, length):
+    def unpacked(self, length: int) -> Iterator[bytes]:
         """
         Yield length bytes in pieces, from as many lz4 frames as there are.
 
@@ -145,7 +153,7 @@ class Input:
         if waiting:
             yield bytes(waiting)
 
-    def trailer(self):
+    def trailer(self) -> None:
         """Pass over the list of sizes behind a compressed stream: the frames say it themselves."""
         length = self.size - self.offset - len(END) - FRAME_SIZE
         for _ in self.plain(max(0, length)):
@@ -155,11 +163,11 @@ class Input:
         if kind != "comp" or said != length:
             raise self.error("the list of compressed sizes is damaged")
 
-    def end(self):
+    def end(self) -> None:
         if self.peek(1):
             raise self.error("there is more after the end of the stream")
 
-    def check_adler(self):
+    def check_adler(self) -> None:
         """Hold all that was read against the checksum that versions from 2 on leave beside the file."""
         path = f"{self.path}.chksum"
         if os.path.exists(path):
@@ -168,15 +176,15 @@ class Input:
                 raise Error(self.path, f"is damaged: its checksum is {self._adler}, {path} says {text.decode()}")
 
 
-def _json(text):
-    """The value that a text (str or bytes) is in JSON, None where it is none."""
+def _json(text: str | bytes) -> Any:
+    """The value that a text is in JSON, None where it is none."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
 
 
-def open_file(path):
+def open_file(path: str) -> io.FileIO:
     """A regular file (io.FileIO), open for reading. Raises Error."""
     try:
         # Not to wait for whoever may open the other end of a FIFO.
@@ -189,7 +197,7 @@ def open_file(path):
     return file
 
 
-def read_file(path, limit):
+def read_file(path: str, limit: int) -> tuple[int, bytes]:
     """(mode, bytes) of a small regular file. Raises Error for one of more than limit bytes."""
     with Input(path) as source:
         if source.size > limit:

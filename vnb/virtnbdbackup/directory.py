@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A directory that virtnbdbackup wrote: its files, how they belong together, and their data as segments of ours."""
 
+from __future__ import annotations
+
 import dataclasses
 import datetime
 import os
@@ -15,6 +17,14 @@ from vnb.virtnbdbackup.conversion import Copy
 from vnb.virtnbdbackup.datafile import VERSIONS, Input, _json, read_file
 from vnb.virtnbdbackup.runs import Runs
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from typing import Any
+
+    from vnb.format.writing import Writer
+
+
 MAX_FILE = 64 << 20  # of a file that is taken along: firmware and kernels are smaller
 MAX_TEXT = 16 << 20  # of XML and JSON files
 NAME = re.compile(r"([^.]+)\.(full|copy|inc|diff)(?:\.(.+))?\.data", re.DOTALL)
@@ -26,14 +36,14 @@ class Directory:
     """
     What virtnbdbackup left in a directory. points (list of Point): those that can be restored, each after its parent.
 
-    lost (list of Error): why others cannot be. notes (list of str): what a user should know. Raises Error where the
+    lost: why others cannot be. notes: what a user should know. Raises Error where the
     directory has no backup of virtnbdbackup; data is not read.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str) -> None:
         self.path = path
-        self.notes = []
-        self.lost = []
+        self.notes: list[str] = []
+        self.lost: list[Error] = []
         try:
             self.names = sorted(os.listdir(path))
         except OSError as error:
@@ -46,18 +56,18 @@ class Directory:
             raise Error(path, "no backup of virtnbdbackup here (no file named DISK.LEVEL.data)")
         self.domain, self.uuid = self._domain()
         self.runs = Runs(self)
-        self._understood = []  # Points, whether they can be restored or not
-        self._by_checkpoint = {}  # those that others may start from
-        self._replaced = set()  # checkpoints whose data was overwritten
-        self._unread = set()  # checkpoints whose data cannot be understood
+        self._understood: list[Point] = []  # Points, whether they can be restored or not
+        self._by_checkpoint: dict[str, Point] = {}  # those that others may start from
+        self._replaced: set[str] = set()  # checkpoints whose data was overwritten
+        self._unread: set[str] = set()  # checkpoints whose data cannot be understood
         self.points = self._points(matches)
         self._compare_list()
 
-    def where(self, *names):
+    def where(self, *names: str) -> str:
         return os.path.join(self.path, *names)
 
-    def named(self, until):
-        """The point (str) of a name: a checkpoint's, or its own; None where no point has it. Raises Error if lost."""
+    def named(self, until: str) -> str | None:
+        """The point of a name: a checkpoint's, or its own; None where no point has it. Raises Error if lost."""
         for point in self.points:
             if until in (point.checkpoint, point.head["point"]):
                 return point.head["point"]
@@ -66,7 +76,7 @@ class Directory:
                 raise point.error
         return None
 
-    def text(self, *names):
+    def text(self, *names: str) -> str | None:
         """The text of a file, or None if there is none. Raises Error."""
         path = self.where(*names)
         if not os.path.lexists(path):
@@ -76,29 +86,31 @@ class Directory:
         except UnicodeDecodeError:
             raise Error(path, "is not UTF-8") from None
 
-    def _domain(self):
+    def _domain(self) -> tuple[str, str]:
         """(name, UUID) of the domain, from its XML, else from the name of the list of checkpoints."""
         for name in self.names:
             if re.fullmatch(r"vmconfig\..+\.xml", name):
                 try:
-                    root = domxml.parse(self.text(name), self.where(name))
+                    root = domxml.parse(self.text(name) or "", self.where(name))
                 except Error:
                     continue  # a point that needs it says so
                 domain, uuid = root.findtext("name"), root.findtext("uuid")
-                if rules.is_domain_name(domain) and f.is_name(uuid):
+                if domain and uuid and rules.is_domain_name(domain) and f.is_name(uuid):
                     return domain, uuid
         lists = [name[: -len(".cpt")] for name in self.names if name.endswith(".cpt")]
         domain = lists[0] if lists else os.path.basename(os.path.abspath(self.path))
         self.notes.append(f"no configuration of the domain here: it is taken to be {domain}")
         return domain, heads.uuid_of(domain)
 
-    def _points(self, matches):
-        groups, differentials, spoilt = {}, [], []
+    def _points(self, matches: dict[str, re.Match[str]]) -> list[Point]:
+        groups: dict[str, list[Any]] = {}
+        differentials: list[DataFile] = []
+        spoilt: list[Spoilt] = []
         for name, match in matches.items():
             disk, level, ident = match.groups()
             # A file that cannot be understood spoils the point that it is a part of, and no other.
             try:
-                file = DataFile(self.where(name), disk, level, ident)
+                file: Any = DataFile(self.where(name), disk, level, ident)
             except Error as error:
                 file = Spoilt(disk, ident, error)
             if level == "diff":
@@ -118,12 +130,12 @@ class Directory:
         self._understood = points
         self._by_checkpoint = {point.checkpoint: point for point in points if point.checkpoint is not None}
         self._replaced = {point.since for point in points if point.is_of_off and point.since not in self._by_checkpoint}
-        found = []
+        found: list[Point] = []
         for point in sorted(points, key=lambda point: point.made):
             self._place(point, found)
         return found
 
-    def _place(self, point, found):
+    def _place(self, point: Point, found: list[Point]) -> None:
         """Give a point, and first those that it starts from, a head, and append them to found; or say why not."""
         waiting = [point]
         while waiting:
@@ -141,7 +153,7 @@ class Directory:
                     self.lost.append(error)
             waiting.pop()
 
-    def _accept(self, point, parent, circle):
+    def _accept(self, point: Point, parent: Point | None, circle: bool) -> None:
         if point.since in self._replaced:
             why = "the data of that was overwritten by a backup of the domain when it was off"
             raise Error(point.name, f"starts from {point.since}: {why}")
@@ -157,12 +169,12 @@ class Directory:
             follow.begin(parent.head, parent.disks)
         follow.accept(point.head, point.disks)
 
-    def _compare_list(self):
+    def _compare_list(self) -> None:
         """Tell of checkpoints that the tool's own list has, and no data: it lists them before it copies."""
         for name in self.names:
             if name.endswith(".cpt"):
                 try:
-                    listed = _json(self.text(name))
+                    listed = _json(self.text(name) or "")
                 except Error as error:
                     self.notes.append(f"{name}: {error.reason}")
                     continue
@@ -175,7 +187,7 @@ class Directory:
                     self.notes.append(f"no data of {', '.join(missing)}: a backup that failed, or was moved away")
 
 
-def differential(files, spoilt=()):
+def differential(files: Sequence[Any], spoilt: Sequence[Spoilt] = ()) -> list[list[Any]]:
     """
     The files of each differential backup, as lists, oldest first.
 
@@ -183,7 +195,7 @@ def differential(files, spoilt=()):
     where a disk comes again, or where the changes are those since another checkpoint. A Spoilt file says neither
     when it was begun nor since when: it is put into the backups before and after its second that lack its disk.
     """
-    groups = []
+    groups: list[list[Any]] = []
     for file in sorted(files, key=lambda file: (file.made, file.disk)):
         last = groups[-1] if groups else []
         if not last or file.since != last[0].since or any(other.disk == file.disk for other in last):
@@ -203,32 +215,32 @@ def differential(files, spoilt=()):
 
 @dataclasses.dataclass
 class Spoilt:
-    """A data file that cannot be understood. disk, ident (str): as its name has them. error (Error): why."""
+    """A data file that cannot be understood. disk, ident: as its name has them. error: why."""
 
     disk: str
     ident: str
     error: Error
 
     @property
-    def second(self):
+    def second(self) -> int:
         return _second(self.ident)
 
 
-def _second(ident):
+def _second(ident: str | None) -> int:
     """The Unix time that a differential backup's file is named after; the end of time where it is none."""
-    return int(ident) if re.fullmatch("[0-9]{1,11}", ident or "") else 10**11
+    return int(ident) if ident and re.fullmatch("[0-9]{1,11}", ident) else 10**11
 
 
 class DataFile:
     """
     The saved data of one disk at one point.
 
-    disk, level (str); ident (str or None): the last part of its name. is_raw (bool): an image, no stream.
-    size (int): bytes of the disk. made (datetime): when it was begun, in UTC. checkpoint, since (str): what it brings
-    one to, and what its changes are counted from ("" for a full one). incremental, compressed (bool).
+    disk, level; ident: the last part of its name. is_raw: an image, no stream.
+    size: bytes of the disk. made (datetime): when it was begun, in UTC. checkpoint, since: what it brings
+    one to, and what its changes are counted from ("" for a full one). incremental, compressed.
     """
 
-    def __init__(self, path, disk, level, ident):
+    def __init__(self, path: str, disk: str, level: str, ident: str | None) -> None:
         self.path = path
         self.disk = disk
         self.level = level
@@ -244,25 +256,26 @@ class DataFile:
                     raise Error(path, "not a stream of virtnbdbackup")
                 self.size = source.size
                 self.made = self._time(source.modified)
-                self.checkpoint = self.since = ""
+                self.checkpoint: str = ""
+                self.since: str = ""
                 self.incremental = self.compressed = False
-                self.format = "raw"
+                self.format: str | None = "raw"
             else:
                 self._take(source.meta())
 
     @property
-    def second(self):
+    def second(self) -> int:
         return _second(self.ident)
 
-    def _time(self, seconds):
+    def _time(self, seconds: float) -> datetime.datetime:
         """A Unix time as a datetime. Raises Error for one that no calendar has: file systems hold more."""
         try:
             return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
         except (ValueError, OverflowError, OSError):
             raise Error(self.path, "has a modification time that is out of range") from None
 
-    def _take(self, meta):
-        def field(name, kind, *others):
+    def _take(self, meta: dict[str, Any]) -> None:
+        def field(name: str, kind: Any, *others: str) -> Any:
             value = meta.get(name)
             for other in others:
                 value = meta.get(other) if value is None else value
@@ -302,16 +315,17 @@ class Point:
     """
     One backup: the files (list of DataFile) of its disks.
 
-    head, disks, name: as chain wants them; head is None until set_head(). error (Error or None): why it never gets
-    one. checkpoint (str or None): the tool's own name for it, if later ones can start from it; since (str): the one it
-    starts from, or "". is_of_off (bool): an increment of a domain that was off, which has no checkpoint of its own.
+    head, disks, name: as chain wants them; head is None until set_head(). error: why it never gets
+    one. checkpoint: the tool's own name for it, if later ones can start from it; since: the one it
+    starts from, or "". is_of_off: an increment of a domain that was off, which has no checkpoint of its own.
     """
 
-    def __init__(self, directory, files):
+    def __init__(self, directory: Directory, files: Sequence[DataFile]) -> None:
         self.directory = directory
         self.files = sorted(files, key=lambda file: file.disk)
         self.name = self.files[0].path
-        self.head = self.error = None
+        self.head: Any = None
+        self.error: Error | None = None
         streams = [file for file in self.files if not file.is_raw] or self.files
         level = "copy" if {file.level for file in streams} == {"copy"} else streams[0].level
         names = {(file.checkpoint, file.since, file.incremental) for file in streams}
@@ -334,7 +348,7 @@ class Point:
         self.checkpoint = checkpoint if level in ("full", "inc") else None
         self.made = self._made()
 
-    def _made(self):
+    def _made(self) -> datetime.datetime:
         """When: the checkpoint's own time is of no zone, the header's is of the host's."""
         if self.checkpoint and not os.path.dirname(self.checkpoint):
             text = self.directory.text("checkpoints", f"{self.checkpoint}.xml")
@@ -345,22 +359,22 @@ class Point:
         return min(file.made for file in self.files)
 
     @property
-    def is_open(self):
+    def is_open(self) -> bool:
         """Whether it has neither a head nor a reason why it gets none."""
         return self.head is None and self.error is None
 
     @property
-    def may_lack_zeroes(self):
+    def may_lack_zeroes(self) -> bool:
         """Whether the version that wrote it may have left out what became zero."""
         names = (os.path.basename(file.path) for file in self.files if file.incremental)
         return any(map(self.directory.runs.may_lose, names))
 
     @property
-    def ident(self):
+    def ident(self) -> str:
         """What the other files of this backup are named after."""
-        return "copy" if self.level == "copy" else self.files[0].ident or self.checkpoint
+        return "copy" if self.level == "copy" else self.files[0].ident or self.checkpoint or ""
 
-    def set_head(self, parent):
+    def set_head(self, parent: Point | None) -> None:
         """Make the head and disks. parent (Point or None): has its own already."""
         if parent is not None and self.made <= parent.made:
             try:
@@ -380,11 +394,10 @@ class Point:
         rules.checked_head(["vnb", f.VERSION, self.head], None, lambda reason: Error(self.name, reason))
         paths = {}
         if self.head["domain_xml"]:
-            try:
-                paths = {disk.name: disk.path for disk in domxml.disks(self.head["domain_xml"])}
-            except AttributeError:  # a disk without a target: libvirt writes none
-                raise Error(self.name, "the domain's XML of this restore point has a disk without a name") from None
-        self.disks = [
+            paths = {disk.name: disk.path for disk in domxml.disks(self.head["domain_xml"])}
+            if "" in paths:  # libvirt writes none
+                raise Error(self.name, "the domain's XML of this restore point has a disk without a name")
+        self.disks: Any = [
             {
                 "name": file.disk, "size": file.size, "level": "inc" if file.incremental else "full",
                 "image": {"format": file.format, "path": paths.get(file.disk)},
@@ -392,29 +405,29 @@ class Point:
             for file in self.files
         ]
 
-    def _domain_xml(self):
+    def _domain_xml(self) -> str | None:
         """The XML of the domain at this point, or None."""
         name = self._beside("vmconfig.", ".xml")
         return name and self.directory.text(name)
 
-    def _beside(self, before, after=""):
+    def _beside(self, before: str, after: str = "") -> str | None:
         """The name of a file of this point, or None; a differential backup's is named after a second, like its data."""
         names = [f"{before}{self.ident}{after}"]
         if self.level == "diff":
-            begun = [int(file.ident) for file in self.files if re.fullmatch("[0-9]{1,11}", file.ident)]
+            begun = [file.second for file in self.files if re.fullmatch("[0-9]{1,11}", file.ident or "")]
             of_seconds = re.compile(rf"{re.escape(before)}([0-9]{{1,11}}){re.escape(after)}")
             times = [int(match[1]) for name in self.directory.names if (match := of_seconds.fullmatch(name))]
             if begun and times:
                 names.append(f"{before}{min(times, key=lambda time: abs(time - max(begun)))}{after}")
         return next((name for name in names if name in self.directory.names), None)
 
-    def write(self, out, progress, after=None):
+    def write(self, out: Writer, progress: Any, after: Point | None = None) -> None:
         """
         Write the segment of this point with a vnb.format.writing.Writer.
 
-        progress (vnb.cli.progress.Progress): is told of it. after (Point or None): follows in this stream.
+        progress: is told of it. after (Point or None): follows in this stream.
         """
-        head = self.head if after is None else {**self.head, "next": after.head["point"]}
+        head: Any = self.head if after is None else {**self.head, "next": after.head["point"]}
         with progress.segment(out.segment(head, self.disks)) as written:
             for fields, payload in self._extra_files():
                 for offset in range(0, max(1, len(payload)), f.MAX_PAYLOAD):
@@ -424,7 +437,7 @@ class Point:
                     Copy(file, source, written, number).run()
             written.end()
 
-    def _extra_files(self):
+    def _extra_files(self) -> Iterator[tuple[dict[str, Any], bytes]]:
         """Yield (fields, bytes) of the files that were saved beside the disks."""
         names = self.directory.names
         for role, path in domxml.files(self.head["domain_xml"]) if self.head["domain_xml"] else ():
@@ -433,9 +446,9 @@ class Point:
                     mode, payload = read_file(self.directory.where(name), MAX_FILE)
                     yield {"role": role, "path": path, "mode": mode}, payload
                     break
-        name = self._beside("osinfo.")
-        if name:  # what the guest's agent said, from version 2.46 on
-            mode, payload = read_file(self.directory.where(name), MAX_TEXT)
+        beside = self._beside("osinfo.")
+        if beside:  # what the guest's agent said, from version 2.46 on
+            mode, payload = read_file(self.directory.where(beside), MAX_TEXT)
             yield {"role": "guest-info", "path": "guest-info.json", "mode": mode}, payload
         for file in self.files:
             name = f"{file.disk}.{self.ident}.qcow.json"
