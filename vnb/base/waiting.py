@@ -36,7 +36,7 @@ def on(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_to(tell: Callable[[str | None], None]) -> Iterator[None]:
+def told_to(tell: Callable[[str | None], None] | None) -> Iterator[None]:
     """Have a function told of each wait that begins in this process, and of its end."""
     before, _Now.tell = _Now.tell, tell
     if _Now.all:

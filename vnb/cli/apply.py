@@ -28,6 +28,8 @@ Options:
   --progress MODE   show the progress: auto, none or json; see vnb(7)
 """
 
+from __future__ import annotations
+
 from vnb.base.errors import UsageError
 from vnb.cli.progress import Progress
 from vnb.cli.stdio import stdin
@@ -38,6 +40,12 @@ from vnb.restore.replica import Standby
 from vnb.restore.restore import Restore, undisturbed
 from vnb.restore.writer import Buffers
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+
 FORMATS = ("qcow2", "raw")
 EXAMPLE = "vnb-cat SET | vnb-apply DIR"
 # Those of qemu-img's options that say how an image is made, and nothing of what is in it or below it.
@@ -47,7 +55,7 @@ OPTIONS = (
 )
 
 
-def main(args):
+def main(args: dict[str, Any]) -> None:
     recipe = parse_recipe(args)
     chosen = parse_disks(args["--disk"])
     if args["DIR"] is None and (args["--update"] or not (chosen and all(chosen.values()))):
@@ -75,7 +83,9 @@ def main(args):
         progress.summarize()
 
 
-def update(args, recipe, chosen, buffers):
+def update(
+    args: dict[str, Any], recipe: targets.Recipe, chosen: dict[str, Callable[[str], Any] | None], buffers: Buffers,
+) -> None:
     """Bring a copy from its point to the stream's."""
     words = [f"--format {recipe.format}", *(f"--disk {value}" for value in sorted(args["--disk"]))]
     words += [f"--image-options {args['--image-options']}"] if args["--image-options"] else []
@@ -94,7 +104,7 @@ def update(args, recipe, chosen, buffers):
             progress.summarize()
 
 
-def parse_recipe(args):
+def parse_recipe(args: dict[str, Any]) -> targets.Recipe:
     """The vnb.restore.targets.Recipe of the options; UsageError."""
     format_ = args["--format"]
     if format_ not in FORMATS:
@@ -115,7 +125,7 @@ def parse_recipe(args):
     return targets.Recipe(format_, options, args["--preallocate"], args["--compress"])
 
 
-def parse_disks(values):
+def parse_disks(values: Sequence[str]) -> dict[str, Callable[[str], Any] | None]:
     """{name: function (name) -> place, or None for a new image} of all --disk options; UsageError."""
     chosen = {}
     written = set()

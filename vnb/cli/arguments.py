@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Options of the command line: those that all commands have, and their values, checked before anything is opened."""
 
+from __future__ import annotations
+
 import re
 
 from vnb.base.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
 
 COMMON = """\
   -v, --verbose        print more, and the name of the run in each line
@@ -17,13 +25,13 @@ OTHERS = ("COMMAND", "ARGUMENT")  # words of another command's line, which check
 _UNITS = {None: 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
-def usage(text):
+def usage(text: str) -> str:
     """The whole usage text of a command whose own part is text; [options] in it also means the common ones."""
     heading = "Common options" if "\nOptions:\n" in text else "Options"
     return f"{text.strip()}\n\n{heading}:\n{COMMON}"
 
 
-def refuse_empty(args):
+def refuse_empty(args: Mapping[str, Any]) -> None:
     """
     Raise UsageError for an option or operand that was given, but with nothing in it.
 
@@ -35,7 +43,7 @@ def refuse_empty(args):
             raise UsageError(name, "is empty")
 
 
-def integer(args, option, low, high):
+def integer(args: Mapping[str, Any], option: str, low: int, high: int) -> int:
     """The value of an option as an integer within [low, high]; UsageError."""
     text = args[option]
     if not re.fullmatch(r"[0-9]{1,18}", text) or not low <= int(text) <= high:
@@ -43,7 +51,7 @@ def integer(args, option, low, high):
     return int(text)
 
 
-def size(args, option, low, high):
+def size(args: Mapping[str, Any], option: str, low: int, high: int) -> int:
     """The value of an option as bytes: a number with k, M, G or T (powers of 1024) behind it, or none."""
     text = args[option]
     match = re.fullmatch(r"([0-9]{1,15})(?:([kmgt])(?:ib)?)?", text.lower())
@@ -53,7 +61,7 @@ def size(args, option, low, high):
     return value
 
 
-def seconds(args, option):
+def seconds(args: Mapping[str, Any], option: str) -> int:
     """The value of an option as seconds: a number with s, m, h or d behind it, or none (seconds)."""
     text = args[option]
     match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text)

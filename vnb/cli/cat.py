@@ -29,6 +29,8 @@ Options:
                  show the progress: auto, none or json; see vnb(7)
 """
 
+from __future__ import annotations
+
 import os
 
 from xxhash import xxh3_128_hexdigest
@@ -43,15 +45,20 @@ from vnb.store import backupset, chain
 from vnb.store.domain_files import files_of, merged_files
 from vnb.store.merge import Merge
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
 NOTHING_TO_DO = 4  # exit status
 
 
-def writes_stream(args):
+def writes_stream(args: dict[str, Any]) -> bool:
     """Whether standard output gets a stream."""
     return not (args["--point"] or args["--base"])
 
 
-def main(args):
+def main(args: dict[str, Any]) -> int | None:
     operands, until = args["SET_OR_FILE"], args["--until"]
     name = operands[0] if len(operands) == 1 else "the chain"
     if args["--from"] and not args["--merge"]:  # docopt does not see to it
@@ -116,7 +123,7 @@ def _base(segments, name, damaged):
 
 
 def _after(path, segments, name, start):
-    """The part of a path (list of segments) that comes after a restore point or time (str). Raises Error."""
+    """The part of a path (list of segments) that comes after a restore point or time. Raises Error."""
     points = [segment.head["point"] for segment in path]
     start = chain.latest(segments, name, start)
     if start not in points:
@@ -145,10 +152,10 @@ def _grows(path, wanted):
 
 def _copy(saved, out, wanted, after, more, progress, share):
     """
-    Write what a saved segment has of the disks that are wanted (set of names): a share (float) of all there is to do.
+    Write what a saved segment has of the disks that are wanted (set of names): a share of all there is to do.
 
-    after (SavedSegment or None): follows in this stream, and the head says so: a stream that ends where one of its
-    segments does would else be taken for an older point. more (dict): what else its head is to have.
+    after: follows in this stream, and the head says so: a stream that ends where one of its
+    segments does would else be taken for an older point. more: what else its head is to have.
     """
     segment = saved.open()
     kept = [number for number, disk in enumerate(segment.disks) if disk["name"] in wanted]

@@ -19,6 +19,8 @@ Subcommands:
 vnb-checkpoint SUBCOMMAND --help prints the options of a subcommand.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import shlex
@@ -37,18 +39,23 @@ from vnb.job.statedir import default_directory
 from vnb.nbd.endpoint import parse_listen
 from vnb.store.backupset import is_missing
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
 LEVELS = ("full", "copy", "inc", "diff", "auto")
 NEEDS_CATALOG = "needs --set DIR, or for what is no directory of this host --destination NAME, as s3://bucket/vm1"
 MAX_SIZE = 1 << 60
 NOTHING_TO_DO = 4  # exit status
 
 
-def writes_stream(args):
+def writes_stream(args: dict[str, Any]) -> bool:
     """Whether standard output gets a stream."""
     return bool(args.get("begin"))
 
 
-def main(args):
+def main(args: dict[str, Any]) -> Any:
     subcommand = next(name for name in SUBCOMMANDS if args.get(name))
     if args.get("COMMAND", ())[:1] == [""]:
         raise UsageError("COMMAND", "is empty")  # sh would run it, and it would have done nothing
@@ -152,14 +159,14 @@ def _options(args):
     return found
 
 
-def ssh_options(args):
+def ssh_options(args: dict[str, Any]) -> dict[str, Any]:
     """What vnb.base.ssh.Host.of_uri() takes beside the URI."""
     if args["--ssh-port"]:
         arguments.integer(args, "--ssh-port", 1, 65535)
     return {"user": args["--ssh-user"], "port": args["--ssh-port"], "key": args["--ssh-key"]}
 
 
-def check_destination(args):
+def check_destination(args: dict[str, Any]) -> None:
     name = args.get("--destination")
     if name and args["--set"]:
         raise UsageError("--destination", "contradicts --set")
@@ -167,7 +174,7 @@ def check_destination(args):
         raise UsageError("--destination", "has characters that cannot be printed")
 
 
-def check_chain(args):
+def check_chain(args: dict[str, Any]) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", args["--chain"]):
         raise UsageError("--chain", f'"{args["--chain"]}" has other characters than letters, digits, - and _')
 
@@ -254,7 +261,7 @@ def _refuse_forgotten_quotes(options, command):
 
 
 def _environment(options, head):
-    """All variables (dict) of the command of run."""
+    """All variables of the command of run."""
     environment = {**os.environ, **log.environment(), "VNB_SET": options["set"] or "", proof.STDOUT: ""}
     environment[proof.FILE] = JobDirectory(options["state"], head["uuid"]).taken(head["id"])
     if not options["no_proof"]:
@@ -271,14 +278,14 @@ def _environment(options, head):
 class _Feed(writing.Writer):
     """The stream to the command of run. Raises Error where that, or the keeper, ends before it has taken all."""
 
-    def __init__(self, pipeline):
+    def __init__(self, pipeline: Pipeline) -> None:
         super().__init__(pipeline.stdin, "COMMAND")
         self._pipeline = pipeline
 
-    def wait(self):
+    def wait(self) -> None:
         self._pipeline.wait_to_write()
 
-    def _writev(self, parts):
+    def _writev(self, parts: list[memoryview]) -> None:
         try:
             super()._writev(parts)
         except Error as error:
@@ -322,7 +329,7 @@ def _write(out, keeper, options):
 
 
 def _host_of(options):
-    """The host (Host) of the domain, None where it is this one."""
+    """The host of the domain, None where it is this one."""
     if options["images"]:
         return None
     from vnb.base.ssh import Host

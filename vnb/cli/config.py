@@ -33,6 +33,8 @@ Options:
                       log in with the password in the first line of FILE
 """
 
+from __future__ import annotations
+
 import os
 import shlex
 import stat
@@ -49,12 +51,17 @@ from vnb.restore.imagedir import EXISTS
 from vnb.virt import domxml
 from vnb.virt.domain_rewrite import Domain, Place, Wishes, is_name
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
 FORMATS = ("qcow2", "raw")
 
 
-def main(args):
+def main(args: dict[str, Any]) -> None:
     chosen = _check(args)
-    restored = None
+    restored: Any = None
     try:
         with Earlier() as earlier:
             for segment in stdin(consumer=True):

@@ -25,6 +25,8 @@ Options:
   --from-json   read lines of JSON, and write the stream that they came from
 """
 
+from __future__ import annotations
+
 import json
 import os
 import sys
@@ -39,16 +41,21 @@ from vnb.format.frame import DATA, STATE_NAMES
 from vnb.format.jsonlines import JsonReader, line_of
 from vnb.store import backupset, chain, saved_segment
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
 SHOWN_HEAD = ("point", "level", "stage", "parent", "created", "checkpoint", "chain", "id", "run")
 SHOWN_TEXT = 200  # characters of what nobody knows
 
 
-def writes_stream(args):
+def writes_stream(args: dict[str, Any]) -> bool:
     """Whether standard output gets a stream."""
     return args["--from-json"]
 
 
-def main(args):
+def main(args: dict[str, Any]) -> int | None:
     if args["--from-json"]:
         _from_json()
         return 0
@@ -393,10 +400,10 @@ def _from_json():
     out.finish()
 
 
-def check_data(reader, raw):
+def check_data(reader: stream.Reader, raw: values.Raw) -> None:
     """Raise an Error if the payload of a data frame differs from its hash. Frames of other types pass."""
     data = raw.frame
-    if data.__class__ is values.Data:
+    if type(data) is values.Data and reader.segment is not None:
         try:
             codec.check(data, reader.segment.disks[data.disk]["name"])
         except Error as error:

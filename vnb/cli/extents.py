@@ -16,6 +16,8 @@ Options:
                   changes
 """
 
+from __future__ import annotations
+
 import collections
 import functools
 
@@ -29,13 +31,18 @@ from vnb.format.runs import batches, joined
 from vnb.nbd import block_status
 from vnb.nbd.connections import MOST_OF_EXTENTS, Connections
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
-def writes_stream(_args):
+
+
+def writes_stream(_args: dict[str, Any]) -> bool:
     """Whether standard output gets a stream."""
     return True
 
 
-def main(args):
+def main(args: dict[str, Any]) -> None:
     # Output that the next stage has not taken yet is work for that stage. It may need the connection that we wait for.
     connections = Connections(MOST_OF_EXTENTS, is_used=lambda: output.unread(1) > 0, of_job=True)
     wait = functools.partial(connections.wait_for, give_back=True)

@@ -16,11 +16,18 @@ Options:
                  show the progress: auto, none or json; see vnb(7)
 """
 
+from __future__ import annotations
+
 from vnb.base import log
 from vnb.cli import output
 from vnb.cli.progress import Progress
 from vnb.store import chain
 from vnb.virtnbdbackup.directory import Directory
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 
 DOUBT = (
     "may lack what the guest zeroed or trimmed, and then its old bytes come back: it cannot be known (virtnbdbackup "
@@ -29,12 +36,12 @@ DOUBT = (
 INCOMPLETE = 3  # exit status: the stream is whole, but not all points of the directory are in it
 
 
-def writes_stream(_args):
+def writes_stream(_args: dict[str, Any]) -> bool:
     """Whether standard output gets a stream."""
     return True
 
 
-def main(args):
+def main(args: dict[str, Any]) -> int | None:
     log.name_run()
     backup = Directory(args["DIRECTORY"])
     for line in backup.notes:

@@ -40,6 +40,8 @@ Options:
   --stop FILE    end the vnb-map that wrote FILE
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
@@ -60,11 +62,16 @@ from vnb.serve.fuse import Fuse
 from vnb.serve.nbdkit import Nbdkit
 from vnb.serve.overlay import Overlay
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
 DEFAULT_HOST = "127.0.0.1"
 MAX_CACHE = 1 << 40
 
 
-def main(args):
+def main(args: dict[str, Any]) -> int | None:
     if args["--stop"]:
         return stop(args["--stop"])
     check(args)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Standard output, as a Writer that suits what it is."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import fcntl
@@ -18,15 +20,20 @@ from vnb.cli.stdio import set_pipe_size
 from vnb.format import values, writing
 from vnb.job import proof
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
 _made = []  # the Writer to standard output, once there is one
 _MEMORY_DEVICES = 1  # the major number of /dev/null and its like, which never block
 
 
-def stdout(wait=None):
+def stdout(wait: Any = None) -> Any:
     """
     A Writer to standard output, which must not be a terminal. It reports the segments that it writes.
 
-    wait (callable or None): is given a descriptor and an event of poll(2) that has to be waited for, where nobody takes
+    wait: is given a descriptor and an event of poll(2) that has to be waited for, where nobody takes
     what is written; a stage that has other things to do meanwhile does them there. None: it just waits.
     """
     if os.isatty(1):
@@ -41,7 +48,7 @@ def stdout(wait=None):
     return writer
 
 
-def tell_of_failure():
+def tell_of_failure() -> None:
     """
     Tell the command that reads our stream that we have failed, and said why: it need not say that there is no stream.
 
@@ -56,8 +63,8 @@ def tell_of_failure():
             os.write(1, values.FAILED)
 
 
-def unread(fd):
-    """Bytes in a pipe or socket, by the end (descriptor) that writes to it, that nobody has read yet; 0: not known."""
+def unread(fd: int) -> int:
+    """Bytes in a pipe or socket, by the end that writes to it, that nobody has read yet; 0: not known."""
     request = termios.TIOCOUTQ if stat.S_ISSOCK(os.fstat(fd).st_mode) else termios.FIONREAD
     try:
         return int.from_bytes(fcntl.ioctl(fd, request, bytes(4)), sys.byteorder)
@@ -94,7 +101,7 @@ def _put_a_little(wait, parts):
     return os.writev(1, [parts[0][: select.PIPE_BUF]])
 
 
-def is_last():
+def is_last() -> bool:
     """Whether no other command reads standard output: it is neither a pipe nor a socket."""
     mode = os.fstat(1).st_mode
     return not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode))

@@ -23,6 +23,8 @@ Options:
   --progress MODE   show the progress: auto, none or json; see vnb(7)
 """
 
+from __future__ import annotations
+
 import os
 
 from vnb.base import log
@@ -37,13 +39,18 @@ from vnb.job import proof
 from vnb.store.backupset import is_missing
 from vnb.store.storing import Store
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
-def writes_stream(args):
+
+
+def writes_stream(args: dict[str, Any]) -> bool:
     """Whether standard output gets a stream."""
     return not args["-o"]
 
 
-def main(args):
+def main(args: dict[str, Any]) -> None:
     spec = ("lz4", None) if args["-z"] else codec.parse(args["--compress"] or "none")
     compress = None if spec[0] == "none" else codec.compressor(*spec)
     threads = arguments.integer(args, "--threads", 0, 64)

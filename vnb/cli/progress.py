@@ -17,6 +17,8 @@ for this: extents of a disk ascend, so what a reader or writer knows anyway, whe
 over the size of the disks is how far it is; a thread looks at that some times a second.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import signal
@@ -27,6 +29,11 @@ import time
 from vnb.base import log, terminal
 from vnb.base.errors import UsageError
 from vnb.format.frame import DATA, HOLE, ZERO
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 
 MODES = ("auto", "none", "json")
 FIRST_SECONDS = 0.5  # what is done sooner needs no line, and no library that draws one
@@ -41,7 +48,7 @@ class Progress:
     """
     Shows how far the segments are that this process works on.
 
-    mode (str or None): auto, a line where standard error is a terminal; json; none; None: what VNB_PROGRESS says,
+    mode: auto, a line where standard error is a terminal; json; none; None: what VNB_PROGRESS says,
     or auto. Raises UsageError for another one.
     """
 
@@ -65,10 +72,10 @@ class Progress:
         self._lock = threading.RLock()  # what is shown, and what it is made of
         self._bar = None
 
-    def __enter__(self):
+    def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self._shower is not None:
             self._ending.set()
             self._shower.join()
@@ -78,9 +85,9 @@ class Progress:
                     self._bar.close()
             terminal.release()
 
-    def begin(self, head=None):
+    def begin(self, head: Any = None) -> None:
         """
-        A segment with this head (dict) comes next, or work on saved ones. Called before anything is passed on.
+        A segment with this head comes next, or work on saved ones. Called before anything is passed on.
         """
         self._head = head or {}
         if not self._asked and (self._is_line or self._is_json):
@@ -95,7 +102,7 @@ class Progress:
         Show how far a segment is while this lasts.
 
         frames: has disks, positions and counts: a Segment or SegmentWriter of vnb.format.stream, which this returns.
-        share (float or None): how much of all the work it is; None where nobody knows what else will come.
+        share: how much of all the work it is; None where nobody knows what else will come.
         """
         if share is None:
             self._since = time.monotonic()
@@ -109,7 +116,7 @@ class Progress:
             self._done += share or 0
             self._totals.add(frames.counts)
 
-    def summarize(self):
+    def summarize(self) -> None:
         """Say what all segments came to: on a terminal, with --verbose, as JSON with the mode json."""
         seconds = time.monotonic() - self._started
         head = self._head
@@ -121,7 +128,7 @@ class Progress:
         say(f'{head.get("domain")}: {head.get("point")}: {self._totals}, {seconds:.1f} s')
 
     def state(self):
-        """(how far, from 0 to 1; bytes of data; the disks (list of str) that went on since the last time)."""
+        """(how far, from 0 to 1; bytes of data; the disks that went on since the last time)."""
         fraction, data, disks = self._done, self._totals.bytes[DATA], []
         for frames, share in tuple(self._parts.items()):
             size = sum(disk["size"] for disk in frames.disks)
@@ -198,26 +205,26 @@ class Progress:
 class Totals:
     """What segments have: bytes by state, and bytes that their data takes as it is stored."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.bytes = {DATA: 0, ZERO: 0, HOLE: 0}
         self.stored = 0
 
-    def add(self, counts):
+    def add(self, counts: Any) -> None:
         """Add vnb.format.values.Counts."""
         for state, count in counts.bytes.items():
             self.bytes[state] += count
         self.stored += counts.stored
 
-    def fields(self):
+    def fields(self) -> dict[str, int]:
         return {"data": self.bytes[DATA], "stored": self.stored, "zero": self.bytes[ZERO], "hole": self.bytes[HOLE]}
 
-    def __str__(self):
+    def __str__(self) -> str:
         data, zero = self.bytes[DATA], self.bytes[ZERO] + self.bytes[HOLE]
         ratio = f" ({data / self.stored:.1f}:1)" if self.stored else ""
         return f"{size_text(data)} of data, {size_text(self.stored)} stored{ratio}, {size_text(zero)} zero"
 
 
-def size_text(count):
+def size_text(count: float) -> str:
     """Bytes for people, as "512 bytes", "1.5 GiB"."""
     unit = 0
     while count >= 1024 and unit + 1 < len(_UNITS):

@@ -21,6 +21,8 @@ Options:
   --progress MODE   show the progress: auto, none or json; see vnb(7)
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import os
@@ -35,10 +37,15 @@ from vnb.format.index import Builder
 from vnb.store import backupset, chain, pruned, storing
 from vnb.store.merge import Merge
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
 LOCK = ".prune.lock"  # beside the segments: a set on shared storage may be pruned from several hosts
 
 
-def main(args):
+def main(args: dict[str, Any]) -> None:
     directory = args["SET"]
     counts = {}
     for period in ("last", *PERIODS):
@@ -49,13 +56,13 @@ def main(args):
     if not os.path.isdir(directory):
         raise Error(directory, os.strerror(errno.ENOTDIR if os.path.lexists(directory) else errno.ENOENT))
     if args["--dry-run"]:
-        plan = Plan(*segments_of(directory), directory, counts, disks_now)
+        plan = _plan(directory, counts)
         for file in plan.damaged:
             log.warn(file.line)
         show("".join(f"{line}\n" for line in report(plan)))
         return
     with only_one(directory):
-        plan = Plan(*segments_of(directory), directory, counts, disks_now)
+        plan = _plan(directory, counts)
         for file in plan.damaged:
             log.warn(file.line)
         for point, needed in plan.left_alone.items():
@@ -66,6 +73,11 @@ def main(args):
                 progress.begin()
                 store(run, directory, progress, sum(segment.length for segment in run) / length)
         remove(plan, directory)
+
+
+def _plan(directory: str, counts: dict[str, int]) -> Plan:
+    segments, damaged = segments_of(directory)
+    return Plan(segments, damaged, directory, counts, disks_now)
 
 
 def segments_of(directory):

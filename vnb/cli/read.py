@@ -18,6 +18,8 @@ Options:
   --progress MODE      show the progress: auto, none or json; see vnb(7)
 """
 
+from __future__ import annotations
+
 import collections
 import functools
 import time
@@ -35,6 +37,11 @@ from vnb.format.frame import DATA, MAX_DATA, ZERO, GiB, MiB
 from vnb.nbd.connections import MOST_OF_READ, Connections
 from vnb.nbd.endpoint import PATIENCE
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
 MAX_IN_FLIGHT = 16 * MiB  # bytes of all buffers of reads in flight, whatever --requests is
 BUSY = 4  # reads in flight on a connection: if each has so many, another one is worth its handshake
 MAX_WAITING = 1 << 16  # numbers in lists of extents that wait behind a read in flight: 3 MiB
@@ -42,12 +49,12 @@ MAX_ZEROES = 1 * GiB  # one extent of zeroes that were read
 LIST = 16  # numbers that take as much memory as a list with none
 
 
-def writes_stream(_args):
+def writes_stream(_args: dict[str, Any]) -> bool:
     """Whether standard output gets a stream."""
     return True
 
 
-def main(args):
+def main(args: dict[str, Any]) -> None:
     requests = arguments.integer(args, "--requests", 1, 1024)
     request_size = arguments.size(args, "--request-size", 4096, MAX_DATA)
     if request_size & (request_size - 1):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Which restore points of a set are kept, and how the rest is merged or dropped."""
 
+from __future__ import annotations
+
 import contextlib
 import datetime
 import os
@@ -9,6 +11,11 @@ from vnb.base.errors import Error
 from vnb.store import chain
 from vnb.store.merge import Merge
 from vnb.virt import domxml
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 
 MOST = 1_000_000  # points to keep: more than any set has
 
@@ -159,11 +166,11 @@ def wanted_by(damaged, segments):
                 yield f"perhaps needed by {os.path.basename(file.name)}, which is damaged", segment
 
 
-def age(segment):
+def age(segment: Any) -> Any:
     return segment.head["created"], segment.head["point"]
 
 
-def moment(segment):
+def moment(segment: Any) -> Any:
     """When a point was made, in local time."""
     try:
         made = datetime.datetime.strptime(segment.head["created"], "%Y-%m-%dT%H:%M:%S.%fZ")

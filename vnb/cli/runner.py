@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The one runner of all commands: arguments in, outcome to stderr and exit status, as vnb(7) says."""
 
+from __future__ import annotations
+
 import importlib
 import os
 import signal
@@ -11,10 +13,15 @@ from vnb.base import log, signals
 from vnb.base.errors import Error, Followed, Interrupted, Mistyped, OutputClosed, Saved, UsageError, lack, os_error
 from vnb.cli import arguments
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    pass
+
+
 SAVED_BUT = 3  # exit status: saved, but something after it has failed
 
 
-def command(name, module):
+def command(name: str, module: str) -> None:
     """Run the command called name, whose usage text and main(args) are in module. Does not return."""
     _open_standard_descriptors()
     sys.exit(outcome(name, module, sys.argv[1:]))
@@ -128,7 +135,7 @@ def _misuse(usage, argv, module, said):
     return misuse.reason(text, argv, parse)
 
 
-def show(text, flush=False):
+def show(text: str, flush: bool = False) -> None:
     """Write text to standard output. Raises Error, or BrokenPipeError where nobody reads it."""
     try:
         if text:  # nothing can be written to what cannot be written to

@@ -11,6 +11,8 @@ ARGUMENT is a word of the command line; an option on it is not printed.
 vnb-backup, vnb-backup-all and vnb-restore run this command.
 """
 
+from __future__ import annotations
+
 import configparser
 import re
 import sys
@@ -19,13 +21,18 @@ from vnb.base.errors import Error, os_error
 from vnb.cli.runner import show
 from vnb.cli.usage import Usage
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
 OPTIONS_FIRST = True  # what was typed is not for us
 MAX_FILE = 1 << 20  # characters
 YES, NO = ("yes", "true", "on", "1"), ("no", "false", "off", "0")
 SECTIONS = "[backup], [backup NAME] and [restore] are"
 
 
-def main(args):
+def main(args: dict[str, Any]) -> None:
     # vnb-backup-all has two usage texts there, its own and that of vnb-backup.
     options = known(Usage(sys.stdin.read(MAX_FILE)))
     typed, operands = split(args["ARGUMENT"], options)

@@ -5,16 +5,23 @@ The usage text of a command, taken apart once for everybody who asks about its o
 docopt takes a command line apart by a usage text, but it answers no question about the text itself.
 """
 
+from __future__ import annotations
+
 import re
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    pass
+
 
 
 class Option:
     """
-    One option. short, long (str or None): its names, with dashes. value (str or None): what the text calls its value.
-    default (str or None). text (str): the first line of its description.
+    One option. short, long: its names, with dashes. value: what the text calls its value.
+    default. text: the first line of its description.
     """
 
-    def __init__(self, short, long, value, default, text):
+    def __init__(self, short: str | None, long: str | None, value: str | None, default: str | None, text: str) -> None:
         self.short = short
         self.long = long
         self.value = value
@@ -22,20 +29,20 @@ class Option:
         self.text = text
 
     @property
-    def name(self):
+    def name(self) -> str:
         """The long name where there is one."""
-        return self.long or self.short
+        return self.long or self.short or ""
 
 
 class Usage:
     """
-    A usage text (str).
+    A usage text.
 
-    name, purpose (str): from its first line. synopsis (str): the lines after "Usage:". options (list of Option): in the
+    name, purpose: from its first line. synopsis: the lines after "Usage:". options (list of Option): in the
     order of the text.
     """
 
-    def __init__(self, text):
+    def __init__(self, text: str) -> None:
         self.text = text
         first, _, rest = text.strip().partition("\n")
         self.name, _, self.purpose = first.partition(" - ")
@@ -46,7 +53,7 @@ class Usage:
         ]
         self._by_name = {name: option for option in self.options for name in (option.short, option.long) if name}
 
-    def find(self, name):
+    def find(self, name: str) -> Option | None:
         """The Option with a name (str, with dashes), or None."""
         return self._by_name.get(name)
 

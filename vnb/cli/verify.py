@@ -22,6 +22,8 @@ Options:
                show the progress: auto, none or json; see vnb(7)
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -38,13 +40,18 @@ from vnb.store import backupset, chain, saved_segment
 from vnb.store.checker import Checker
 from vnb.store.index_check import RowCheck
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
-def writes_stream(args):
+
+
+def writes_stream(args: dict[str, Any]) -> bool:
     """Whether standard output gets a stream."""
     return not args["SET_OR_FILE"]
 
 
-def main(args):
+def main(args: dict[str, Any]) -> int | None:
     threads = arguments.integer(args, "--threads", 0, 64)
     with Progress(args["--progress"]) as progress:
         if args["SET_OR_FILE"]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a job leaves behind, removed by what its record says: servers, sockets, scratch files, a frozen guest."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 
@@ -9,8 +11,18 @@ from vnb.base.errors import Error
 from vnb.job.state import start_of
 from vnb.virt.failures import Unanswered, Unready
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def shut_out(name, cut):
+    from vnb.base.ssh import Host
+    from vnb.job.record import Record
+    from vnb.job.source import Journal
+    from vnb.virt.domain import Domain
+
+
+
+def shut_out(name: str, cut: Callable[[], int]) -> None:
     """cut(), which returns what Clients.shut_out() does. Raises Unready where the guest would wait."""
     stalled = cut()
     if stalled:
@@ -20,12 +32,12 @@ def shut_out(name, cut):
         )
 
 
-def forwarded(directory):
+def forwarded(directory: str) -> str:
     """The socket here, in the directory of a job, that ssh forwards to the one of QEMU on its host."""
     return os.path.join(directory, "nbd.sock")
 
 
-def end_servers(record):
+def end_servers(record: Record) -> None:
     """End the programs that a job has started, by their ids, and remove the sockets."""
     for pid, start in record.servers:
         if start is not None and start_of(pid) == start:
@@ -35,7 +47,7 @@ def end_servers(record):
             os.unlink(socket)
 
 
-def remove_files(journal, host):
+def remove_files(journal: Journal, host: Host | None) -> None:
     """Remove socket and scratch files: those that libvirt made it does itself, but not after a crash of its own."""
     if host is None and not journal.record.tcp:
         with contextlib.suppress(OSError):
@@ -44,7 +56,7 @@ def remove_files(journal, host):
         remove_scratch(journal, host)
 
 
-def remove_scratch(journal, host):
+def remove_scratch(journal: Journal, host: Host | None) -> None:
     """Remove the scratch files. What stays on another host is said: the backup itself is over."""
     paths = journal.record.scratch
     if host is not None:
@@ -58,7 +70,7 @@ def remove_scratch(journal, host):
             os.unlink(path)
 
 
-def thaw(domain, journal):
+def thaw(domain: Domain, journal: Journal) -> bool:
     """
     Thaw a guest that we froze; True when it is done. The intent stays where the agent does not answer.
 

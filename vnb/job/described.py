@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What libvirt says of a domain, and what checkpoints of ours say of themselves."""
 
+from __future__ import annotations
+
 from vnb.virt import domxml
 from vnb.virt.domain import Domain
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
-def abouts(domain):
+    from vnb.job.record import Record
+    from vnb.job.source import Wanted
+
+
+
+def abouts(domain: Domain) -> dict[str, dict[str, Any]]:
     found = {name: domxml.about(xml) for name, xml in domain.checkpoints().items()}
     return {name: about for name, about in found.items() if about is not None}
 
 
-def checkpoint_xml(wanted):
+def checkpoint_xml(wanted: Wanted) -> str | None:
     """The XML of the checkpoint of a vnb.job.source.Wanted, or None."""
     if wanted.checkpoint is None:
         return None
@@ -19,15 +29,15 @@ def checkpoint_xml(wanted):
     return domxml.checkpoint(wanted.checkpoint, wanted.description, with_bitmap, without)
 
 
-def domain_of(record):
+def domain_of(record: Record) -> Domain:
     """The domain of a job's record, by a connection made now. Raises NoDomain."""
     domain = Domain(record.uri, record.head["uuid"], record.user, record.password_file)
     domain.what = domain.name  # nobody has typed its UUID
     return domain
 
 
-def domain_fields(domain):
-    fields = {"domain_xml": domain.xml(), "checkpoint_xml": None}
+def domain_fields(domain: Domain) -> dict[str, Any]:
+    fields: dict[str, Any] = {"domain_xml": domain.xml(), "checkpoint_xml": None}
     if domain.is_persistent:
         fields["inactive_xml"] = domain.xml(inactive=True)
         fields["autostart"] = bool(domain.call("autostart"))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The files of a domain beside its disks, read for a backup: from this host, or through ssh from the domain's."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 import stat
@@ -8,15 +10,23 @@ import stat
 from vnb.base.errors import Error, os_error
 from vnb.format.frame import MiB
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
+    from vnb.base.ssh import Host
+
+
 PART = MiB  # bytes of a file in one frame
 LARGEST = 64 * MiB  # of a file: it is held in memory, and no firmware or kernel is larger
 
 
-def describe(path, host=None):
+def describe(path: str, host: Host | None = None) -> tuple[int, int, str]:
     """
     (mode, size, SHA-256 as hexadecimal digits) of a regular file of at most LARGEST bytes. Raises Error.
 
-    host (vnb.base.ssh.Host or None): where the file is, None for here.
+    host: where the file is, None for here.
     """
     if host is not None:
         mode, size, sha256 = host.describe(path)
@@ -35,7 +45,7 @@ def describe(path, host=None):
     return mode, size, sha256
 
 
-def read(path, host=None):
+def read(path: str, host: Host | None = None) -> tuple[int, list[bytes]]:
     """(mode, list of parts) of a regular file, or of a block device, which an nvram may be. Raises Error."""
     if host is not None:
         mode, content = host.read(path, LARGEST)
@@ -55,18 +65,18 @@ def read(path, host=None):
         raise os_error(path, error) from None
 
 
-def is_content(parts, sha256):
+def is_content(parts: Iterable[bytes], sha256: str) -> bool:
     """Whether the parts of a file are the content of which this is the SHA-256."""
     return _sha256(parts) == sha256
 
 
-def _sha256(parts):
+def _sha256(parts: Iterable[bytes]) -> str:
     found = hashlib.sha256()
     for part in parts:
         found.update(part)
     return found.hexdigest()
 
 
-def _opened(path):
+def _opened(path: str) -> Any:
     # A FIFO in the place of a file must not be waited for.
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))

@@ -1,25 +1,34 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Images of disks then and now: the same one, another one, or two that have changed places."""
 
+from __future__ import annotations
+
 import os
 import stat
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-def _inode(path):
+
+
+def _inode(path: str | None) -> list[int] | None:
     """What tells an image file from others, whatever its path ([st_dev, st_ino]); None where it is no file of ours."""
+    if path is None:
+        return None
     try:
         found = os.stat(path)
-    except (OSError, TypeError, ValueError):
+    except (OSError, ValueError):
         return None
     # A device's node is made anew whenever the host starts, its number is the next one that is free.
     return [found.st_dev, found.st_ino] if stat.S_ISREG(found.st_mode) else None
 
 
-def _is_inode(found):
+def _is_inode(found: object) -> bool:
     return isinstance(found, list) and len(found) == 2
 
 
-def are_moved(now, own, other):
+def are_moved(now: Sequence[list[int]], own: list[int], other: list[int]) -> bool:
     """
     Whether a disk has, now, the file of another disk. now: inodes of its images; own, other: of both disks, then.
 

@@ -6,6 +6,8 @@ All that is needed to end a job is on disk before it begins, so whoever finds th
 that began it, or after its death the next command.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -23,6 +25,18 @@ from vnb.store.catalog import Catalog
 from vnb.virt import domxml
 from vnb.virt.export_clients import clients_of
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+    from vnb.format.types import Head
+    from vnb.job.record import Record
+    from vnb.job.source import Source
+    from vnb.job.state import JobDirectory
+    from vnb.virt.export_clients import Clients
+
+
 SPARE = 16  # descriptors: what qemu-img, ssh or a connection to libvirt take for a moment, twice
 
 
@@ -32,34 +46,37 @@ class BelowThreshold(Exception):
 
 class Job:
     """
-    directory (vnb.job.state.JobDirectory): where its record is. record (Record).
+    directory: where its record is. record (Record).
 
-    note, warn: functions for lines to the user. files (list of dict): what goes into file frames.
+    note, warn: functions for lines to the user. files: what goes into file frames.
     """
 
-    def __init__(self, directory, record, note, warn=None):
+    def __init__(
+        self, directory: JobDirectory, record: Record, note: Callable[[str], Any] | None,
+        warn: Callable[[str], Any] | None = None,
+    ) -> None:
         self.directory = directory
         self.record = record
-        self.note = note
-        self.warn = warn or note
-        self.files = []
+        self.note: Any = note
+        self.warn: Any = warn or note
+        self.files: list[dict[str, Any]] = []
         self.is_committing = False  # its command has ended, and all is stored
-        self._clients = None
-        self._spare = []  # descriptors, to be closed when the job is to end
-        self.held = None  # the source that the job was begun with, and with it a domain that was started for it
+        self._clients: Clients | None = None
+        self._spare: list[int] = []  # descriptors, to be closed when the job is to end
+        self.held: Any = None  # the source that the job was begun with, and with it a domain that was started for it
 
     @property
-    def head(self):
+    def head(self) -> Head:
         return self.record.head
 
     @property
-    def clients(self):
+    def clients(self) -> Clients:
         """The Clients of its export, when the job has begun: until then other ports may be tried."""
         if self._clients is None:
             self._clients = clients_of(self.record.endpoint, self.record.tcp, self.record.sockets)
         return self._clients
 
-    def reserve(self):
+    def reserve(self) -> None:
         """Have descriptors that whoever ends the job will need: where there are no more, it must not begin. Error."""
         try:
             for _ in range(SPARE):
@@ -67,28 +84,28 @@ class Job:
         except OSError as error:
             raise os_error(self.head["domain"], error) from None
 
-    def intend(self, **changes):
+    def intend(self, **changes: Any) -> None:
         """Write down, before it is done, what has to be undone whatever happens: fields of the record."""
         for name, value in changes.items():
             setattr(self.record, name, value)
         self.directory.save(self.record)
 
-    def remember(self, **additions):
+    def remember(self, **additions: Any) -> None:
         """Write down one more thing that has to be undone: what is added to lists of the record."""
         for name, value in additions.items():
             getattr(self.record, name).append(value)
         self.directory.save(self.record)
 
-    def catalog(self, set_=None):
+    def catalog(self, set_: str | None = None) -> Catalog:
         """The catalog that the job was begun with, or that of a set (its directory)."""
         return Catalog(**self.record.catalog) if set_ is None else Catalog(set_)
 
     @property
-    def strict(self):
-        """How many warnings (int) there were when it began, where that is to be no success; else None."""
+    def strict(self) -> int | None:
+        """How many warnings there were when it began, where that is to be no success; else None."""
         return self.record.strict
 
-    def commit(self, set_=None, proof=True):
+    def commit(self, set_: str | None = None, proof: bool = True) -> None:
         """
         The segment is safe: end the job, keep its checkpoint, drop others that nothing needs.
 
@@ -121,26 +138,27 @@ class Job:
         except Error as error:
             raise Saved(error.what, f"{error.reason}, but {self.head['point']} is saved", error.where) from None
 
-    def abort(self, reason=None):
+    def abort(self, reason: str | None = None) -> bool:
         """
         End the job and delete its checkpoint, unless the catalog holds its segment: then it counts.
 
-        reason (str or None): why, kept for whoever asks later. Returns whether its segment is known to be saved.
+        reason: why, kept for whoever asks later. Returns whether its segment is known to be saved.
         """
         self.is_committing = False
-        saved = False
+        saved: bool | None = False
         if not self.record.has_ended:
             with self._ended() as source:
                 saved = self._is_saved()
-                fate = decisions.fate(self.head["checkpoint"] is not None, saved)
+                checkpoint = self.head["checkpoint"]
+                fate = decisions.fate(checkpoint is not None, saved)
                 if fate is decisions.Fate.SAVED:
                     self.note(f"{self.head['point']} is saved {self.catalog().where}: its checkpoint stays")
                 elif fate is decisions.Fate.UNKNOWN:
                     self.note(f"keeping checkpoint {self.head['checkpoint']}")
-                elif fate is decisions.Fate.DELETE:
-                    source.delete_checkpoint(self.head["checkpoint"])
+                elif fate is decisions.Fate.DELETE and checkpoint is not None:
+                    source.delete_checkpoint(checkpoint)
                     if self.record.added:
-                        source.remove_bitmaps(self.record.added, self.head["checkpoint"])
+                        source.remove_bitmaps(self.record.added, checkpoint)
         if reason is None:
             self._forget()
         else:
@@ -151,7 +169,7 @@ class Job:
         return bool(saved)
 
     @contextlib.contextmanager
-    def _ended(self):
+    def _ended(self) -> Iterator[Source]:
         """The source, by a connection made now, when the job has ended and all that it started."""
         while self._spare:
             os.close(self._spare.pop())
@@ -162,14 +180,14 @@ class Job:
             source.end(self, lambda: self.clients, careful=not self.is_committing)
             yield source
 
-    def thaw(self):
+    def thaw(self) -> bool:
         """Thaw the guest if we may have frozen it; True when there is nothing left to thaw."""
         if self.record.frozen is None:
             return True
         with contextlib.closing(source_of(self.record)) as source:
             return source.thaw(self)
 
-    def _forget(self):
+    def _forget(self) -> None:
         """Nothing is left to undo but, perhaps, a thaw that the agent has not answered."""
         if self.record.frozen is not None and not self._try_to_thaw():
             self.record.end("only a thaw was left, which the guest agent has not answered")
@@ -178,7 +196,7 @@ class Job:
         with self._over():
             self.directory.remove()
 
-    def _try_to_thaw(self):
+    def _try_to_thaw(self) -> bool:
         """As thaw(), but what fails comes again: the job itself is over."""
         try:
             return self.thaw()
@@ -187,7 +205,7 @@ class Job:
             return False
 
     @contextlib.contextmanager
-    def _over(self):
+    def _over(self) -> Iterator[None]:
         """
         The job is over, and only the record has to say so.
 
@@ -202,7 +220,7 @@ class Job:
                 "removes it"
             )
 
-    def _is_saved(self):
+    def _is_saved(self) -> bool | None:
         """Whether the catalog holds the segment; None where it cannot be read."""
         if self.record.phase is Phase.STARTING:
             return False  # not a byte of it is written
@@ -212,7 +230,7 @@ class Job:
             self.note(str(error))
             return None
 
-    def _drop_old(self, source, catalog):
+    def _drop_old(self, source: Source, catalog: Catalog) -> None:
         """Delete the checkpoints that nothing needs any more, now that the segment is saved."""
         if catalog.directory is None:
             before = decisions.grandparent(self.head, source.abouts())
@@ -231,11 +249,14 @@ class Job:
             source.delete_checkpoint(name)
 
 
-def begin(directory, source, options, note, warn):
+def begin(
+    directory: JobDirectory, source: Source, options: dict[str, Any], note: Callable[[str], Any],
+    warn: Callable[[str], Any],
+) -> Job:
     """
     Begin a backup job; returns its Job. The caller holds the lock of directory.
 
-    source: see vnb.job.source. options (dict): domain, images, uri, user, password_file, level, set, destination, base,
+    source: see vnb.job.source. options: domain, images, uri, user, password_file, level, set, destination, base,
     chain, include, exclude, raw, allow_plaintext, scratch_dir, socket, listen, tls, certificates, ssh, state, freeze,
     require_freeze, pause, start_paused, sparse, threshold. Raises Error or BelowThreshold; nothing is left then.
     """
@@ -264,7 +285,7 @@ def begin(directory, source, options, note, warn):
     return job
 
 
-def with_domain(error, source):
+def with_domain(error: Error, source: Source | None) -> Error:
     """An Error about a disk of a domain as one that says which domain it is: there may be others' lines beside it."""
     if source is None or source.uri is None:
         return error
@@ -274,7 +295,7 @@ def with_domain(error, source):
     return error
 
 
-def _files(source, plan, job):
+def _files(source: Source, plan: Plan, job: Job) -> list[dict[str, Any]]:
     """
     What goes into file frames, [{role, path}] or [{role, path, text}], and into frames "same": [{role, path, same}].
 
@@ -287,9 +308,9 @@ def _files(source, plan, job):
         of_head = {(file["role"], file["path"]): file for file in plan.head.get("files", ())}
         for role, path in domxml.files(xml):
             file = of_head.get((role, path))
-            more = {} if file is None else {"same": plan.modes[role, path]} if "base" in file else {
-                "sha256": file["sha256"]
-            }
+            more: dict[str, Any] = {}
+            if file is not None:
+                more = {"same": plan.modes[role, path]} if "base" in file else {"sha256": file["sha256"]}
             found.append({"role": role, "path": path, **more})
         found += [{"role": role, "path": path} for role, path in source.more_files(xml)]
         for what in domxml.remote_firmware(xml):
@@ -301,7 +322,7 @@ def _files(source, plan, job):
             info = source.guest_info(xml)
             if info:
                 found.append({"role": "guest-info", "path": "guest-info.json", "text": json.dumps(info)})
-    def described(disk):
+    def described(disk: Any) -> str | Error:
         try:
             return img.info(disk.name, disk.path, disk.format, shared=True, run=source.run)
         except Error as error:

@@ -10,6 +10,8 @@ This module is the process; what it does while the job runs is in vnb.job.watch.
 Its starter speaks to it over a socket pair, others over the socket in the job's directory: JSON, one line a message.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import signal
@@ -26,8 +28,18 @@ from vnb.job.sources import open_source
 from vnb.job.state import JobDirectory, owner
 from vnb.job.watch import Keeper, State
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterator
+    from typing import Any
 
-def stay(directory):
+    from vnb.job.record import Record
+    from vnb.job.source import Source
+
+
+
+def stay(directory: JobDirectory) -> None:
     """
     Leave a keeper where all that is left to do is to thaw the guest: whoever calls has ended the job of a dead one.
 
@@ -43,7 +55,7 @@ def stay(directory):
         )
 
 
-def _stay(directory):
+def _stay(directory: JobDirectory) -> None:
     with directory.locked() as got:
         record = directory.load() if got else None
         if record is None:
@@ -53,7 +65,7 @@ def _stay(directory):
             Keeper(_adopt(directory, record), None, listener, {"deadline": 0}, State.OVER).loop()
 
 
-def _adopt(directory, record):
+def _adopt(directory: JobDirectory, record: Record) -> jobs.Job:
     """The job of a record that another process wrote, as ours."""
     job = jobs.Job(directory, record, None)
     with contextlib.suppress(Error):
@@ -62,7 +74,7 @@ def _adopt(directory, record):
 
 
 @contextlib.contextmanager
-def _listening(directory):
+def _listening(directory: JobDirectory) -> Iterator[socket.socket]:
     listener = directory.listen()
     try:
         yield listener
@@ -71,7 +83,7 @@ def _listening(directory):
         listener.close()
 
 
-def be_keeper(life):
+def be_keeper(life: Callable[[], None]) -> None:
     """A keeper's life; does not return."""
     status = 1
     try:
@@ -89,7 +101,7 @@ def be_keeper(life):
         os._exit(status)
 
 
-def keep_for(connection, options):
+def keep_for(connection: socket.socket, options: dict[str, Any]) -> None:
     connection.settimeout(REQUEST_SECONDS)
     line = Line(connection)
     try:
@@ -103,7 +115,7 @@ def keep_for(connection, options):
         raise
 
 
-def _keep(line, options):
+def _keep(line: Line, options: dict[str, Any]) -> None:
     # Closed at the end: libvirtd logs an error for a client that goes without a word.
     with contextlib.closing(open_source(options)) as source:
         directory = JobDirectory(options["state"], source.uuid)
@@ -115,7 +127,7 @@ def _keep(line, options):
             raise
 
 
-def _keep_locked(line, options, source, directory):
+def _keep_locked(line: Line, options: dict[str, Any], source: Source, directory: JobDirectory) -> None:
     with directory.locked() as got:
         if not got:
             raise Error(source.name, who_runs(directory))
@@ -137,12 +149,14 @@ def _keep_locked(line, options, source, directory):
                     keeper.job.held.close()  # it may be another one than the source by now
 
 
-def _begin(directory, source, line, listener, options):
-    """Begin the job; returns a Keeper, or None where there is nothing to keep, and what to tell the starter (dict)."""
+def _begin(
+    directory: JobDirectory, source: Source, line: Line, listener: socket.socket, options: dict[str, Any],
+) -> tuple[Keeper | None, dict[str, Any]]:
+    """Begin the job; returns a Keeper, or None where there is nothing to keep, and what to tell the starter."""
     try:
         job = jobs.begin(directory, source, options, line.tell, line.warn)
     except jobs.BelowThreshold as below:
-        message = {"below": str(below)}
+        message: dict[str, Any] = {"below": str(below)}
     except Error as error:
         error = jobs.with_domain(error, source)
         message = {"error": [error.what, error.reason, error.where]}
@@ -157,7 +171,7 @@ def _begin(directory, source, line, listener, options):
     return Keeper(_adopt(directory, record), line, listener, options, state, reason), message
 
 
-def _redirect(log):
+def _redirect(log: str) -> None:
     """The keeper outlives its terminal and its pipes: it must not hold them open."""
     null = os.open(os.devnull, os.O_RDWR)
     try:
@@ -174,4 +188,4 @@ def _redirect(log):
 
 if __name__ == "__main__":
     with contextlib.suppress(Error):  # said in the log, or nobody is there who asked
-        _stay(JobDirectory(*sys.argv[1:]))
+        _stay(JobDirectory(sys.argv[1], sys.argv[2]))

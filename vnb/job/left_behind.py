@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What another process has left of a job, or still keeps: taken over, ended, or told whose it is."""
 
+from __future__ import annotations
+
 import contextlib
 
 from vnb.base.errors import Error
@@ -9,10 +11,18 @@ from vnb.job import job as jobs
 from vnb.job.channel import Line
 from vnb.job.state import is_dead
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from vnb.job.state import JobDirectory
+
+
 MAKE_WAY_SECONDS = 20  # for a keeper that may be asking a guest agent that hangs
 
 
-def make_way(directory):
+def make_way(directory: JobDirectory) -> None:
     """
     Have a keeper end that stays only to thaw the guest: who calls takes over its record, and the thaw with it.
 
@@ -34,7 +44,7 @@ def make_way(directory):
     line.close()
 
 
-def recover(directory, name, say):
+def recover(directory: JobDirectory, name: str, say: Callable[[str], Any]) -> bool:
     """
     End what a keeper that was killed has left; False where there is nothing. The caller holds the lock.
 
@@ -53,7 +63,7 @@ def recover(directory, name, say):
     return True
 
 
-def who_runs(directory):
+def who_runs(directory: JobDirectory) -> str:
     """In words, whose backup it is that holds the lock."""
     record = directory.load()
     if record is None:

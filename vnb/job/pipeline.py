@@ -6,6 +6,8 @@ It stays in our process group, so that Ctrl-C, Ctrl-Z and fg reach it as the she
 for a password. Instead, its orphans become our children: so all that has come of it is found, whatever group it is in.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
@@ -19,6 +21,14 @@ from vnb.base import log, syscalls
 from vnb.base.errors import Error
 from vnb.job.state import process_table
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+    from typing import Any
+
+    from vnb.job.starter import Starter
+
+
 TERM_SECONDS = 5  # for a command to end and to clean up; a guest may be waiting for its connections to go
 KILL_SECONDS = 5  # what has got SIGKILL ends at once, but where the kernel waits for a server that does not answer
 NOT_FOUND = 127  # the shell's status, and ssh's from there, for a program that is not in PATH
@@ -27,7 +37,7 @@ MOST_STAGES = 16
 _SHELL = set("\n;&<>(){}`$#\\")  # with these it takes a shell to tell what a line does
 
 
-def leaves_by_stdout(command):
+def leaves_by_stdout(command: Sequence[str]) -> bool:
     """
     Whether a command (list of words, or of one line for the shell) surely writes its stream to standard output.
 
@@ -44,25 +54,26 @@ def leaves_by_stdout(command):
     return name in STREAM_STAGES and not any(map(re.compile(r"-\w*o").match, command))
 
 
-def readers_of_stdout():
+def readers_of_stdout() -> list[str]:
     """
-    What the processes are that read our standard output, one behind the other (list of str), as they were typed.
+    What the processes are that read our standard output, one behind the other, as they were typed.
 
     It is for a message: of what has not started yet, or belongs to another user, nothing is known.
     """
-    found, pipe = [], _pipe(os.getpid(), 1)
+    found: list[str] = []
+    pipe = _pipe(os.getpid(), 1)
     while pipe and len(found) < MOST_STAGES:
         pid = next((pid for pid in process_table() if pid != os.getpid() and _pipe(pid, 0) == pipe), None)
         words = _words(pid) if pid is not None else []
-        if not words:
+        if pid is None or not words:
             return [*found, "..."]
         found.append(shlex.join(words))
         pipe = _pipe(pid, 1)
     return found
 
 
-def _pipe(pid, fd):
-    """The pipe (str) that a descriptor of a process is, or None."""
+def _pipe(pid: int, fd: int) -> str | None:
+    """The pipe that a descriptor of a process is, or None."""
     try:
         name = os.readlink(f"/proc/{pid}/fd/{fd}")
     except OSError:
@@ -70,8 +81,8 @@ def _pipe(pid, fd):
     return name if name.startswith("pipe:") else None
 
 
-def _words(pid):
-    """The words of a process's command line (list of str); of a script of vnb, without its interpreter."""
+def _words(pid: int) -> list[str]:
+    """The words of a process's command line; of a script of vnb, without its interpreter."""
     try:
         with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
             words = file.read().split("\0")[:-1]
@@ -89,13 +100,13 @@ class CommandFailed(Error):
 
 class Pipeline:
     """
-    command (list of str): one word is a line for bash, with pipefail; several are a program and its arguments.
+    command: one word is a line for bash, with pipefail; several are a program and its arguments.
 
-    environment (dict): all of it. keeper (vnb.job.starter.Starter): it ends the job. what (str): for messages.
+    environment: all of it. keeper: it ends the job. what: for messages.
     Raises Error where there is no such program.
     """
 
-    def __init__(self, command, environment, keeper, what):
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], keeper: Starter, what: str) -> None:
         self._keeper = keeper
         self._what = what
         argv = ["bash", "-o", "pipefail", "-c", command[0]] if len(command) == 1 else command
@@ -103,32 +114,34 @@ class Pipeline:
             self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, env=environment, bufsize=0)
         except OSError as error:
             raise Error(argv[0], error.strerror) from None
+        assert self._process.stdin is not None
+        self._input = self._process.stdin
         self._fd = os.pidfd_open(self._process.pid)
         syscalls.adopt_orphans()
 
-    def __enter__(self):
+    def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: Any, *_: object) -> None:
         if kind is not None:
-            self._process.stdin.close()  # what reads it, and nothing else, ends by itself
+            self._input.close()  # what reads it, and nothing else, ends by itself
             self.end()
         os.close(self._fd)
 
     @property
-    def stdin(self):
-        """Our end (descriptor) of the pipe to its standard input; it does not block."""
-        fd = self._process.stdin.fileno()
+    def stdin(self) -> int:
+        """Our end of the pipe to its standard input; it does not block."""
+        fd = self._input.fileno()
         os.set_blocking(fd, False)
         return fd
 
-    def wait_to_write(self):
+    def wait_to_write(self) -> None:
         """Wait until it takes more of its input. Raises Error where it will not."""
-        self._wait(self._process.stdin.fileno())
+        self._wait(self._input.fileno())
 
-    def wait(self):
+    def wait(self) -> None:
         """Close its input and wait for its end. Raises Error where it fails, or the keeper ends the job."""
-        self._process.stdin.close()
+        self._input.close()
         self._wait(None)
         status = self._process.wait()
         if status > 0:
@@ -137,11 +150,11 @@ class Pipeline:
         if status < 0:
             raise self.failure(f"the command was ended by {signal.Signals(-status).name}")
 
-    def failure(self, reason):
-        """A CommandFailed for a reason (str)."""
+    def failure(self, reason: str) -> CommandFailed:
+        """A CommandFailed for a reason."""
         return CommandFailed(self._what, reason)
 
-    def _wait(self, writable):
+    def _wait(self, writable: int | None) -> Any:
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
         poll.register(self._keeper.line, select.POLLIN)
@@ -157,7 +170,7 @@ class Pipeline:
                 raise self.failure("the command ended before it had all of its input")
             self._keeper.listen()
 
-    def end(self):
+    def end(self) -> None:
         """End it, and all that it has started and that still runs."""
         told = set()
         for signum, seconds in ((signal.SIGTERM, TERM_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
@@ -172,9 +185,9 @@ class Pipeline:
             log.warn(f"{self._what}: of the command, the processes {', '.join(map(str, sorted(pids)))} do not end")
         self._process.poll()
 
-    def _descendants(self):
+    def _descendants(self) -> list[int]:
         """The ids of all processes that have come of the command, and live. Those of the keeper are not among them."""
-        children = {}
+        children: dict[int, list[int]] = {}
         for pid, (parent, session) in process_table().items():
             if session != self._keeper.pid:
                 children.setdefault(parent, []).append(pid)
@@ -184,13 +197,13 @@ class Pipeline:
         return found
 
 
-def _send(pid, signum):
+def _send(pid: int, signum: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):  # gone; or of another user, by sudo
         os.kill(pid, signum)
         os.kill(pid, signal.SIGCONT)  # what is stopped gets it no earlier
 
 
-def _wait_for_one(pids, seconds):
+def _wait_for_one(pids: Collection[int], seconds: float) -> None:
     """Wait until one of these processes has ended, or for these seconds."""
     poll, fds = select.poll(), []
     try:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a backup takes: its level and parent, its disks, their names in sockets, scratch files and XML."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -13,10 +15,20 @@ from vnb.job.images_moved import _inode, _is_inode, are_moved
 from vnb.job.record import Record
 from vnb.job.source import Wanted, WantedDisk
 from vnb.job.state import owner
+from vnb.nbd.endpoint import Unix
 from vnb.store import chain
 from vnb.store.catalog import Catalog
 from vnb.virt import domxml
 from vnb.virt.failures import BrokenBitmap
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+    from vnb.job.source import Journal, Source
+    from vnb.store.saved_segment import SavedSegment
+
 
 QCOW2_MAGIC = b"QFI\xfb"
 CHECKPOINT_ROOM = 64 << 10  # bytes: of a checkpoint's XML, beside the domain's in it
@@ -25,12 +37,15 @@ SUN_PATH = 107  # bytes of a socket's path, without the zero behind it
 
 class Plan:
     """
-    source (vnb.job.source.Source). options (dict): see vnb.job.job.begin. directory (str): of the job.
+    source. options: see vnb.job.job.begin. directory: of the job.
 
     head, disks: what goes into the stream. note, warn: functions for lines to the user. Raises Error.
     """
 
-    def __init__(self, source, options, directory, note, warn):
+    def __init__(
+        self, source: Source, options: dict[str, Any], directory: str, note: Callable[[str], Any],
+        warn: Callable[[str], Any],
+    ) -> None:
         self.source = source
         self.options = options
         self.note = note
@@ -42,34 +57,35 @@ class Plan:
         self.held = self.catalog.of_domain(source.uuid, source.name)
         for file in self.catalog.damaged:
             self.warn(file.line)
-        self.forgotten = None  # why a checkpoint that libvirt does not know any more could not be redefined
+        self.forgotten: str | None = None  # why a checkpoint that libvirt does not know any more could not be redefined
         start = self._start()
-        self.level, self.parent, self.known = start.level, start.base, start.segment
+        self.level, self.known = start.level, start.segment
+        self.parent: Any = start.base  # of level inc and diff
         self.broken = start.is_broken  # bitmaps of older checkpoints turned out to be: these checkpoints are of no use
         self.marks = self.level in ("full", "inc")  # a point that the next increment may start from
         everything = source.disks()
         chosen = self._choose(everything)
         self.others = [disk.name for disk in everything if disk not in chosen]
-        self.head = heads.new(
+        self.head: Any = heads.new(
             source.name, source.uuid, self.level, "disks", parent=self.parent, chain=options["chain"],
             after=self._newest(), **source.head_fields(),
         )
         if self.marks:
             self.head["checkpoint"] = self.head["point"]
         self.directory = directory
-        self.endpoint = source.endpoint(options, directory, _socket_name(self.head))
-        if not self.endpoint.is_tcp and len(os.fsencode(self.endpoint.path)) > SUN_PATH:
+        self.endpoint: Any = source.endpoint(options, directory, _socket_name(self.head))
+        if isinstance(self.endpoint, Unix) and len(os.fsencode(self.endpoint.path)) > SUN_PATH:
             raise Error(
                 self.endpoint.path, f"the path is too long for a socket ({SUN_PATH} bytes at most): see --socket"
             )
         self.sources = {disk.name: disk for disk in chosen}
         self.saved = self._saved_images()
         self.images_then = self._images_then() if self.parent else {}
-        self.disks = [self._disk(disk) for disk in chosen]
+        self.disks: list[Any] = [self._disk(disk) for disk in chosen]
         self._check_head()
         self.scratch = {disk.name: self._scratch(disk) for disk in chosen} if source.needs_scratch else {}
 
-    def _check_head(self):
+    def _check_head(self) -> None:
         """Raise Error where the head will be too large for a stream: its checkpoint's XML is made with the job."""
         likely = dict(self.head)
         if self.marks:
@@ -83,13 +99,13 @@ class Plan:
                 "(metadata that nobody needs can be removed: virsh metadata, virsh desc)"
             ) from None
 
-    def describe_files(self):
+    def describe_files(self) -> None:
         """
         Have the head say what is in the files that the guest never writes to, and which of them the base has.
 
         What cannot be read here is left to whoever writes the stream.
         """
-        self.modes = {}  # of each file that the head describes, by its role and path
+        self.modes: dict[tuple[str, str], int] = {}  # of each file that the head describes, by its role and path
         if self.head["domain_xml"] is None:
             return
         before = [] if self.known is None else self.known.head.get("files", ())
@@ -104,11 +120,11 @@ class Plan:
                 if not self.source.is_local:
                     return  # ssh does not get there: each try would take as long
                 continue
-            base = {"base": True} if (role, path, size, sha256) in held else {}
+            base: dict[str, Any] = {"base": True} if (role, path, size, sha256) in held else {}
             files.append({"role": role, "path": path, "size": size, "sha256": sha256, **base})
             self.head["files"] = files
 
-    def record(self):
+    def record(self) -> Record:
         """The job's record: all that is needed to end it."""
         options = self.options
         return Record(
@@ -119,7 +135,7 @@ class Plan:
             scratch=list(self.scratch.values()), started=self.source.started,
         )
 
-    def start(self, journal):
+    def start(self, journal: Journal) -> None:
         """Start the job (see vnb.job.source.Journal). A disk whose bitmap turns out to be broken is taken in full."""
         while True:
             try:
@@ -147,7 +163,7 @@ class Plan:
                 disk["source"]["sparse"] = False
             del disk["bitmap"]
 
-    def _wanted(self):
+    def _wanted(self) -> Wanted:
         """What the source is to begin (Wanted). The checkpoint's description says whose it is."""
         about = {
             "owner": owner(), "catalog": self.catalog.id, "destination": self.catalog.destination, "base": self.parent,
@@ -156,7 +172,7 @@ class Plan:
         disks = [
             WantedDisk(
                 self.sources[disk["name"]], disk["size"], self._export(disk["name"]), disk["level"] == "inc",
-                disk["bitmap"], self.scratch.get(disk["name"]),
+                disk["bitmap"], self.scratch.get(disk["name"], ""),
             )
             for disk in self.disks
         ]
@@ -167,14 +183,14 @@ class Plan:
             options["listen"],
         )
 
-    def _export(self, disk):
+    def _export(self, disk: str) -> str:
         """
         The name of a disk's export. Another job may listen where we did, on the same port or socket that its user has
         named, and have a disk of the same name: who comes there for ours must not read that.
         """
         return f"{disk}-{self.head['id'][:8]}"
 
-    def estimate(self):
+    def estimate(self) -> dict[str, int]:
         """
         {disk: bytes} that the backup has at most: all data of a disk that is taken in full, else what has changed.
 
@@ -189,9 +205,9 @@ class Plan:
         full = [disk["name"] for disk in self.disks if disk["name"] not in found]
         return {**found, **self.source.allocated(full)}
 
-    def _newest(self):
+    def _newest(self) -> str | None:
         """
-        The latest time (str) of all points that are known, or None.
+        The latest time of all points that are known, or None.
 
         A clock that went back must not make of a new full, or of a diff, one that is older than what it is to follow.
         """
@@ -200,7 +216,7 @@ class Plan:
             times.append(heads.created_of(self.parent) or "")
         return max(times, default=None)
 
-    def _start(self):
+    def _start(self) -> decisions.Start:
         """Where the backup starts from (Start). Raises Error where a full backup is needed, and was not asked for."""
         level, base = self.options["level"], self.options["base"]
         if level in ("full", "copy"):
@@ -223,18 +239,18 @@ class Plan:
             self.note(f"{self.source.name}: increment since {start.base}")
         return start
 
-    def _named(self, base):
+    def _named(self, base: str) -> SavedSegment | None:
         """The segment whose checkpoint the user names as the base, where the catalog has it."""
         segment = next((segment for segment in self.held if segment.head["checkpoint"] == base), None)
         if segment is None and self.catalog.is_set:
             raise Error(self.catalog.directory, f"does not hold {base}, which --base names")
         if segment is not None:
             if self.catalog.is_set:
-                chain.path(self.held, self.catalog.directory, segment.head["point"], self.catalog.damaged)
+                chain.path(self.held, str(self.catalog.directory), segment.head["point"], self.catalog.damaged)
             self._redefine(decisions.to_redefine([segment], self.have))
         return segment
 
-    def _why_forgotten(self):
+    def _why_forgotten(self) -> str:
         """What else to say of checkpoints that libvirt does not know."""
         if self.forgotten is not None:
             return f", and cannot be redefined: {self.forgotten}"
@@ -242,7 +258,7 @@ class Plan:
             return ""
         return " (vnb-checkpoint redefine has libvirt know again what the images still hold)"
 
-    def _redefine(self, segments):
+    def _redefine(self, segments: Sequence[SavedSegment]) -> None:
         """
         Have libvirt know the checkpoints of segments again, where the images still hold their bitmaps.
 
@@ -260,7 +276,7 @@ class Plan:
         if segments:
             self.have = self.source.have()
 
-    def _choose(self, everything):
+    def _choose(self, everything: Sequence[Any]) -> list[Any]:
         """The disks to back up; says which are left out, and refuses what cannot be done."""
         names = {disk.name for disk in everything}
         for option in ("include", "exclude"):
@@ -288,7 +304,7 @@ class Plan:
             raise Error(self.source.name, "no disk is left to back up")
         return chosen
 
-    def _disk(self, disk):
+    def _disk(self, disk: Any) -> dict[str, Any]:
         """The fields of a disk's frame, and whether it gets a bitmap."""
         found = {
             "name": disk.name,
@@ -311,7 +327,7 @@ class Plan:
                 found["level"] = "inc"
         return found
 
-    def _in_full_because(self, disk, size, cannot_hold):
+    def _in_full_because(self, disk: Any, size: int, cannot_hold: str | None) -> str | None:
         """Why an increment has to take all of a disk, in words, or None. cannot_hold: why its image holds no bitmap."""
         has_bitmap = not cannot_hold and disk.name in self.have[self.parent]
         then = self.images_then.get(disk.name)
@@ -328,21 +344,21 @@ class Plan:
         before = next((other["size"] for other in known or () if other["name"] == disk.name), None)
         return reasons.in_full(why, now, self.parent, cannot_hold, before, then)
 
-    def _saved_images(self):
+    def _saved_images(self) -> dict[str, Any]:
         """{disk name: image map} of the base's segment, as far as the catalog has it."""
         if self.known is None:
             return {}
         with contextlib.closing(self.known):
             return {disk["name"]: disk.get("image", {}) for disk in self.known.open().disks}
 
-    def _images_then(self):
+    def _images_then(self) -> dict[str, Any]:
         """{disk name: what named its image at the base}, as far as libvirt or the catalog knows."""
         found = self.source.images_then(self.parent)
         if not found and self.source.uri is not None:  # without libvirt, other images were another domain
             found = {name: image.get("path") for name, image in self.saved.items()}
         return found
 
-    def _whose_file(self, disk):
+    def _whose_file(self, disk: Any) -> str | None:
         """The name of the other disk whose file at the parent is now among this one's images, or None: by inodes."""
         then = {name: image["inode"] for name, image in self.saved.items() if _is_inode(image.get("inode"))}
         if disk.name not in then or not self.source.is_local:
@@ -351,17 +367,17 @@ class Plan:
         own = then.pop(disk.name)
         return next((name for name, other in then.items() if are_moved(now, own, other)), None)
 
-    def _is_among(self, image, layers):
+    def _is_among(self, image: str, layers: Sequence[str]) -> bool:
         if image in layers:
             return True
         # By another path, through a link.
         return self.source.is_local and os.path.realpath(image) in map(os.path.realpath, layers)
 
-    def _take_in_full(self, disk, why):
+    def _take_in_full(self, disk: Any, why: str) -> None:
         disk["level"] = "full"
         self.warn(f"{self.source.name}: {disk['name']}: full in this increment: {why}")
 
-    def _scratch(self, disk):
+    def _scratch(self, disk: Any) -> str:
         """Where the old data goes that the guest overwrites: beside the image, as libvirt itself would do."""
         directory = self.options["scratch_dir"] or (
             os.path.dirname(disk.path) if disk.type == "file" and disk.path else self._private_directory()
@@ -369,10 +385,10 @@ class Plan:
         self._check_room(disk, directory)
         return os.path.join(os.path.abspath(directory), f"vnb-{self.head['id'][:12]}-{disk.name}.scratch")
 
-    def _private_directory(self):
+    def _private_directory(self) -> str:
         return self.source.private_directory() if self.endpoint.is_tcp else os.path.dirname(self.endpoint.path)
 
-    def _check_room(self, disk, directory):
+    def _check_room(self, disk: Any, directory: str) -> None:
         """Raise Error where the job could not begin, or would be ended at once; warn of what may happen."""
         if self.options["scratch_dir"] and self.source.is_local and not os.path.isdir(directory):
             raise Error("--scratch-dir", f"{directory}: no such directory (QEMU's user has to be able to write there)")
@@ -393,18 +409,18 @@ class Plan:
             )
 
 
-def checkpoint_xml(segment):
-    """The XML (str or None) of a saved segment's checkpoint: there may be many, and it is not kept in memory."""
+def checkpoint_xml(segment: SavedSegment) -> str | None:
+    """The XML of a saved segment's checkpoint: there may be many, and it is not kept in memory."""
     with contextlib.closing(segment):
         return segment.open().head.get("checkpoint_xml")
 
 
-def _names(words, disk):
+def _names(words: str, disk: str) -> bool:
     """Whether words of libvirt, in any language and with any quotation marks, have the name of a disk in them."""
     return re.search(rf"(?<!\w){re.escape(disk)}(?!\w)", words) is not None
 
 
-def _no_bitmap_because(disk, is_local):
+def _no_bitmap_because(disk: Any, is_local: bool) -> str | None:
     """Why an image cannot hold a persistent bitmap, or None (also where that is for libvirt to find out)."""
     if disk.format != "qcow2":
         return f"a {disk.format} image cannot hold a bitmap"
@@ -420,7 +436,7 @@ def _no_bitmap_because(disk, is_local):
     return None
 
 
-def _socket_name(head):
+def _socket_name(head: Any) -> str:
     """Says whose it is: our process, this boot, the run."""
     us = owner()
     return f'vnb-{us["pid"]}-{us["boot"][:8]}-{head["id"][:8]}.sock'

@@ -13,6 +13,8 @@ that is not set, a stage looks for the file in the state directory. A stage on a
 finds no file, and writes nothing down.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
@@ -21,6 +23,12 @@ import stat
 from vnb.base import log
 from vnb.base.errors import Error, os_error
 from vnb.job.statedir import default_directory, job_directory
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
 
 FILE = "VNB_TAKEN"  # the variable with the file's path, for commands that are no stages of vnb, too
 STDOUT = "VNB_RUN_STDOUT"  # the variable that says which pipe or socket is the standard output of run
@@ -32,18 +40,18 @@ _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 class Report:
     """
-    What this process does with a segment. head (dict): of the segment. Nothing is written where nobody waits for it.
+    What this process does with a segment. head: of the segment. Nothing is written where nobody waits for it.
     """
 
-    def __init__(self, head):
+    def __init__(self, head: Mapping[str, Any]) -> None:
         self._path = _path(head) if head["stage"] == "data" else None
         self._write("begun")
 
-    def taken(self):
+    def taken(self) -> None:
         """The segment was passed on to its end, or is stored."""
         self._write("taken")
 
-    def _write(self, word):
+    def _write(self, word: str) -> None:
         if self._path is None:
             return
         with contextlib.suppress(OSError):  # without the line nothing is committed
@@ -57,7 +65,7 @@ class Report:
 class ReportOfStdout(Report):
     """The same for a segment that goes to standard output. Raises Error where that is run's own and a pipe."""
 
-    def __init__(self, head):
+    def __init__(self, head: Mapping[str, Any]) -> None:
         pipe = pipe_of_stdout()
         if pipe is not None and pipe == os.environ.get(STDOUT) and is_of_run(head):
             raise Error(
@@ -67,20 +75,20 @@ class ReportOfStdout(Report):
         super().__init__(head)
 
 
-def is_of_run(head):
-    """Whether a segment with this head (dict) is the one that the run is for which has started this process."""
+def is_of_run(head: Mapping[str, Any]) -> bool:
+    """Whether a segment with this head is the one that the run is for which has started this process."""
     return os.path.basename(os.environ.get(FILE) or "") == head["id"] + SUFFIX
 
 
-def pipe_of_stdout():
-    """Which pipe or socket standard output is (str), or None where it is neither."""
+def pipe_of_stdout() -> str | None:
+    """Which pipe or socket standard output is, or None where it is neither."""
     found = os.fstat(1)
     if stat.S_ISFIFO(found.st_mode) or stat.S_ISSOCK(found.st_mode):
         return f"{found.st_dev}:{found.st_ino}"
     return None
 
 
-def expect(directory, segment):
+def expect(directory: str, segment: str) -> str:
     """Have a file for a segment (its id) in a job's directory, and its path. Raises Error."""
     forget(directory)
     path = os.path.join(directory, segment + SUFFIX)
@@ -91,7 +99,7 @@ def expect(directory, segment):
     return path
 
 
-def forget(directory):
+def forget(directory: str) -> None:
     """Remove what is there of jobs that have ended. Raises Error."""
     for name in os.listdir(directory):
         if name.endswith(SUFFIX):
@@ -102,14 +110,16 @@ def forget(directory):
                 raise os_error(path, error) from None
 
 
-def lack(directory, segment):
+def lack(directory: str, segment: str) -> str | None:
     """What lacks of the proof that a segment (its id) was taken whole, in words; None where nothing lacks."""
     try:
         with open(os.path.join(directory, segment + SUFFIX), "rb") as file:
             lines = file.read(MAX_SIZE).decode(errors="replace").splitlines()
     except OSError:
         lines = []
-    begun, taken, said = {}, set(), False
+    begun: dict[str, int] = {}
+    taken: set[str] = set()
+    said = False
     for line in lines:
         word, _, who = line.partition(" ")
         said = said or word == "taken"
@@ -126,7 +136,7 @@ def lack(directory, segment):
     return None if said else "no command says that it has taken the segment to its end"
 
 
-def _path(head):
+def _path(head: Mapping[str, Any]) -> str | None:
     """Where the file for a segment is, if there is one; its names come from a stream."""
     if is_of_run(head):
         return os.environ[FILE]

@@ -1,18 +1,27 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Checkpoints that libvirt has forgotten, made known to it again."""
 
+from __future__ import annotations
+
 import contextlib
 
 from vnb.base.errors import Error
 from vnb.qemu import img
 from vnb.virt import domxml
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-def redefine(domain, checkpoint_xml):
+    from vnb.virt.domain import Domain
+
+
+
+def redefine(domain: Domain, checkpoint_xml: str | None) -> None:
     """
     Have libvirt know a checkpoint of a vnb.virt.domain.Domain again, with the disks that hold a sound bitmap of it.
 
-    checkpoint_xml (str or None): as it was saved. Raises Error where no disk does; then nothing has changed.
+    checkpoint_xml: as it was saved. Raises Error where no disk does; then nothing has changed.
     """
     if not checkpoint_xml:
         raise Error(domain.name, "the catalog has no XML of it")
@@ -32,9 +41,9 @@ def redefine(domain, checkpoint_xml):
     domain.redefine_checkpoint(domxml.checkpoint_of(checkpoint_xml, sound, present))
 
 
-def _redefine_live(domain, checkpoint_xml, wanted, present):
+def _redefine_live(domain: Domain, checkpoint_xml: str, wanted: Sequence[str], present: dict[str, domxml.Disk]) -> None:
     """QEMU is asked about the bitmaps by libvirt: of all disks, and where that fails of one after the other."""
-    def ask(names):
+    def ask(names: Sequence[str]) -> None:
         domain.redefine_checkpoint(domxml.checkpoint_of(checkpoint_xml, names, present), validate=True)
 
     try:
@@ -54,7 +63,8 @@ def _redefine_live(domain, checkpoint_xml, wanted, present):
     ask(sound)
 
 
-def _has_sound(disk, bitmap):
+def _has_sound(disk: domxml.Disk, bitmap: str) -> bool:
     """Whether a disk's image, which no guest uses, tells of all changes since a bitmap was made."""
-    return disk.format == "qcow2" and bool(disk.path) and bool(
-        img.holders(img.layers(disk.name, disk.path, disk.format), bitmap))
+    if disk.format != "qcow2" or not disk.path:
+        return False
+    return bool(img.holders(img.layers(disk.name, disk.path, disk.format), bitmap))

@@ -44,7 +44,7 @@ class WantedDisk:
     A disk that is to be read. disk: as disks() gave it. size: bytes. export: the name of its NBD export.
 
     is_increment: only what has changed since the base. has_bitmap: the checkpoint gets one in its image.
-    scratch: the path of a file for the old data that the guest overwrites, where the source needs one.
+    scratch: the path of a file for the old data that the guest overwrites, where the source needs one, else "".
     """
 
     disk: Any
@@ -52,7 +52,7 @@ class WantedDisk:
     export: str
     is_increment: bool
     has_bitmap: bool
-    scratch: str | None = None
+    scratch: str = ""
 
     @property
     def name(self) -> str:
@@ -77,7 +77,7 @@ class Wanted:
     base: str | None
     disks: list[WantedDisk]
     others: list[str]
-    endpoint: Unix | Tcp
+    endpoint: Any  # a vnb.nbd.endpoint.Unix or Tcp
     directory: str
     freeze: Sequence[str] | None = None
     require_freeze: bool = False

@@ -1,12 +1,22 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Images without libvirt."""
 
+from __future__ import annotations
+
 import os
 
 from vnb.base.errors import Error
 from vnb.format import heads
 from vnb.job.source_offline import Offline
 from vnb.qemu import img
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from vnb.job.record import Record
+
 
 
 class Images(Offline):
@@ -18,22 +28,22 @@ class Images(Offline):
 
     kind = "images"
 
-    def __init__(self, images):
+    def __init__(self, images: Mapping[str, str]) -> None:
         super().__init__()
         self.images = {name: os.path.realpath(path) for name, path in images.items()}
         self.name = os.path.basename(next(iter(self.images.values()))).partition(".")[0] or "images"
         self.uuid = heads.uuid_of("\n".join(f"{name}={path}" for name, path in sorted(self.images.items())))
 
     @classmethod
-    def of_record(cls, record):
+    def of_record(cls, record: Record) -> Images:
         """The same of a job's record."""
-        return cls(record.images)
+        return cls(record.images or {})
 
-    def disks(self):
+    def disks(self) -> list[Any]:
         return [ImageDisk(name, path) for name, path in self.images.items()]
 
-    def have(self):
-        found = {}
+    def have(self) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = {}
         for disk in self.disks():
             layers = self.layers_of(disk)
             for bitmap in {name for layer in layers for name in layer.bitmaps}:
@@ -41,11 +51,11 @@ class Images(Offline):
                     found.setdefault(bitmap, {})[disk.name] = bitmap
         return found
 
-    def redefine(self, checkpoint_xml):
+    def redefine(self, checkpoint_xml: str | None) -> None:
         """There is no libvirt that could have forgotten it: its bitmaps are not there."""
         raise Error(self.name, "no image has a sound bitmap of it")
 
-    def delete_checkpoint(self, name):
+    def delete_checkpoint(self, name: str) -> None:
         for disk in self.disks():
             if disk.format == "qcow2":
                 img.remove_bitmap(disk.name, disk.path, name)
@@ -58,13 +68,13 @@ class ImageDisk:
     encrypted = readonly = empty = shareable = False
     left_out_because = None
 
-    def __init__(self, name, path):
+    def __init__(self, name: str, path: str) -> None:
         self.name = name
         self.path = path
         self.format = _format_of(name, path)
 
 
-def _format_of(name, path):
+def _format_of(name: str, path: str) -> str:
     """qcow2 or raw. A guest can write a qcow2 header into a raw image: this is for images without a guest."""
     try:
         with open(path, "rb") as file:

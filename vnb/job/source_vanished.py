@@ -10,6 +10,11 @@ from vnb.job.source import Source
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vnb.job.record import Record
@@ -35,7 +40,7 @@ class Gone(Source):
         """The same of a job's record."""
         return cls(None if record.uri is None else Host.of_uri(record.uri, **record.ssh))
 
-    def have(self):
+    def have(self) -> dict[str, dict[str, str]]:
         """No checkpoint: libvirt forgot them with the domain."""
         return {}
 
@@ -47,7 +52,14 @@ class Gone(Source):
     def delete_checkpoint(self, name: str) -> None:
         """There is none. Whose its bitmaps are now is not known."""
 
-    def _refuse(self, *_):
+    def _refuse(self, *_: object) -> Any:
         raise Error("the domain", "is gone")
 
-    disks = size_of = layers_now = allocated = changed = endpoint = begin = exports = _refuse
+    disks: Any = _refuse
+    size_of: Any = _refuse
+    layers_now: Any = _refuse
+    allocated: Any = _refuse
+    changed: Any = _refuse
+    endpoint: Any = _refuse
+    begin: Any = _refuse
+    exports: Any = _refuse

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Which source a backup has: by the options of who begins it, and by the record of who has to end it."""
 
+from __future__ import annotations
+
 from vnb.base import ssh
 from vnb.base.errors import Error
 from vnb.job.source_images import Images
@@ -10,10 +12,18 @@ from vnb.job.source_vanished import Gone
 from vnb.virt.domain import Domain
 from vnb.virt.failures import NoDomain
 
-SOURCES = {source.kind: source for source in (Images, Running, Stopped)}
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from vnb.job.record import Record
+    from vnb.job.source import Source
 
 
-def open_source(options):
+SOURCES: dict[str, Any] = {source.kind: source for source in (Images, Running, Stopped)}
+
+
+def open_source(options: dict[str, Any]) -> Source:
     """The Source that the options of vnb-checkpoint mean; see vnb.job.job.begin. Raises Error."""
     if options["images"]:
         return Images(options["images"])
@@ -25,7 +35,7 @@ def open_source(options):
     return Stopped(domain)
 
 
-def source_of(record):
+def source_of(record: Record) -> Any:
     """The source of a job from its record, by a connection made now: libvirt may have been restarted. Raises Error."""
     if record.kind not in SOURCES:
         raise Error(record.head["domain"], f'its job is of a kind that this vnb does not know: "{record.kind}"')

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Where the state directory is; vnb.job.state has what is in it."""
 
+from __future__ import annotations
+
 import os
 
 
-def default_directory():
+def default_directory() -> str:
     """/var/lib/vnb for root, a directory of their own for others; VNB_STATE_DIR overrides."""
     if os.environ.get("VNB_STATE_DIR"):
         return os.environ["VNB_STATE_DIR"]
@@ -14,6 +16,6 @@ def default_directory():
     return os.path.join(home, "vnb")
 
 
-def job_directory(state, uuid):
+def job_directory(state: str, uuid: str) -> str:
     """The directory of the job of a domain with this UUID, in a state directory."""
     return os.path.join(state, "jobs", uuid)

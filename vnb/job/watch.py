@@ -16,6 +16,8 @@ Messages are maps in JSON, a line each, see vnb.job.channel. {"do": ...} asks fo
     make way    from others, when OVER    -> TAKEN, once the other one has said "taken"
 """
 
+from __future__ import annotations
+
 import contextlib
 import enum
 import os
@@ -28,6 +30,15 @@ from vnb.job.channel import REQUEST_SECONDS, WAITED_FOR_SECONDS, Line
 from vnb.job.left_behind import who_runs
 from vnb.job.sources import source_of
 from vnb.virt.export_clients import read_lists
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+    from vnb.job.job import Job
+
 
 TICK_SECONDS = 1.0  # free room, clients and deadline have no event that one could wait for
 RAREST_SECONDS = 300  # between two attempts to end a job that does not end; the first pause is a tick
@@ -47,31 +58,34 @@ class Keeper:
     """
     Watches over a running job, and stays after it until the guest is thawed.
 
-    state: to begin with. starter (Line), listener (socket): who may speak to it. options (dict): see
+    state: to begin with. starter (Line), listener: who may speak to it. options: see
     vnb.job.starter.start.
     """
 
-    def __init__(self, job, starter, listener, options, state=State.WATCHED, reason=None):
+    def __init__(
+        self, job: Job, starter: Line | None, listener: socket.socket, options: dict[str, Any],
+        state: State = State.WATCHED, reason: str | None = None,
+    ) -> None:
         self.job = job
         self.state = state
         self.reason = reason  # why it is ended by ourselves, as long as somebody may want to know
-        self.starter = starter
-        self.left = None  # a starter that has hung up, and waits for our end
-        self.successor = None  # a connection to the one who takes over from us
+        self.starter: Any = starter
+        self.left: Any = None  # a starter that has hung up, and waits for our end
+        self.successor: socket.socket | None = None  # a connection to the one who takes over from us
         self.listener = listener
         self.options = options
-        self.troubles = {}
+        self.troubles: dict[str, str] = {}
         self.pause = TICK_SECONDS  # until a job that could not be ended is tried again
         self.next_try = self.ending_since = self.looked = self.last_client = time.monotonic()
         self.deadline = time.monotonic() + options["deadline"]
         self.job.note = self.job.warn = self.log
 
     @property
-    def is_over(self):
+    def is_over(self) -> bool:
         """Whether the job has ended."""
         return self.state in (State.OVER, State.TAKEN)
 
-    def loop(self):
+    def loop(self) -> None:
         """Until the job has ended, and the guest is thawed, or somebody else sees to that."""
         while not self.is_over or (self.state is State.OVER and self.job.record.frozen is not None):
             if self.is_over and self.left is not None:
@@ -86,7 +100,7 @@ class Keeper:
                 self._look()
                 self.looked = time.monotonic()
 
-    def end_if_running(self, reason):
+    def end_if_running(self, reason: str) -> None:
         """
         End the job by ourselves: it does not count, unless its segment is in the catalog.
 
@@ -112,7 +126,7 @@ class Keeper:
             if line is not None:
                 line.offer(ended=True, saved=saved)
 
-    def _try_again_later(self, error):
+    def _try_again_later(self, error: Error) -> None:
         self.next_try = time.monotonic() + self.pause
         self.pause = min(2 * self.pause, RAREST_SECONDS)
         if self._trouble("end", str(error)):
@@ -122,7 +136,7 @@ class Keeper:
             self.left.tell(f"{error}; its keeper goes on trying")
             self._stay_without_starter()
 
-    def _stay_without_starter(self):
+    def _stay_without_starter(self) -> None:
         """Have a starter that has hung up not wait for our end."""
         self.left.offer(stays=True)
         self.left.close()
@@ -130,17 +144,17 @@ class Keeper:
 
     # What it says.
 
-    def log(self, text):
+    def log(self, text: str) -> None:
         """A line for whoever looks into the log; also for the starter, while there is one."""
         self._write(text)
         if self.starter is not None:
             self.starter.tell(text)
 
-    def _write(self, text):
+    def _write(self, text: str) -> None:
         with contextlib.suppress(OSError):  # a file system that is full is no reason to leave the guest alone
             sys.stderr.write(f'{time.strftime("%Y-%m-%dT%H:%M:%S")} {text}\n')
 
-    def _trouble(self, about, text):
+    def _trouble(self, about: str, text: str) -> bool:
         """A line on what fails tick after tick: only when it is another one than before, which is returned."""
         if self.troubles.get(about) == text:
             return False
@@ -149,7 +163,7 @@ class Keeper:
         return True
 
     @contextlib.contextmanager
-    def _telling(self, tell):
+    def _telling(self, tell: Callable[[str], Any]) -> Iterator[None]:
         """While this lasts, the job's lines go to a function."""
         self.job.note = tell
         try:
@@ -159,7 +173,7 @@ class Keeper:
 
     # What it hears.
 
-    def _hear_starter(self):
+    def _hear_starter(self) -> None:
         try:
             message = self.starter.receive()
         except Error:
@@ -173,7 +187,7 @@ class Keeper:
         else:
             self._answer(self.starter, message)
 
-    def _keep_alone(self, message):
+    def _keep_alone(self, message: dict[str, Any]) -> None:
         """The starter has begun a job for others to end."""
         if self.state is State.WATCHED:
             self.state = State.ALONE
@@ -184,7 +198,7 @@ class Keeper:
         self.starter.close()
         self.starter = None
 
-    def _hear_client(self):
+    def _hear_client(self) -> None:
         try:
             connection, _ = self.listener.accept()
         except OSError:
@@ -203,7 +217,7 @@ class Keeper:
             else:
                 self._answer(line, message)
 
-    def _make_way(self, line):
+    def _make_way(self, line: Line) -> None:
         """Leave, but only for someone who is still there: who gave us up meanwhile has taken over nothing."""
         line.send(way=True)
         with contextlib.suppress(Error):
@@ -211,7 +225,7 @@ class Keeper:
                 self.successor = line.socket.dup()  # open as long as we live: then the lock is free
                 self.state = State.TAKEN
 
-    def _answer(self, line, message):
+    def _answer(self, line: Line, message: dict[str, Any]) -> None:
         """Do as somebody asks, and say how that went."""
         try:
             with self._telling(line.tell):
@@ -227,7 +241,7 @@ class Keeper:
         except OSError as error:
             line.send(error=["keeper", str(error), None])
 
-    def _do_late(self, line, what):
+    def _do_late(self, line: Line, what: str | None) -> None:
         """The job has ended by itself, or was ended by somebody else, and we are here for the guest's sake."""
         if what != "abort":
             raise Error(self.job.head["domain"], f"the job was ended already: {self.job.record.reason}")
@@ -236,10 +250,10 @@ class Keeper:
 
     # What it looks at.
 
-    def _look(self):
+    def _look(self) -> None:
         if self.state is State.ENDING:
             if time.monotonic() >= self.next_try:
-                self.end_if_running(self.reason)
+                self.end_if_running(self.reason or "")
         else:
             for look in (self._look_at_time, self._look_at_scratch, self._look_at_guest):
                 if self.state in (State.WATCHED, State.ALONE):
@@ -247,7 +261,7 @@ class Keeper:
         if self.job.record.frozen is not None:
             self._thaw()
 
-    def _look_at_time(self):
+    def _look_at_time(self) -> None:
         now = time.monotonic()
         if now > self.deadline:
             self.end_if_running(f"its deadline of {self.options['deadline']} seconds has passed")
@@ -257,13 +271,13 @@ class Keeper:
         else:
             self.last_client = now
 
-    def _is_idle(self):
+    def _is_idle(self) -> bool:
         """Whether nobody is connected to the export, as far as that is known. Looks at each tick: to know how long."""
         if self.job.record.tcp and not self.job.held.is_local:
             return False
         return self.job.clients.look(read_lists(self.job.clients.is_tcp), time.monotonic()) == 0
 
-    def _look_at_scratch(self):
+    def _look_at_scratch(self) -> None:
         for path in self.job.record.scratch:
             directory = os.path.dirname(path)
             try:
@@ -274,7 +288,7 @@ class Keeper:
                 self.end_if_running(f"only {free} bytes are left in {directory}, where the scratch is")
                 return
 
-    def _look_at_guest(self):
+    def _look_at_guest(self) -> None:
         """A guest that QEMU stopped because it could not write is worth more than its backup."""
         try:
             stuck = self.job.held.is_guest_stopped()
@@ -287,7 +301,7 @@ class Keeper:
         if stuck and not self.job.record.stuck:
             self.end_if_running("the guest was stopped by a write error: the scratch may be full")
 
-    def _connect_again(self):
+    def _connect_again(self) -> None:
         """libvirtd was restarted, or the line was cut: the job survives that, our connection does not."""
         try:
             held = source_of(self.job.record)
@@ -302,7 +316,7 @@ class Keeper:
         self.job.held.close()
         self.job.held = held
 
-    def _thaw(self):
+    def _thaw(self) -> None:
         try:
             with self._telling(lambda text: self._trouble("thaw", text)):
                 thawed = self.job.thaw()
@@ -313,8 +327,8 @@ class Keeper:
             self.job.directory.remove()  # this was all that was left to do
 
 
-def end_as_asked(job, message):
-    """Commit or abort a job as a message (dict) says."""
+def end_as_asked(job: Job, message: dict[str, Any]) -> None:
+    """Commit or abort a job as a message says."""
     if message.get("do") == "commit":
         job.commit(message.get("set"), message.get("proof", True))
     elif message.get("do") == "abort":
