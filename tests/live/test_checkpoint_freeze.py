@@ -164,7 +164,7 @@ def test_an_agent_that_stops_midway_keeps_nobody_waiting(linux, monkeypatch):
     It stops while libvirt does not look: the machine's console tells us.
     """
     for limit in ("FREEZE_SECONDS", "THAW_SECONDS", "INFO_SECONDS"):
-        monkeypatch.setattr(f"vnb.virt.domain.{limit}", 2)
+        monkeypatch.setattr(f"vnb.virt.agent.{limit}", 2)
     pid = agent_pid(linux)
     linux.run(f"(sleep 1; kill -STOP {pid}; echo stopped > /dev/ttyS0; sleep 15; kill -CONT {pid}) > /dev/null 2>&1 &")
     wait_for(lambda: "stopped" in Path(linux.console).read_text(), "the agent to stop")

@@ -17,7 +17,8 @@ from backups import STORE, backup, deaf, in_handshake, levels, listed, lose_job_
 from guest import linux
 from lab import Disk, MiB, run, wait_for
 
-from vnb.virt.domain import JOB_END_SECONDS, Domain
+from vnb.virt.backup_job import JOB_END_SECONDS
+from vnb.virt.domain import Domain
 
 NO_CUT = "setpriv --bounding-set=-sys_ptrace --"  # before a command: it may touch no connections of other processes
 LISTEN = ["", "--nbd-listen 127.0.0.1"]

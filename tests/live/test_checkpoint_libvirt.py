@@ -14,7 +14,8 @@ from lab import Disk, MiB, run, wait_for
 
 from vnb.qemu import img
 from vnb.virt import domxml
-from vnb.virt.domain import PRESERVE_SHUTDOWN_SINCE, Domain
+from vnb.virt.backup_job import PRESERVE_SHUTDOWN_SINCE
+from vnb.virt.domain import Domain
 from vnb.virt.failures import AddressInUse
 
 FAIL = "cat > /dev/null; false"  # a command that has read its input, and fails

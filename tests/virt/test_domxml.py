@@ -4,7 +4,7 @@
 import pytest
 
 from vnb.base.errors import Error
-from vnb.virt import domxml
+from vnb.virt import domxml, file_elements
 
 DOMAIN = """
 <domain type='kvm'><name>vm1</name>
@@ -148,7 +148,7 @@ def test_devices_that_only_qemu_can_read(xml, names):
 
 
 def test_files_are_absolute_paths():
-    assert domxml.files(DOMAIN) == [("loader", "/usr/share/OVMF.fd"), ("nvram", "/var/lib/nvram/vm1.fd")]
+    assert file_elements.files(DOMAIN) == [("loader", "/usr/share/OVMF.fd"), ("nvram", "/var/lib/nvram/vm1.fd")]
     assert domxml.has_tpm(DOMAIN)
     assert not domxml.has_agent(DOMAIN)
 
@@ -166,12 +166,12 @@ def test_names_are_read_as_they_are_written():
 def test_files_of_every_kind():
     xml = """<domain><os><loader>/l</loader><nvram type='block'><source dev='/dev/v'/></nvram><shim>/s</shim>
       <varstore path='/v.json' template='/t'/><kernel>/k</kernel></os></domain>"""
-    assert domxml.files(xml) == [
+    assert file_elements.files(xml) == [
         ("loader", "/l"), ("nvram", "/dev/v"), ("varstore", "/v.json"), ("kernel", "/k"), ("shim", "/s"),
     ]
-    assert domxml.remote_firmware(xml) == []
+    assert file_elements.remote_firmware(xml) == []
     xml = "<domain><os><nvram type='network'><source protocol='nbd' name='x'/></nvram></os></domain>"
-    assert (domxml.files(xml), domxml.remote_firmware(xml)) == ([], ["its nvram, of type network"])
+    assert (file_elements.files(xml), file_elements.remote_firmware(xml)) == ([], ["its nvram, of type network"])
 
 
 @pytest.mark.parametrize("text", [

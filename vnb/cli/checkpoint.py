@@ -71,14 +71,16 @@ def main(args: dict[str, Any]) -> Any:
         return _run(_options(args), args["COMMAND"])
     if subcommand in ("commit", "abort"):
         return _finish(args, subcommand)
-    from vnb.cli import checkpoint_admin
+    from vnb.cli import checkpoint_admin, checkpoint_cleanup, known_catalogs
 
     if subcommand == "size":
         args["--level"] = args["--level"] or "auto"
         if not args["--base"]:
-            with checkpoint_admin.open_domain(args) as domain:
-                checkpoint_admin.wanted(args, domain)
+            with known_catalogs.open_domain(args) as domain:
+                known_catalogs.wanted(args, domain)
         return checkpoint_admin.size(_options({**_defaults("run"), **args}), args["--json"], log.note, log.warn)
+    if subcommand == "cleanup":
+        return checkpoint_cleanup.cleanup(args, log.note)
     return getattr(checkpoint_admin, subcommand)(args, log.note)
 
 
@@ -339,7 +341,8 @@ def _host_of(options):
 
 
 def _finish(args, what):
-    from vnb.cli.checkpoint_admin import open_domain, tell_of_job
+    from vnb.cli.checkpoint_cleanup import tell_of_job
+    from vnb.cli.known_catalogs import open_domain
     from vnb.job.starter import ask
 
     images = _images(args)

@@ -22,7 +22,7 @@ from vnb.job.state import wait_for_children
 from vnb.qemu import img
 from vnb.store import pruned
 from vnb.store.catalog import Catalog
-from vnb.virt import domxml
+from vnb.virt import domxml, file_elements
 from vnb.virt.export_clients import clients_of
 
 TYPE_CHECKING = False
@@ -306,14 +306,14 @@ def _files(source: Source, plan: Plan, job: Job) -> list[dict[str, Any]]:
     xml = plan.head["domain_xml"]
     if xml is not None:
         of_head = {(file["role"], file["path"]): file for file in plan.head.get("files", ())}
-        for role, path in domxml.files(xml):
+        for role, path in file_elements.files(xml):
             file = of_head.get((role, path))
             more: dict[str, Any] = {}
             if file is not None:
                 more = {"same": plan.modes[role, path]} if "base" in file else {"sha256": file["sha256"]}
             found.append({"role": role, "path": path, **more})
         found += [{"role": role, "path": path} for role, path in source.more_files(xml)]
-        for what in domxml.remote_firmware(xml):
+        for what in file_elements.remote_firmware(xml):
             job.warn(f"{source.name}: {what}, is not in the backup")
         if domxml.has_tpm(xml):
             job.warn(f"{source.name}: the state of its TPM is not in the backup")

@@ -18,7 +18,7 @@ from vnb.job.state import owner
 from vnb.nbd.endpoint import Unix
 from vnb.store import chain
 from vnb.store.catalog import Catalog
-from vnb.virt import domxml
+from vnb.virt import file_elements
 from vnb.virt.failures import BrokenBitmap
 
 TYPE_CHECKING = False
@@ -111,8 +111,8 @@ class Plan:
         before = [] if self.known is None else self.known.head.get("files", ())
         held = {(file["role"], file["path"], file["size"], file["sha256"]) for file in before}
         files = []
-        for role, path in domxml.files(self.head["domain_xml"]):
-            if role not in domxml.STABLE_ROLES or (role, path) in self.modes:
+        for role, path in file_elements.files(self.head["domain_xml"]):
+            if role not in file_elements.STABLE_ROLES or (role, path) in self.modes:
                 continue
             try:
                 self.modes[role, path], size, sha256 = self.source.describe(path)

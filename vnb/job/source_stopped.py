@@ -13,7 +13,7 @@ from vnb.job.described import abouts, checkpoint_xml, domain_fields, domain_of
 from vnb.job.redefining import redefine
 from vnb.job.source_offline import Offline
 from vnb.qemu import img
-from vnb.virt import domxml
+from vnb.virt import domxml, file_elements
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Stopped(Offline):
 
     def more_files(self, xml: str) -> list[tuple[str, str]]:
         """The nvram, where libvirt names it after the domain: up to 9.0 that is only in the XML of one that runs."""
-        if not domxml.leaves_nvram_to_libvirt(domxml.parse(xml, "domain XML")):
+        if not file_elements.leaves_nvram_to_libvirt(domxml.parse(xml, "domain XML")):
             return []
         path = os.path.join(self.domain.nvram_directory, f"{self.name}_VARS.fd")
         return [("nvram", path)] if os.path.exists(path) else []

@@ -11,7 +11,7 @@ from vnb.base.errors import Error, os_error
 from vnb.format import rules, values
 from vnb.format.frame import MiB
 from vnb.restore.imagedir import EXISTS, ImageDirectory
-from vnb.virt import domxml
+from vnb.virt import file_elements
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Earlier:
         """
         key = frame.fields["role"], frame.fields["path"]
         if type(frame) is values.File:
-            if key[0] in domxml.STABLE_ROLES:
+            if key[0] in file_elements.STABLE_ROLES:
                 if key not in self._now:
                     self._now[key] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by begin() or __exit__()
                 self._now[key].write(frame.payload)
@@ -158,7 +158,7 @@ class Files:
         """Take a part of a file; parts are whole and in order. A file that nothing needs is left out."""
         fields = frame.fields
         key = fields["role"], fields["path"]
-        if fields["role"] in domxml.FILE_ROLES:
+        if fields["role"] in file_elements.FILE_ROLES:
             check_path(*key)
         final = self._destinations.get(key)
         if final is None:
@@ -205,7 +205,7 @@ class Files:
         if is_last:
             # QEMU, another user, has to read a kernel or a loader, which libvirt may leave as they are. What others
             # could not read before they can't now, and the nvram, which libvirt makes QEMU's own, they never can.
-            others = 0 if fields["role"] in domxml.WRITTEN_ROLES else fields["mode"] & 0o044
+            others = 0 if fields["role"] in file_elements.WRITTEN_ROLES else fields["mode"] & 0o044
             os.fchmod(fd, 0o600 | others)
             os.fsync(fd)
             os.close(self._descriptors.pop(key))

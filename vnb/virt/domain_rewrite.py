@@ -10,7 +10,7 @@ from xml.etree import ElementTree  # noqa: S405 - vnb.virt.domxml.parse lets no 
 
 from vnb.base.errors import Error
 from vnb.format import rules
-from vnb.virt import domxml
+from vnb.virt import domxml, file_elements
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,10 +92,10 @@ class Domain:
 
     def _files(self) -> Iterator[tuple[str, str | None, Any]]:
         os_ = self.root.find("os")
-        for role in domxml.FILE_ROLES:
+        for role in file_elements.FILE_ROLES:
             for element in () if os_ is None else os_.findall(role):
-                if domxml.is_named(element):
-                    yield role, domxml.file_path(element), element
+                if file_elements.is_named(element):
+                    yield role, file_elements.file_path(element), element
 
     def adopt_firmware(self) -> None:
         """
@@ -105,11 +105,11 @@ class Domain:
         in the backup would be forgotten, and with it what the guest wrote there.
         """
         live = None if self._live is None or self._live is self.root else self._live.find("os")
-        if live is None or live.find("nvram") is None or not domxml.leaves_nvram_to_libvirt(self.root):
+        if live is None or live.find("nvram") is None or not file_elements.leaves_nvram_to_libvirt(self.root):
             return
         os_ = self.root.find("os")
         for tag in ("loader", "nvram"):
-            if not any(map(domxml.is_named, os_.findall(tag))):
+            if not any(map(file_elements.is_named, os_.findall(tag))):
                 _remove(os_, ".", tag)
                 os_.extend(live.findall(tag))
         smm = self._live.find("features/smm")
@@ -126,11 +126,11 @@ class Domain:
 
         Of a domain that was off there is nothing but such a definition, and libvirt's nvram beside it.
         """
-        if not domxml.leaves_nvram_to_libvirt(self.root):
+        if not file_elements.leaves_nvram_to_libvirt(self.root):
             return False
         os_ = self.root.find("os")
         nvram = os_.find("nvram")
-        domxml.set_file_path(ElementTree.SubElement(os_, "nvram") if nvram is None else nvram, path)
+        file_elements.set_file_path(ElementTree.SubElement(os_, "nvram") if nvram is None else nvram, path)
         return True
 
     def adjust(
@@ -271,7 +271,7 @@ class Domain:
             key = role, path or ""
             restored = files.get(key)
             if restored is not None:
-                domxml.set_file_path(element, restored)
+                file_elements.set_file_path(element, restored)
                 if role == "loader" and restored != path:
                     # With it libvirt looks for a loader that it knows, and takes no other.
                     os_.attrib.pop("firmware", None)
@@ -281,10 +281,10 @@ class Domain:
             if wishes.keep_identity or not _is_written(role, element, os_):
                 if key in files or path is None:
                     self.say(f"{role} {path or 'on the network'} is not in the backup: the domain needs it there")
-            elif role in domxml.WRITTEN_ROLES:
+            elif role in file_elements.WRITTEN_ROLES:
                 # The original's: two domains must not write to it.
                 self.say(f"{role} {path or 'on the network'} {why}: the domain gets a new one")
-                domxml.forget_file(element)
+                file_elements.forget_file(element)
             else:
                 raise Error("domain XML", f"{role} {path} {why}, and the original writes to it: see --keep-identity")
 
@@ -369,9 +369,9 @@ def _is_open(graphics: Any) -> bool:
 
 
 def _is_written(role: str, element: Any, os_: Any) -> bool:
-    """Whether a running guest writes to the file of an element of one of domxml.FILE_ROLES."""
+    """Whether a running guest writes to the file of an element of one of file_elements.FILE_ROLES."""
     if role != "loader":
-        return role in domxml.WRITTEN_ROLES
+        return role in file_elements.WRITTEN_ROLES
     return element.get("type") == "pflash" and element.get("readonly") != "yes" and os_.find("nvram") is None
 
 

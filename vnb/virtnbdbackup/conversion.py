@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vnb.format.types import Bytes
     from vnb.format.writing import SegmentWriter
     from vnb.virtnbdbackup.datafile import Input
-    from vnb.virtnbdbackup.directory import DataFile
+    from vnb.virtnbdbackup.saved_file import DataFile
 
 
 _ZEROES = bytes(PIECE)
