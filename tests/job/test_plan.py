@@ -4,7 +4,7 @@
 import pytest
 
 from vnb.job.images_moved import are_moved
-from vnb.job.plan import _names
+from vnb.virt.failures import names_disk
 
 A, B, OVERLAY = [1, 10], [1, 11], [1, 12]
 FIRST, SECOND = [1, 12], [2, 12]  # the only files of two file systems
@@ -41,4 +41,4 @@ def test_whose_file_a_disk_has(now, own, other, moved):
 ])
 def test_which_disk_libvirt_speaks_of(words, disk, named):
     """Whatever the language is, and its quotation marks."""
-    assert _names(words, disk) == named
+    assert names_disk(words, disk) == named

@@ -34,12 +34,13 @@ import sys
 from vnb.base import log
 from vnb.base.errors import Error, StreamError, one_line
 from vnb.cli import arguments, output, state_map
+from vnb.cli.restore_points import age, listed
 from vnb.cli.runner import show
 from vnb.cli.stdio import said_by_another, stdin
 from vnb.format import codec, stream, values
 from vnb.format.frame import DATA, STATE_NAMES
 from vnb.format.jsonlines import JsonReader, line_of
-from vnb.store import backupset, chain, saved_segment
+from vnb.store import backupset, saved_segment
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def main(args: dict[str, Any]) -> int | None:
         _from_json()
         return 0
     if args["--list"]:
-        return _list(args["SET_OR_FILE"])
+        return listed(args["SET_OR_FILE"])
     if args["--map"]:
         args["--columns"] = args["--columns"] or ("512" if args["--svg"] else "64")
         columns = arguments.integer(args, "--columns", 1, 4096)
@@ -311,65 +312,12 @@ class _Totals:
         self.stored = 0
 
 
-def _list(operands):
-    """A table of each set; files that are no set have one together. Returns the exit status."""
-    files = [operand for operand in operands if not os.path.isdir(operand)]
-    tables = [[operand] for operand in operands if operand not in files] + ([files] if files else [])
-    status = 0
-    for number, table in enumerate(tables):
-        name = table[0] if len(table) == 1 else "the files"
-        try:
-            segments, damaged = backupset.some(table)
-        except Error as error:
-            sys.stdout.flush()
-            log.error(error)
-            status = 1
-            continue
-        if len(tables) > 1:
-            domains = sorted({f'{segment.head["domain"]} ({segment.head["uuid"]})' for segment in segments})
-            show(("\n" if number else "") + one_line(f"{name}: {', '.join(domains)}") + "\n")
-        status |= _table(segments, damaged, name)
-    return status
-
-
-def _table(segments, damaged, name):
-    """Print the restore points, and which of them lead to the latest one. Returns the exit status."""
-    rows = [("restore point", "level", "created", "bytes", "base")]
-    for segment in sorted(segments, key=_age):
-        head = segment.head
-        rows.append((head["point"], head["level"], head["created"], str(segment.length), head["parent"] or "-"))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for point, level, created, size, parent in rows:
-        show(f"{point:{widths[0]}}  {level:{widths[1]}}  {created:{widths[2]}}  {size:>{widths[3]}}  {parent}\n")
-    for file in damaged:
-        log.warn(file.line)
-    show("\n")
-    lacking = chain.lacks(segments)
-    for point, needed in lacking.items():
-        show(f"cannot be restored: {point} needs {needed}, {one_line(chain.where(needed, damaged))}\n")
-    try:
-        path = chain.path(segments, name, None, damaged)
-    except Error as error:
-        sys.stdout.flush()
-        log.error(error)
-        return 1
-    show(f'latest: {path[-1].head["point"]}, from {len(path)} segment{"s" * (len(path) > 1)}\n')
-    for segment in chain.off_path(segments, path):
-        if segment.head["point"] not in lacking:
-            show(f'not needed for it: {segment.head["point"]} ({segment.name})\n')
-    return 0
-
-
-def _age(segment):
-    return segment.head["created"], segment.head["point"]
-
-
 def _map(operands, columns, draw):
     """Draw what each segment has of each disk. Returns the exit status."""
     segments, damaged = backupset.some(operands)
     for file in damaged:
         log.warn(file.line)
-    segments.sort(key=_age)
+    segments.sort(key=age)
     sizes = {}
     for segment in segments:
         for disk in segment.disks:

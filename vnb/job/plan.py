@@ -6,20 +6,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 
 from vnb.base.errors import Error
 from vnb.format import frame, heads
-from vnb.job import decisions, reasons
+from vnb.job import decisions, reasons, scratch
 from vnb.job.images_moved import _inode, _is_inode, are_moved
 from vnb.job.record import Record
 from vnb.job.source import Wanted, WantedDisk
 from vnb.job.state import owner
 from vnb.nbd.endpoint import Unix
+from vnb.qemu import img
 from vnb.store import chain
 from vnb.store.catalog import Catalog
 from vnb.virt import file_elements
-from vnb.virt.failures import BrokenBitmap
+from vnb.virt.failures import BrokenBitmap, names_disk
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from vnb.store.saved_segment import SavedSegment
 
 
-QCOW2_MAGIC = b"QFI\xfb"
 CHECKPOINT_ROOM = 64 << 10  # bytes: of a checkpoint's XML, beside the domain's in it
 SUN_PATH = 107  # bytes of a socket's path, without the zero behind it
 
@@ -145,7 +144,7 @@ class Plan:
             except BrokenBitmap as error:
                 inc = [disk for disk in self.disks if disk["level"] == "inc"]
                 words = error.reason.replace(self.parent or "", "")  # which has a name, too
-                broken = [disk for disk in inc if _names(words, disk["name"])] or inc
+                broken = [disk for disk in inc if names_disk(words, disk["name"])] or inc
                 if not broken:
                     raise
                 self.broken = True
@@ -315,7 +314,7 @@ class Plan:
         inode = _inode(disk.path) if self.source.is_local else None
         if inode is not None:
             found["image"]["inode"] = inode
-        without = _no_bitmap_because(disk, self.source.is_local)
+        without = img.no_bitmap_because(disk.path, disk.format, self.source.is_local)
         if without and self.level != "copy" and not self.options["raw"]:
             raise Error(disk.name, f"{without}: --raw takes it in full each time, --exclude {disk.name} leaves it out")
         found["bitmap"] = self.marks and not without
@@ -380,60 +379,18 @@ class Plan:
     def _scratch(self, disk: Any) -> str:
         """Where the old data goes that the guest overwrites: beside the image, as libvirt itself would do."""
         directory = self.options["scratch_dir"] or (
-            os.path.dirname(disk.path) if disk.type == "file" and disk.path else self._private_directory()
+            os.path.dirname(disk.path) if disk.type == "file" and disk.path
+            else os.path.dirname(self.endpoint.path) if isinstance(self.endpoint, Unix)
+            else self.source.private_directory()
         )
-        self._check_room(disk, directory)
+        scratch.check_room(self.source, disk.name, directory, self.options, self.warn)
         return os.path.join(os.path.abspath(directory), f"vnb-{self.head['id'][:12]}-{disk.name}.scratch")
-
-    def _private_directory(self) -> str:
-        return self.source.private_directory() if self.endpoint.is_tcp else os.path.dirname(self.endpoint.path)
-
-    def _check_room(self, disk: Any, directory: str) -> None:
-        """Raise Error where the job could not begin, or would be ended at once; warn of what may happen."""
-        if self.options["scratch_dir"] and self.source.is_local and not os.path.isdir(directory):
-            raise Error("--scratch-dir", f"{directory}: no such directory (QEMU's user has to be able to write there)")
-        try:
-            free = self.source.room(directory)
-        except OSError:
-            return  # QEMU will say so
-        if free is not None and free < self.options["reserve"]:
-            raise Error(
-                self.source.name, f"the scratch directory {directory} has {free} bytes left, and with less than "
-                f"{self.options['reserve']} the job would be ended: see --scratch-dir and --scratch-reserve"
-            )
-        used = self.source.allocated([disk.name])[disk.name]
-        if free is not None and free < used:
-            self.warn(
-                f"{self.source.name}: {disk.name}: the scratch directory {directory} has {free} bytes left, "
-                f"the disk has {used} bytes of data"
-            )
 
 
 def checkpoint_xml(segment: SavedSegment) -> str | None:
     """The XML of a saved segment's checkpoint: there may be many, and it is not kept in memory."""
     with contextlib.closing(segment):
         return segment.open().head.get("checkpoint_xml")
-
-
-def _names(words: str, disk: str) -> bool:
-    """Whether words of libvirt, in any language and with any quotation marks, have the name of a disk in them."""
-    return re.search(rf"(?<!\w){re.escape(disk)}(?!\w)", words) is not None
-
-
-def _no_bitmap_because(disk: Any, is_local: bool) -> str | None:
-    """Why an image cannot hold a persistent bitmap, or None (also where that is for libvirt to find out)."""
-    if disk.format != "qcow2":
-        return f"a {disk.format} image cannot hold a bitmap"
-    if not is_local:
-        return None
-    try:
-        with open(disk.path, "rb") as file:
-            start = file.read(8)
-    except (OSError, TypeError):
-        return None
-    if start[:4] == QCOW2_MAGIC and int.from_bytes(start[4:], "big") < 3:
-        return "a qcow2 image of version 2 cannot hold a bitmap (qemu-img amend -o compat=1.1 makes it version 3)"
-    return None
 
 
 def _socket_name(head: Any) -> str:

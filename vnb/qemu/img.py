@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+QCOW2_MAGIC = b"QFI\xfb"
+
 
 class Layer:
     """
@@ -57,6 +59,22 @@ def info(name: str, path: str, format_: str, shared: bool = False, run: Callable
 def layers(name: str, path: str, format_: str, shared: bool = False) -> list[Layer]:
     """The backing chain of an image from the top; Error where it is in use, unless shared."""
     return [Layer(found) for found in json.loads(info(name, path, format_, shared))]
+
+
+def no_bitmap_because(path: str | None, format_: str, is_local: bool) -> str | None:
+    """Why an image cannot hold a persistent bitmap, or None (also where that is for libvirt to find out)."""
+    if format_ != "qcow2":
+        return f"a {format_} image cannot hold a bitmap"
+    if not is_local or path is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+    except OSError:
+        return None
+    if start[:4] == QCOW2_MAGIC and int.from_bytes(start[4:], "big") < 3:
+        return "a qcow2 image of version 2 cannot hold a bitmap (qemu-img amend -o compat=1.1 makes it version 3)"
+    return None
 
 
 def holders(chain: Sequence[Layer], bitmap: str) -> list[Layer]:

@@ -263,12 +263,10 @@ class Standby:
         state = {**state, "version": VERSION, "options": self._words}
         try:
             fd = os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-            try:
-                with open(fd, "w", closefd=False, encoding="utf-8") as file:
-                    json.dump(state, file, indent=1)
+            with open(fd, "w", encoding="utf-8") as file:
+                json.dump(state, file, indent=1)
+                file.flush()
                 os.fsync(fd)
-            finally:
-                os.close(fd)
             self._directory.replace([STATE])
         except OSError as error:
             raise os_error(path, error) from None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 import libvirt
 
@@ -56,3 +57,8 @@ class Unready(Error):
 
 class Unanswered(Error):
     """The guest agent did not answer: what was asked may be done at any later time."""
+
+
+def names_disk(words: str, disk: str) -> bool:
+    """Whether words of libvirt, in any language and with any quotation marks, have the name of a disk in them."""
+    return re.search(rf"(?<!\w){re.escape(disk)}(?!\w)", words) is not None
