@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Who is connected to an export: against real sockets of this host."""
 
+import ast
 import contextlib
 import socket
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from vnb.qemu import iothreads
 from vnb.virt import export_clients
 from vnb.virt.export_clients import clients_of, read_lists
 
@@ -158,3 +161,11 @@ def test_one_that_never_ends_its_handshake_is_not_waited_for(server, monkeypatch
     waiting.start()
     waiting.join(60)
     assert not waiting.is_alive()
+
+
+@pytest.mark.parametrize("module", [export_clients, iothreads])
+def test_what_runs_on_another_host_knows_no_new_python(module):
+    """There it is given to whatever python3 is: 3.6 in RHEL 8."""
+    text = Path(module.__file__).read_text()
+    ast.parse(text, feature_version=(3, 6))
+    assert "from __future__ import annotations" not in text

@@ -186,7 +186,7 @@ class Nbd:
     def poll(self) -> None:
         """Wait until a request makes progress. Raises what failed."""
         if not self._take_answers():
-            self._connections.turn()
+            self._connection.step()
             self._take_answers()
 
     def _take_answers(self) -> bool:

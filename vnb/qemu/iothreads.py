@@ -8,10 +8,9 @@ does every older one to which a distribution has brought that mend alone: the ve
 safe, since a client may be killed at any time. So we try it, with the very program that runs the domain, in a process
 of its own without a guest.
 
-This file also runs on another host, as a program that needs nothing but Python: see main().
+This file also runs on another host, as a program that needs nothing but Python 3.6: see main(). So it cannot import
+annotations from __future__, and types that Python does not know there stand in quotes.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -61,7 +60,7 @@ def survives(program: str) -> bool:
     return status == 0
 
 
-def _try(qemu: Any, path: str) -> bool:
+def _try(qemu: "Any", path: str) -> bool:
     """Serve a disk on an iothread, have clients come and hang up, end; whether it came to the clients."""
     is_ready = False
     try:
@@ -79,9 +78,9 @@ def _try(qemu: Any, path: str) -> bool:
     return is_ready
 
 
-def _ask(qemu: Any, command: str, **arguments: Any) -> None:
+def _ask(qemu: "Any", command: str, **arguments: "Any") -> None:
     """A QMP command that has to work. Raises OSError or ValueError."""
-    message: dict[str, Any] = {"execute": command}
+    message = {"execute": command}  # type: dict[str, Any]
     if arguments:
         message["arguments"] = arguments
     qemu.stdin.write(json.dumps(message).encode() + b"\n")

@@ -13,10 +13,9 @@ it can be written to, and QEMU waits for the latter alone. So we cut the connect
 QEMU's end of each. We shut it down, and make its buffer so large that QEMU can write, and hears of the end. The client
 reads what was sent to it, and then the end. Where we may not do that to QEMU, we take the client's end instead.
 
-This file also runs on another host, as a program that needs nothing but Python: see main().
+This file also runs on another host, as a program that needs nothing but Python: see main(). That may be Python 3.6,
+which cannot import annotations from __future__: so types that it does not know stand in quotes.
 """
-
-from __future__ import annotations
 
 import contextlib
 import json
@@ -29,9 +28,8 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any
-
 
 CUT_SECONDS = 5  # for QEMU to notice that connections have ended: it takes milliseconds
 HANDSHAKE_SECONDS = 11  # QEMU hangs up on clients that have not ended theirs after ten (NBD_DEFAULT_HANDSHAKE_MAX_SECS)
@@ -55,7 +53,7 @@ _NETLINK_SOCK_DIAG, _BY_FAMILY, _REQUEST, _DUMP = 4, 20, 1, 0x300
 _PEER, _QUEUES = 2, 4  # attributes; each is asked for by the bit of its number
 
 
-def read_lists(is_tcp: bool) -> str | None:
+def read_lists(is_tcp: bool) -> "str | None":
     """This kernel's lists of sockets, as text, None where that fails. A kernel without IPv6 has one less."""
     text = ""
     try:
@@ -67,7 +65,7 @@ def read_lists(is_tcp: bool) -> str | None:
     return text
 
 
-def clients_of(endpoint: str, is_tcp: bool, sockets: Iterable[str] = ()) -> Clients:
+def clients_of(endpoint: str, is_tcp: bool, sockets: "Iterable[str]" = ()) -> "Clients":
     """The Clients of an endpoint, as vnb.nbd.endpoint has its key, and of more unix sockets."""
     if is_tcp:
         address, _, port = endpoint.rpartition(":")
@@ -83,14 +81,14 @@ def wait_blindly(careful: bool, since: float = 0) -> None:
 
 class Clients:
     """
-    Connections to unix sockets (paths, list of str), or to a TCP port of an address, and since when they are.
+    Connections to unix sockets, by their paths, or to a TCP port of an address, and since when they are.
 
     address: a name, or what stands for all addresses: nobody else listens on the port then. Seconds are those of
     time.monotonic(). Lines that are not the kernel's are passed over: the name of somebody's abstract socket may have
     line breaks in it.
     """
 
-    def __init__(self, paths: Iterable[str] = (), port: int | None = None, address: str = "") -> None:
+    def __init__(self, paths: "Iterable[str]" = (), port: "int | None" = None, address: str = "") -> None:
         self.is_tcp = port is not None
         self._paths = sorted(paths)
         if self.is_tcp:
@@ -107,7 +105,7 @@ class Clients:
         self._since: dict[int, float] = {}  # when each was first seen, by inode
         self._waiting = 0  # those that QEMU has not accepted yet: they have no inode
 
-    def look(self, lists: str | None, now: float) -> int | None:
+    def look(self, lists: "str | None", now: float) -> "int | None":
         """How many there are by the kernel's lists; None where these have never had a listener there."""
         if lists is None:
             return None
@@ -157,7 +155,7 @@ class Clients:
             return len(self._stalled(lists))
         return 0
 
-    def wait_for_handshakes(self, read: Callable[[], str | None], careful: bool) -> None:
+    def wait_for_handshakes(self, read: "Callable[[], str | None]", careful: bool) -> None:
         """
         Wait until no client is in its handshake.
 
@@ -178,7 +176,7 @@ class Clients:
             now = time.monotonic()
         wait_blindly(careful or self.in_handshake(now), now - first)
 
-    def _cut(self, lists: str | None) -> None:
+    def _cut(self, lists: "str | None") -> None:
         """
         Cut the connections of the last look, as far as we may.
 
@@ -189,13 +187,13 @@ class Clients:
         refused = ours - _each(ours, _cut_server)
         if refused:
             peers = {inode: peer for inode, (peer, _) in self._ends(lists).items()}
-            _each({peer for inode in refused if (peer := peers.get(inode)) is not None}, _cut_client)
+            _each({peers[inode] for inode in refused if inode in peers}, _cut_client)
 
-    def _stalled(self, lists: str | None) -> set[int]:
-        """The connections of the last look (set of inodes) through which QEMU has not sent all that it wants to."""
+    def _stalled(self, lists: "str | None") -> "set[int]":
+        """The connections of the last look, by inode, through which QEMU has not sent all that it wants to."""
         return {inode for inode, (_, queued) in self._ends(lists).items() if queued and inode in self._since}
 
-    def _ends(self, lists: str | None) -> dict[int, tuple[int | None, int]]:
+    def _ends(self, lists: "str | None") -> "Mapping[int, tuple[int | None, int]]":
         """{inode: (inode of the other end or None, bytes that are not sent)} of the connections of this host."""
         if not self.is_tcp:
             return _unix_ends()
@@ -208,8 +206,8 @@ class Clients:
         }
 
 
-def _in_lists(address: str) -> list[str]:
-    """What an address looks like in the kernel's lists (list of str, patterns)."""
+def _in_lists(address: str) -> "list[str]":
+    """What an address looks like in the kernel's lists, as patterns."""
     if address in ("", "0.0.0.0"):  # noqa: S104 -- what QEMU was told
         return [r"[0-9A-F]{8}"]
     if address == "::":
@@ -222,8 +220,8 @@ def _in_lists(address: str) -> list[str]:
     return sorted(found) or ["x"]
 
 
-def _each(inodes: Iterable[int], cut: Callable[[socket.socket], bool]) -> set[int]:
-    """cut(socket) for the sockets of all processes that have these inodes; those that were cut."""
+def _each(inodes: "Iterable[int | None]", cut: "Callable[[socket.socket], bool]") -> "set[int]":
+    """cut(socket) for the sockets of all processes that have these inodes; the inodes of those that were cut."""
     done = set()
     names = {f"socket:[{inode}]": inode for inode in inodes}
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -236,7 +234,7 @@ def _each(inodes: Iterable[int], cut: Callable[[socket.socket], bool]) -> set[in
     return done
 
 
-def _with_descriptor_of(pid: int, fd: int, inode: int, cut: Callable[[socket.socket], bool]) -> bool:
+def _with_descriptor_of(pid: int, fd: int, inode: int, cut: "Callable[[socket.socket], bool]") -> bool:
     """cut(socket) for a process's socket, if its descriptor is still that; whether it was. Raises OSError."""
     process = _syscall(_PIDFD_OPEN, pid, 0)
     try:
@@ -260,7 +258,7 @@ def _syscall(*arguments: int) -> int:
     return result
 
 
-def _libc() -> Any:
+def _libc() -> "Any":
     import ctypes
 
     return ctypes.CDLL(None, use_errno=True)
@@ -293,9 +291,9 @@ def _cut_client(end: socket.socket) -> bool:
     return True
 
 
-def _unix_ends() -> dict[int, tuple[int | None, int]]:
+def _unix_ends() -> "dict[int, tuple[int, int]]":
     """{inode: (inode of the other end, bytes that it has not read)} of unix sockets, as sock_diag(7) has them."""
-    found: dict[int, tuple[int | None, int]] = {}
+    found: dict[int, tuple[int, int]] = {}
     with contextlib.suppress(OSError), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as diag:
         # struct nlmsghdr; struct unix_diag_req: family, protocol, pad, states, inode, show, cookie
         request = struct.pack("=BBHIIIII", socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, 1 << _PEER | 1 << _QUEUES, 0, 0)
