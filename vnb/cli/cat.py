@@ -47,6 +47,16 @@ from vnb.store.merge import Merge
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Container, Sequence
+
+    from vnb.format.types import Head
+    from vnb.format.writing import Writer
+    from vnb.store.damage import Damaged
+    from vnb.store.saved_segment import SavedSegment
+
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
     from typing import Any
 
 
@@ -111,7 +121,7 @@ def main(args: dict[str, Any]) -> int | None:
     return 0
 
 
-def _base(segments, name, damaged):
+def _base(segments: Sequence[SavedSegment], name: str, damaged: Sequence[Damaged]) -> Any:
     for file in damaged:
         log.warn(file.line)
     whole = set(chain.restorable(segments))
@@ -122,7 +132,7 @@ def _base(segments, name, damaged):
     show(f'{base.head["checkpoint"]}\n')
 
 
-def _after(path, segments, name, start):
+def _after(path: Sequence[SavedSegment], segments: Sequence[SavedSegment], name: str, start: str) -> Any:
     """The part of a path (list of segments) that comes after a restore point or time. Raises Error."""
     points = [segment.head["point"] for segment in path]
     start = chain.latest(segments, name, start)
@@ -131,7 +141,7 @@ def _after(path, segments, name, start):
     return path[points.index(start) + 1 :]
 
 
-def _merge(path, name, wanted, out, progress):
+def _merge(path: Sequence[SavedSegment], name: str, wanted: Container[str] | None, out: Writer, progress: Any) -> None:
     merged = Merge(path, name, wanted)
     merged.read_head()
     with progress.segment(out.segment(merged.head, merged.disks)) as written:
@@ -139,10 +149,10 @@ def _merge(path, name, wanted, out, progress):
         written.end()
 
 
-def _grows(path, wanted):
+def _grows(path: Sequence[SavedSegment], wanted: Any) -> dict[str, int]:
     """{disk: its most bytes} of the wanted disks (set of names) that are larger later than in the first segment."""
     first = {disk["name"]: disk["size"] for disk in path[0].disks}
-    most = {}
+    most: dict[str, int] = {}
     for segment in path[1:]:
         for disk in segment.disks:
             if disk["name"] in wanted and disk["size"] > max(first.get(disk["name"], -1), most.get(disk["name"], -1)):
@@ -150,7 +160,7 @@ def _grows(path, wanted):
     return most
 
 
-def _copy(saved, out, wanted, after, more, progress, share):
+def _copy(saved: SavedSegment, out: Writer, wanted: Any, after: Any, more: Any, progress: Any, share: Any) -> None:
     """
     Write what a saved segment has of the disks that are wanted (set of names): a share of all there is to do.
 
@@ -159,7 +169,7 @@ def _copy(saved, out, wanted, after, more, progress, share):
     """
     segment = saved.open()
     kept = [number for number, disk in enumerate(segment.disks) if disk["name"] in wanted]
-    head = {**heads.alone(segment.head), **more}
+    head: Any = {**heads.alone(segment.head), **more}
     if after is not None:
         head["next"] = after.head["point"]
     if len(kept) < len(segment.disks):
@@ -168,10 +178,10 @@ def _copy(saved, out, wanted, after, more, progress, share):
     numbers = {old: new for new, old in enumerate(kept)}
     with progress.segment(out.segment(head, [segment.disks[number] for number in kept]), share) as written:
         for frame in segment:
-            if frame.__class__ in (values.Data, values.Extents):
+            if type(frame) is values.Data or type(frame) is values.Extents:
                 if frame.disk not in numbers:
                     continue
-                if frame.__class__ is values.Data:
+                if type(frame) is values.Data:
                     codec.check(frame, f'{saved.name}: {segment.disks[frame.disk]["name"]}')
                 frame.disk = numbers[frame.disk]
             written.frame(frame)
@@ -179,10 +189,10 @@ def _copy(saved, out, wanted, after, more, progress, share):
     saved.close()
 
 
-def _copy_head(path, out, wanted):
+def _copy_head(path: Sequence[SavedSegment], out: Writer, wanted: Any) -> None:
     """Write what the last segment of a path has before its extents: a segment of disks alone, with all files."""
     segment = path[-1].open()
-    head = {**heads.alone(segment.head), "stage": "disks", "id": _id(segment.head, "head")}
+    head: Any = {**heads.alone(segment.head), "stage": "disks", "id": _id(segment.head, "head")}
     if "files" in head:
         head["files"] = merged_files(path)
     written = out.segment(head, [disk for disk in segment.disks if disk["name"] in wanted])
@@ -193,6 +203,6 @@ def _copy_head(path, out, wanted):
         saved.close()
 
 
-def _id(head, *words):
+def _id(head: Head, *words: Any) -> str:
     """The id of what is made, by these words, of the segment with this head: the same one each time."""
     return xxh3_128_hexdigest("/".join([head["id"], *words]).encode())

@@ -84,7 +84,7 @@ def main(args: dict[str, Any]) -> Any:
     return getattr(checkpoint_admin, subcommand)(args, log.note)
 
 
-def _defaults(subcommand):
+def _defaults(subcommand: str) -> dict[str, Any]:
     """The options of a subcommand (dict, as docopt has it) when none of them is given."""
     return {
         option.name: [] if option.name == "--image" else option.default if option.value else False
@@ -92,7 +92,7 @@ def _defaults(subcommand):
     }
 
 
-def _options(args):
+def _options(args: dict[str, Any]) -> dict[str, Any]:
     """What the keeper needs, checked; see vnb.job.job.begin and vnb.job.starter.start."""
     level, base = args["--level"], args["--base"]
     if level not in LEVELS:
@@ -122,7 +122,7 @@ def _options(args):
             raise Error(args["--set"], "is not there, and --must-exist is given: is its file system mounted?")
         if args.get("begin") or args.get("run"):
             log.note(f"{args['--set']}: is not there yet: a new backup set is made")
-    found = {
+    checked: dict[str, Any] = {
         "domain": args["DOMAIN"],
         "images": _images(args),
         "uri": args["--connect"],
@@ -158,7 +158,7 @@ def _options(args):
     }
     if level != "copy" and not args["--set"] and not args["--destination"] and base in (None, "last", "full"):
         raise UsageError("--level", f"{level} {NEEDS_CATALOG}")
-    return found
+    return checked
 
 
 def ssh_options(args: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def check_chain(args: dict[str, Any]) -> None:
         raise UsageError("--chain", f'"{args["--chain"]}" has other characters than letters, digits, - and _')
 
 
-def _images(args):
+def _images(args: dict[str, Any]) -> dict[str, str] | None:
     """{name: path} of --image, or None."""
     found = {}
     for operand in args["--image"]:
@@ -194,7 +194,7 @@ def _images(args):
     return found or None
 
 
-def _begin(options):
+def _begin(options: dict[str, Any]) -> int:
     from vnb.job.starter import start
 
     if os.isatty(1):
@@ -213,7 +213,7 @@ def _begin(options):
     return 0
 
 
-def _run(options, command):
+def _run(options: dict[str, Any], command: list[str]) -> int:
     from vnb.job.starter import start
 
     _refuse_forgotten_quotes(options, command)
@@ -242,13 +242,13 @@ def _run(options, command):
     return 0
 
 
-def _below(keeper, status):
+def _below(keeper: Any, status: int) -> int:
     log.note(keeper.begun["below"])
     keeper.leave()
     return status
 
 
-def _refuse_forgotten_quotes(options, command):
+def _refuse_forgotten_quotes(options: dict[str, Any], command: list[str]) -> None:
     """Raise Mistyped where the stream of a command would go to our standard output, and on from there."""
     if options["no_proof"] or not leaves_by_stdout(command):
         return
@@ -262,7 +262,7 @@ def _refuse_forgotten_quotes(options, command):
     raise Mistyped("COMMAND", f"is only the first part of the pipeline: all of it has to be in quotes: {line}")
 
 
-def _environment(options, head):
+def _environment(options: dict[str, Any], head: Any) -> dict[str, str]:
     """All variables of the command of run."""
     environment = {**os.environ, **log.environment(), "VNB_SET": options["set"] or "", proof.STDOUT: ""}
     environment[proof.FILE] = JobDirectory(options["state"], head["uuid"]).taken(head["id"])
@@ -274,7 +274,8 @@ def _environment(options, head):
         if os.access(os.path.join(directory, "vnb-extents"), os.X_OK):
             environment["PATH"] = f"{environment.get('PATH') or os.defpath}:{directory}"
             break
-    return {name: value for name, value in environment.items() if value or name not in ("VNB_SET", proof.STDOUT)}
+    empty = ("VNB_SET", proof.STDOUT)
+    return {name: value for name, value in environment.items() if value is not None and (value or name not in empty)}
 
 
 class _Feed(writing.Writer):
@@ -297,7 +298,7 @@ class _Feed(writing.Writer):
             raise self._pipeline.failure(f"the command did not read its input ({error.reason})") from None
 
 
-def _write(out, keeper, options):
+def _write(out: writing.Writer, keeper: Any, options: dict[str, Any]) -> None:
     """
     The stream: head, disks, files. A file that cannot be read is a warning, not the end of the backup.
 
@@ -324,13 +325,13 @@ def _write(out, keeper, options):
                 raise Error(file["path"], f"the {file['role']} was replaced while the backup began: try again")
         size, offset = sum(map(len, parts)), 0
         for part in parts:
-            fields = {"role": file["role"], "path": file["path"], "mode": mode, "size": size, "offset": offset}
+            fields: Any = {"role": file["role"], "path": file["path"], "mode": mode, "size": size, "offset": offset}
             segment.file(fields, part)
             offset += len(part)
     segment.end()
 
 
-def _host_of(options):
+def _host_of(options: dict[str, Any]) -> Any:
     """The host of the domain, None where it is this one."""
     if options["images"]:
         return None
@@ -340,7 +341,7 @@ def _host_of(options):
     return Host.of_uri(options["uri"] or default_uri(), **options["ssh"])
 
 
-def _finish(args, what):
+def _finish(args: dict[str, Any], what: str) -> None:
     from vnb.cli.checkpoint_cleanup import tell_of_job
     from vnb.cli.known_catalogs import open_domain
     from vnb.job.starter import ask
@@ -363,6 +364,6 @@ def _finish(args, what):
     if answer is None and not images:
         with open_domain(args) as domain:
             tell_of_job(domain, log.note)
-    if what == "commit" and answer.get("strict"):
+    if what == "commit" and answer is not None and answer.get("strict"):
         count = answer["strict"]
         raise Saved(args["DOMAIN"], f"the restore point is saved, but with --strict {count} warnings are a failure")

@@ -20,8 +20,16 @@ from vnb.job.state import JobDirectory
 from vnb.store.catalog import of_checkpoint
 from vnb.virt import domxml
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
-def list(args, say):  # noqa: A001 - the command's own word
+    from vnb.virt.domain import Domain
+
+
+
+def list(args: dict[str, Any], say: Callable[[str], None]) -> None:  # noqa: A001 - the command's own word
     """Print the domain's checkpoints, one a line: name, disks, size of an increment from it, where it is saved."""
     with open_domain(args) as domain:
         catalogs = Catalogs(args, domain)
@@ -56,7 +64,7 @@ def list(args, say):  # noqa: A001 - the command's own word
             show(f"{'  '.join([*words, row['saved'] or _whose(row, about, catalogs)])}\n")
 
 
-def _size(domain, name, disks):
+def _size(domain: Domain, name: str, disks: Any) -> Any:
     """(bytes that an increment from a checkpoint would have, names of the disks that it would take in full)."""
     sizes = domxml.sizes(domain.checkpoint_xml(name, with_size=True))
     present = {disk.name for disk in domxml.disks(domain.xml())}
@@ -64,16 +72,17 @@ def _size(domain, name, disks):
     return sum(sizes.values()) + sum(domain.call("blockInfo", disk)[1] for disk in full), full
 
 
-def _whose(row, about, catalogs):
+def _whose(row: dict[str, Any], about: Any, catalogs: Catalogs) -> str:
     """Why a checkpoint is not in a catalog, in words. row: of list()."""
     if not row["ours"]:
         return "not of vnb"
     if row["orphan"]:
-        return f"orphan: not saved {catalogs.of(about).where} (never, or it was pruned)"
+        catalog: Any = catalogs.of(about)
+        return f"orphan: not saved {catalog.where} (never, or it was pruned)"
     return f"of {of_checkpoint(about)}"
 
 
-def size(options, as_json, say, warn):
+def size(options: dict[str, Any], as_json: bool, say: Callable[[str], None], warn: Callable[[str], None]) -> Any:
     """Print how many bytes the next backup would have, a line a disk and one for all; options: as for begin()."""
     source = open_source({**options, "start_paused": False})
     try:
@@ -95,7 +104,7 @@ def size(options, as_json, say, warn):
     show(f"total  {total}\n")
 
 
-def redefine(args, say):
+def redefine(args: dict[str, Any], say: Callable[[str], None]) -> None:
     """Have libvirt know the checkpoints of a catalog again, as far as the bitmaps are still there."""
     with open_domain(args) as domain:
         catalog = wanted(args, domain)
@@ -118,11 +127,11 @@ def redefine(args, say):
             raise Error(domain.name, "no checkpoint is usable: the next backup must be a full one (--level auto)")
 
 
-def delete(args, say):
+def delete(args: dict[str, Any], say: Callable[[str], None]) -> None:
     """Delete all checkpoints of a chain that is no longer wanted."""
     with open_domain(args) as domain:
         force = args["--force"]
-        catalog = None if force and not (args["--set"] or args["--destination"]) else wanted(args, domain)
+        catalog: Any = None if force and not (args["--set"] or args["--destination"]) else wanted(args, domain)
         directory = JobDirectory(args["--state-dir"], domain.uuid)
         try:
             with directory.locked() as got:
@@ -145,7 +154,9 @@ def delete(args, say):
         say(f"{domain.name}: checkpoints of chain {args['--chain']} deleted: {count}")
 
 
-def _delete_bitmaps(domain, catalogs, catalog, args, say):
+def _delete_bitmaps(
+    domain: Domain, catalogs: Catalogs, catalog: Any, args: dict[str, Any], say: Callable[[str], None],
+) -> None:
     """The bitmaps of this chain whose checkpoints libvirt has forgotten."""
     for bitmap, disks in sorted(bitmaps_of(domain).items()):
         if bitmap in catalogs.abouts or bitmap.split(".")[1] != args["--chain"]:

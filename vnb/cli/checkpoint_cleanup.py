@@ -23,10 +23,18 @@ from vnb.virt import domxml
 from vnb.virt.export_clients import clients_of
 from vnb.virt.failures import NoDomain
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from vnb.virt.domain import Domain
+
+
 OUR_SOCKET = re.compile(r"vnb-(?P<pid>[0-9]+)-(?P<boot>[0-9a-f]{8})-[0-9a-f]{8}\.sock")
 
 
-def cleanup(args, say):
+def cleanup(args: dict[str, Any], say: Callable[[str], None]) -> None:
     """Put right what a crash has left, as far as it is provably ours; say what is left alone."""
     try:
         domain = open_domain(args)
@@ -59,7 +67,7 @@ def cleanup(args, say):
             stay(directory)
 
 
-def _cleanup_state(args, error, say):
+def _cleanup_state(args: dict[str, Any], error: Error, say: Callable[[str], None]) -> None:
     """
     Of a domain that libvirt does not know: what the state directory has of it, which only --force removes.
 
@@ -77,7 +85,7 @@ def _cleanup_state(args, error, say):
             for catalog in Catalog.destinations(args["--state-dir"], uuid):
                 if args["--force"]:
                     say(f"{args['DOMAIN']}: forgetting what was committed to {catalog.destination}")
-                    shutil.rmtree(catalog.directory)
+                    shutil.rmtree(str(catalog.directory))
                 else:
                     say(f"{args['DOMAIN']}: {error.reason}; known is what was committed to {catalog.destination} "
                         "(--force forgets it)")
@@ -88,9 +96,9 @@ def _cleanup_state(args, error, say):
                 say(f"{args['DOMAIN']}: {error.reason}; known is {directory.log} (--force removes it)")
 
 
-def _states(state, name):
-    """The UUIDs (set of str) of which a state directory knows anything, of the domain with this name or UUID."""
-    uuids = set()
+def _states(state: str, name: str) -> set[str]:
+    """The UUIDs of which a state directory knows anything, of the domain with this name or UUID."""
+    uuids: set[str] = set()
     for kind in ("jobs", "destinations"):
         home = os.path.join(state, kind)
         uuids.update(os.listdir(home) if os.path.isdir(home) else ())
@@ -103,7 +111,7 @@ def _states(state, name):
     }
 
 
-def _end_job_of_ours(domain, say):
+def _end_job_of_ours(domain: Domain, say: Callable[[str], None]) -> None:
     """A job of ours that no record here knows: its socket says whose it is."""
     socket, match, what = _job(domain)
     if what is None:
@@ -120,7 +128,7 @@ def _end_job_of_ours(domain, say):
     )
 
 
-def _job(domain):
+def _job(domain: Domain) -> Any:
     """(where it listens, match of OUR_SOCKET, what it is in words) of the job that runs; None for what is not."""
     what = domain.running_job() if domain.is_active else None
     if what is None:
@@ -129,7 +137,7 @@ def _job(domain):
     return socket, OUR_SOCKET.fullmatch(os.path.basename(socket or "")), f"a {what} job"
 
 
-def tell_of_job(domain, say):
+def tell_of_job(domain: Domain, say: Callable[[str], None]) -> None:
     """Say whose job runs, if one does, where the state directory knows of none."""
     _, match, what = _job(domain)
     if match is not None:
@@ -139,7 +147,7 @@ def tell_of_job(domain, say):
         say(f"{domain.name}: {what} of another program is active: left alone (virsh domjobabort ends it)")
 
 
-def _recover_scratch(domain, say):
+def _recover_scratch(domain: Domain, say: Callable[[str], None]) -> None:
     """Scratch files that no job uses: libvirt removes them, but not after a crash of its own."""
     if not domain.is_local or (domain.is_active and domain.running_job() is not None):
         return
@@ -152,7 +160,7 @@ def _recover_scratch(domain, say):
                     os.unlink(path)
 
 
-def _in_use(path):
+def _in_use(path: str) -> bool:
     """Whether another domain's QEMU has this image open: it holds a lock then."""
     try:
         img.info(path, path, "qcow2")
@@ -161,13 +169,13 @@ def _in_use(path):
     return False
 
 
-def _cleanup_checkpoints(domain, catalogs, force, say):
+def _cleanup_checkpoints(domain: Domain, catalogs: Catalogs, force: bool, say: Callable[[str], None]) -> None:
     """Checkpoints of ours that were never saved, or whose restore points were pruned."""
     unsaved = {
         name: about for name, about in catalogs.abouts.items() if about is not None and name not in catalogs.saved
     }
     for name, about in unsaved.items():
-        catalog = catalogs.of(about)
+        catalog: Any = catalogs.of(about)
         is_known = catalog is not None
         fate = decisions.unsaved(
             force, is_known, is_dead(about.get("owner") or {}), is_known and bool(catalog.damaged),
@@ -187,7 +195,7 @@ def _cleanup_checkpoints(domain, catalogs, force, say):
             say(f"{checkpoint} is of {of_checkpoint(about)}: left alone (--force deletes it)")
 
 
-def _cleanup_bitmaps(domain, catalogs, force, say):
+def _cleanup_bitmaps(domain: Domain, catalogs: Catalogs, force: bool, say: Callable[[str], None]) -> None:
     """Bitmaps of ours without a checkpoint: those that nothing needs go, the others are named."""
     for bitmap, disks in sorted(bitmaps_of(domain).items()):
         if bitmap in catalogs.abouts:

@@ -53,6 +53,11 @@ from vnb.virt.domain_rewrite import Domain, Place, Wishes, is_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from vnb.format.stream import Segment
+
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
     from typing import Any
 
 
@@ -96,7 +101,7 @@ def main(args: dict[str, Any]) -> None:
             restored.files.close()
 
 
-def _check(args):
+def _check(args: dict[str, Any]) -> dict[str, Place]:
     """{disk name: Place} of --disk; UsageError for options that do not go together."""
     if args["--format"] not in FORMATS:
         raise UsageError("--format", f'"{args["--format"]}" is not qcow2 or raw')
@@ -120,7 +125,7 @@ def _check(args):
     return chosen
 
 
-def _place(target):
+def _place(target: str) -> Place:
     """The Place that a TARGET, as vnb-apply has it, means."""
     format_, colon, path = target.partition(":")
     if not colon or format_ not in FORMATS:
@@ -135,7 +140,7 @@ def _place(target):
     return Place(kind, path, format_)
 
 
-def _nbd_place(uri):
+def _nbd_place(uri: str) -> Place:
     """The Place that an NBD URI, as vnb-map prints it, means."""
     try:
         parts = urlsplit(uri)
@@ -153,14 +158,15 @@ def _nbd_place(uri):
 
 
 class Restored:
-    """A segment's domain, and its files (Files) on their way. args (dict): the options."""
+    """A segment's domain, and its files (Files) on their way. args: the options."""
 
-    def __init__(self, segment, args):
+    def __init__(self, segment: Segment, args: dict[str, Any]) -> None:
         self.head = segment.head
         self._args = args
         self._disks = [disk["name"] for disk in segment.disks]
-        self._destinations = {}
-        self._domain = self._failure = None
+        self._destinations: dict[tuple[str, str], str | None] = {}
+        self._domain: Any = None
+        self._failure: Any = None
         try:
             # Who only asks is told what stops it; what else there is to say, whoever does it says.
             self._domain = Domain(segment.head, (lambda _: None) if args["--check"] else log.note)
@@ -173,10 +179,10 @@ class Restored:
         self.files = Files(self._destinations, args["--check"])
 
     @property
-    def _restores_files(self):
+    def _restores_files(self) -> bool:
         return not self._args["--no-files"] and bool(self._args["--disk-dir"] or self._args["--files-in-place"])
 
-    def _choose_destinations(self):
+    def _choose_destinations(self) -> Any:
         """Fill _destinations, which is the one that self.files has."""
         if not self._restores_files:
             return
@@ -186,7 +192,7 @@ class Restored:
         else:
             self._destinations.update(destinations(wanted, os.path.abspath(self._args["--disk-dir"])))
 
-    def take(self, frame, earlier):
+    def take(self, frame: Any, earlier: Earlier) -> None:
         """Take a part of a file, or all of one that the segment before had. earlier (Earlier)."""
         try:
             parts = earlier.parts(frame)
@@ -203,7 +209,7 @@ class Restored:
                 path,
             )
 
-    def add(self, frame):
+    def add(self, frame: values.File) -> None:
         """Take a part of a file."""
         role, path = frame.fields["role"], frame.fields["path"]
         if role == "nvram" and self._restores_files and self._domain is not None and (role, path) not in \
@@ -213,7 +219,7 @@ class Restored:
                 self._choose_destinations()
         self.files.add(frame)
 
-    def adjusted(self, args, chosen):
+    def adjusted(self, args: dict[str, Any], chosen: dict[str, Place]) -> Domain:
         """The Domain, once all frames were seen. chosen: {disk name: Place}. Raises Error."""
         if self._failure is not None:
             raise self._failure
@@ -251,7 +257,7 @@ class Restored:
         return self._domain
 
 
-def _define(args, domain, xml, restored):
+def _define(args: dict[str, Any], domain: Domain, xml: str, restored: Restored) -> None:
     """Define it through libvirt; all is as it was where that fails."""
     from vnb.virt.connection import Host
     from vnb.virt.domain import Domain as Defined
@@ -292,7 +298,7 @@ def _define(args, domain, xml, restored):
                      f"delete them before the next backup: {delete}")
 
 
-def _without_bitmaps(checkpoints, places):
+def _without_bitmaps(checkpoints: dict[str, str], places: Any) -> list[str]:
     """
     The names of those checkpoints ({name: XML}) of which no image holds a bitmap, the newest first.
 
@@ -306,8 +312,8 @@ def _without_bitmaps(checkpoints, places):
     ]
 
 
-def _bitmaps(places):
-    """{disk name: the sound bitmaps (set of str) that its image holds}, of the images here. places: see Restored."""
+def _bitmaps(places: Any) -> dict[str, Any]:
+    """{disk name: the sound bitmaps that its image holds}, of the images here. places: see Restored."""
     from vnb.qemu import img  # and libnbd with it
 
     found = {}
@@ -318,12 +324,12 @@ def _bitmaps(places):
     return found
 
 
-def _give_data_files(restored, user):
+def _give_data_files(restored: Restored, user: Any) -> None:
     """Let QEMU have the data files that vnb-apply made beside images. user: (uid, gid), or None."""
     for name, place in restored.places.items() if user else ():
-        path = os.path.join(os.path.dirname(place.path), f"{name}.data") if place else None
         if place is None or place.type != "file" or os.path.basename(place.path) != f"{name}.qcow2":
             continue
+        path = os.path.join(os.path.dirname(place.path), f"{name}.data")
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -336,7 +342,7 @@ def _give_data_files(restored, user):
             os.close(fd)
 
 
-def _forget_checkpoints(name, uri, which):
-    """The command that has libvirt forget some checkpoints of a domain. which (str): their names, for a shell."""
+def _forget_checkpoints(name: str, uri: str | None, which: str) -> str:
+    """The command that has libvirt forget some checkpoints of a domain. which: their names, for a shell."""
     virsh = f"virsh -c {shlex.quote(uri)}" if uri else "virsh"
     return f'for c in {which}; do {virsh} checkpoint-delete {shlex.quote(name)} "$c" --metadata; done'

@@ -292,7 +292,7 @@ class _TextDump(_Dump):
 
 
 class _Run:
-    """Neighbouring extents of one state, or data frames. codecs (set): empty for extents."""
+    """Neighbouring extents of one state, or data frames. codecs: empty for extents."""
 
     __slots__ = ("codecs", "end", "frames", "offset", "state", "stored")
 

@@ -33,6 +33,11 @@ from vnb.nbd.connections import MOST_OF_EXTENTS, Connections
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
     from typing import Any
 
 
@@ -58,7 +63,7 @@ def main(args: dict[str, Any]) -> None:
         _write(out, segment.head, walks, segment, connections)
 
 
-def _from_uri(args, connections):
+def _from_uri(args: dict[str, Any], connections: Connections) -> Any:
     """(walk, head) of a segment for an export that is in no stream."""
     name = args["--name"]
     if not rules.is_safe_name(name):
@@ -76,7 +81,7 @@ def _from_uri(args, connections):
     return walk, head
 
 
-def _write(out, head, walks, frames, connections):
+def _write(out: Any, head: Any, walks: Any, frames: Any, connections: Connections) -> None:
     """Write a segment: its frames (iterable), then the extents of all disks."""
     written = out.segment({**head, "stage": "extents"}, [walk.disk for walk in walks])
     for frame in frames:
@@ -84,7 +89,7 @@ def _write(out, head, walks, frames, connections):
     waiting = collections.deque(
         (walk, walk.runs(), _Batch(written, number)) for number, walk in enumerate(walks)
     )
-    living = []
+    living: list[Any] = []
     while waiting or living:
         # Some disks at a time: as many as there are connections for, but one at least.
         while waiting and (
@@ -109,15 +114,15 @@ class _Walk:
     """
     The walk of one disk. It asks the server at once whether the server has the meta contexts that are needed.
 
-    disk (dict): as it goes into the stream; a size that is None becomes that of the export. needs (int): connections.
+    disk: as it goes into the stream; a size that is None becomes that of the export. needs: connections.
     """
 
-    def __init__(self, disk, connections):
+    def __init__(self, disk: Any, connections: Connections) -> None:
         name, source = disk["name"], disk.get("source", {})
         if not isinstance(source.get("uri"), str):
             raise Error(name, "the stream does not say where this disk is exported")
 
-        def context(what, required=False):
+        def context(what: str | None, required: bool = False) -> Any:
             return block_status.Context(connections, source["uri"], name, what, disk["size"], required)
 
         # Without base:allocation everything that is dirty is data. --no-sparse-detection asks for this.
@@ -135,13 +140,13 @@ class _Walk:
         self.disk = {**disk, "size": self._contexts[0].size}
         self.needs = len(self._contexts)
 
-    def runs(self):
+    def runs(self) -> Iterator[list[int]]:
         """A generator of lists of (offset, length, state)."""
         if self._dirty is None:
             return block_status.allocation(self._base, self.disk["size"])
         return block_status.changes(self._dirty, self._base, self.disk["size"])
 
-    def close(self):
+    def close(self) -> None:
         """Let go of the connections."""
         for context in self._contexts:
             context.close()
@@ -155,22 +160,22 @@ class _Batch:
     with the same state: an empty disk of many TiB is one hole.
     """
 
-    def __init__(self, out, disk):
+    def __init__(self, out: Any, disk: int) -> None:
         self.out = out
         self.disk = disk
-        self._held = []
+        self._held: list[int] = []
 
-    def add(self, runs):
+    def add(self, runs: list[int]) -> None:
         """Take runs (flat list of offset, length, state, ...) that follow those before."""
         runs = joined(self._held + runs)
         keep = 3 if runs and runs[-1] != DATA else 0
         self._held = runs[len(runs) - keep :]
         self._put(runs[: len(runs) - keep])
 
-    def flush(self):
+    def flush(self) -> None:
         """Pass on what waits."""
         self._put(self._held)
 
-    def _put(self, runs):
+    def _put(self, runs: list[int]) -> None:
         for batch in batches(runs):
             self.out.extents(self.disk, batch)

@@ -64,6 +64,11 @@ from vnb.serve.overlay import Overlay
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
     from typing import Any
 
 
@@ -80,7 +85,7 @@ def main(args: dict[str, Any]) -> int | None:
     return serve(args, lambda lines: show("".join(f"{line}\n" for line in lines), flush=True))
 
 
-def check(args):
+def check(args: dict[str, Any]) -> None:
     """Raise UsageError for options that do not go together, Error for what is missing."""
     for option, needed, others in (
         ("--tls-certificates", "--listen", ("--tls-psk", "--overlay")),
@@ -104,7 +109,7 @@ def check(args):
             raise os_error(path, error) from None
 
 
-def tls_files(args):
+def tls_files(args: dict[str, Any]) -> Any:
     """The files without which nbdkit has no TLS; it would not name the one that is missing."""
     if args["--tls-certificates"]:
         names = ("ca-cert.pem", "server-cert.pem", "server-key.pem")
@@ -112,7 +117,7 @@ def tls_files(args):
     return [args["--tls-psk"]] if args["--tls-psk"] else []
 
 
-def host_and_port(text):
+def host_and_port(text: str) -> tuple[str, int]:
     """(host, port) of PORT, HOST:PORT or [HOST]:PORT."""
     match = re.fullmatch(r"(?:(?:\[([^]]+)\]|([^]:[]*)):)?([0-9]{1,5})", text)
     if match is None or int(match[3]) > 65535:
@@ -120,11 +125,11 @@ def host_and_port(text):
     return match[1] or match[2] or DEFAULT_HOST, int(match[3])
 
 
-def serve(args, ready, to_syslog=False):
+def serve(args: dict[str, Any], ready: Callable[..., Any], to_syslog: bool = False) -> Any:
     """
     Serve until a signal comes, the command has ended, or nobody can be served any more. Returns the exit status.
 
-    ready (function): called with the lines (list of str) that say where the disks are. to_syslog (bool): what goes
+    ready: called with the lines that say where the disks are. to_syslog: what goes
     wrong with a request later is for the system's log.
     """
     debug = args["--debug"]
@@ -142,13 +147,13 @@ def serve(args, ready, to_syslog=False):
             "export_name": None if args["--overlay"] else args["--export-name"],
             "all_points": not args["--writable"],  # the cow filter has one overlay for whatever is written to
         }
-        nbdkit = stack.enter_context(Nbdkit(below, choice, private, nbdkit_options(args), debug, to_syslog))
+        nbdkit: Any = stack.enter_context(Nbdkit(below, choice, private, nbdkit_options(args), debug, to_syslog))
         below.close()
         served = nbdkit.ready()
         for line in served["damaged"]:
             log.warn(line)
         disks = served["disks"]
-        running = [nbdkit]
+        running: list[Any] = [nbdkit]
         for option in ("--writable", "--overlay", "--device", "--export-name"):
             if args[option] and len(disks) != 1:
                 raise Error(option, f"is for one disk: choose one of {', '.join(disks)} with --disk")
@@ -164,7 +169,7 @@ def serve(args, ready, to_syslog=False):
             return run(args["--run"], address.uri(args["--export-name"] or served["default"] or ""), str(address.where))
         uris = [address.uri(args["--export-name"] or name) for name in disks]
         lines = uris
-        clients = []
+        clients: list[Any] = []
         if args["--fuse"]:
             directory = stack.enter_context(fuse_directory(args["--fuse"]))
             lines = [os.path.join(directory, name) for name in disks]
@@ -174,7 +179,7 @@ def serve(args, ready, to_syslog=False):
                 file.ready()
         elif args["--device"]:
             is_writable = bool(args["--writable"] or args["--overlay"])
-            device = stack.enter_context(Device(args["--device"], *lines, is_writable, debug))
+            device: Any = stack.enter_context(Device(args["--device"], lines[0], is_writable, debug))
             device.ready()
             clients.append(device)
             lines = [args["--device"]]
@@ -183,7 +188,7 @@ def serve(args, ready, to_syslog=False):
         return 0
 
 
-def wait(programs, clients):
+def wait(programs: Any, clients: Any) -> None:
     """Wait until every client has been ended by somebody else, if there are any. Raises Error when a server ends."""
     while True:
         ended = wait_for([program.fd for program in (*programs, *clients)])
@@ -195,7 +200,7 @@ def wait(programs, clients):
             return
 
 
-def address_of(args, private):
+def address_of(args: dict[str, Any], private: str) -> Any:
     """A context manager of the Address to serve at."""
     if args["--listen"]:
         tls = args["--tls-certificates"] or args["--tls-psk"]
@@ -203,7 +208,7 @@ def address_of(args, private):
     return unix_address(args["--socket"] or os.path.join(private, "socket"))
 
 
-def nbdkit_options(args):
+def nbdkit_options(args: dict[str, Any]) -> list[str]:
     """What nbdkit is to do beside the plugin."""
     options = []
     if args["--tls-certificates"]:
@@ -214,7 +219,7 @@ def nbdkit_options(args):
     return options + (["--filter=cow"] if args["--writable"] else ["--readonly"])
 
 
-def run(command, uri, where):
+def run(command: str, uri: str, where: Any) -> Any:
     """Run a shell command to its end and return its exit status."""
     forward = Forward()
     with contextlib.ExitStack() as stack:
@@ -233,22 +238,24 @@ class Forward:
     terminal, and the terminal interrupts it. Otherwise all that it has started gets what we get.
     """
 
-    def __init__(self):
-        self._process = None
-        self._signum = None
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._signum: int | None = None
         self._has_terminal = os.isatty(0)
 
-    def run(self, command, environment):
+    def run(self, command: Sequence[str], environment: dict[str, str]) -> Any:
         """Returns the exit status of the command, as the shell has it. Raises Interrupted if a signal was passed on."""
-        self._process = subprocess.Popen(command, env=environment, start_new_session=not self._has_terminal)
+        self._process = process = subprocess.Popen(
+            command, env=environment, start_new_session=not self._has_terminal
+        )
         if self._signum is not None:
             self(self._signum, None)
-        status = self._process.wait()
+        status = process.wait()
         if self._signum is not None and status in (-self._signum, 128 + self._signum):
             raise Interrupted(self._signum)
         return status if status >= 0 else 128 - status
 
-    def __call__(self, signum, _stack):
+    def __call__(self, signum: int, _stack: object) -> None:
         self._signum = signum
         if self._process is None:
             return
@@ -259,7 +266,7 @@ class Forward:
                 self._process.send_signal(signum)
 
 
-def in_background(args):
+def in_background(args: dict[str, Any]) -> Any:
     """Serve in a process of its own, that goes on when this one ends: as soon as all is ready, or has failed."""
     ours, theirs = os.pipe()
     child = os.fork()
@@ -269,7 +276,7 @@ def in_background(args):
         to_syslog = not is_file(2)
         is_detached = False
 
-        def ready(lines):
+        def ready(lines: Sequence[str]) -> Any:
             nonlocal is_detached
             detach(theirs, lines)
             is_detached = True
@@ -301,7 +308,7 @@ def in_background(args):
     return 0
 
 
-def detach(pipe, lines):
+def detach(pipe: int, lines: Sequence[str]) -> None:
     """Tell who started us what is ready, and let go of what we have from it, but for a file that is to hold errors."""
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1) if is_file(2) else (0, 1, 2):
@@ -311,13 +318,13 @@ def detach(pipe, lines):
         print(*lines, sep="\n", file=file)
 
 
-def is_file(fd):
+def is_file(fd: int) -> bool:
     """Whether this descriptor is of a regular file."""
     return stat.S_ISREG(os.fstat(fd).st_mode)
 
 
 @contextlib.contextmanager
-def pid_file(path):
+def pid_file(path: str) -> Iterator[Any]:
     """Have our process id in a file, locked, for as long as this lasts."""
     with contextlib.ExitStack() as stack:
         try:
@@ -336,7 +343,7 @@ def pid_file(path):
         yield
 
 
-def check_pid_file(path, fd):
+def check_pid_file(path: str, fd: int) -> None:
     """Raise Error unless a file is ours, and of a kind that a process id may be in."""
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode):
@@ -345,7 +352,7 @@ def check_pid_file(path, fd):
         raise Error(path, "belongs to another user")
 
 
-def stop(path):
+def stop(path: str) -> Any:
     """End the vnb-map that wrote this file, and wait until it has ended."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -5,18 +5,26 @@ What is wrong with a command line that docopt refuses: it says that it does, and
 So it is asked again: what if this was there, what if that was not? The least change that it takes is the reason.
 """
 
+from __future__ import annotations
+
 import re
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
 
 _MOST_OPERANDS = 3  # that are missing
 _MOST_WORDS = 64  # of a line that is asked about: each of them is one question more
 _WORD = "\0"  # stands for any operand, or value; nobody can type it
 
 
-def reason(usage, argv, parse):
+def reason(usage: Any, argv: Sequence[str], parse: Callable[..., Any]) -> Any:
     """
-    Why this command line (list of str) is wrong.
+    Why this command line is wrong.
 
-    usage (vnb.cli.usage.Usage). parse (function): takes words, and returns docopt's dict for them, or None where it
+    usage: of the command. parse: takes words, and returns docopt's dict for them, or None where it
     refuses them.
     """
     if len(argv) > _MOST_WORDS:

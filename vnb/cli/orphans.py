@@ -10,8 +10,15 @@ from vnb.job.source import UNION
 from vnb.qemu import img
 from vnb.virt import domxml
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
-def not_needed_because(bitmap, catalogs):
+    from vnb.virt.domain import Domain
+
+
+
+def not_needed_because(bitmap: str, catalogs: Any) -> str | None:
     """Why a bitmap is provably of no use to any catalog, or None."""
     if bitmap.endswith(UNION):
         return "which a job that was cut off has left"
@@ -29,13 +36,13 @@ def not_needed_because(bitmap, catalogs):
     return None
 
 
-def bitmaps_of(domain):
+def bitmaps_of(domain: Domain) -> dict[str, list[str]]:
     """
-    {bitmap: disks (list of str)} of our bitmaps in the domain's images, of this host.
+    {bitmap: disks} of our bitmaps in the domain's images, of this host.
 
     Of a domain that runs: of those that were there when it started, or were stored since.
     """
-    found = {}
+    found: dict[str, list[str]] = {}
     if not domain.is_local:
         return found
     for disk in domxml.disks(domain.xml()):
@@ -47,7 +54,7 @@ def bitmaps_of(domain):
     return found
 
 
-def remove_bitmap(domain, bitmap, disks):
+def remove_bitmap(domain: Domain, bitmap: str, disks: list[str]) -> None:
     """Remove a bitmap without a checkpoint. QEMU does it for a domain that runs, when its checkpoint is deleted."""
     if domain.is_active:
         others = [disk.name for disk in domxml.disks(domain.xml()) if disk.name not in disks]
@@ -56,5 +63,5 @@ def remove_bitmap(domain, bitmap, disks):
         domain.delete_checkpoint(bitmap)
         return
     for disk in domxml.disks(domain.xml()):
-        if disk.name in disks:
+        if disk.name in disks and disk.path:
             img.remove_bitmap(disk.name, disk.path, bitmap)

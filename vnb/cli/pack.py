@@ -41,6 +41,12 @@ from vnb.store.storing import Store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from vnb.format.stream import Segment
+    from vnb.format.writing import SegmentWriter, Writer
+
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
     from typing import Any
 
 
@@ -78,9 +84,11 @@ def main(args: dict[str, Any]) -> None:
             progress.summarize()  # no later stage knows more
 
 
-def _refuse_other_set(directory, head):
+def _refuse_other_set(directory: str | None, head: Any) -> None:
     """Raise Error if a set is not the one that the run is for: the commit would not find the segment."""
     expected = os.environ.get("VNB_SET")
+    if directory is None:
+        return
     if expected and proof.is_of_run(head) and os.path.realpath(directory) != os.path.realpath(expected):
         raise Error(directory, f'is not the set that vnb-checkpoint run is for: -o "$VNB_SET" is, {expected} '
                     '("env -u VNB_SET" allows a copy)')
@@ -90,28 +98,28 @@ class Packer:
     """
     Compresses segments and adds their index.
 
-    compress: see codec.compressor; None: plain frames stay plain. unpack (bool): compressed frames are decompressed.
+    compress: see codec.compressor; None: plain frames stay plain. unpack: compressed frames are decompressed.
     pool (Pool): gives the buffers of payloads, and takes them back.
     Every frame is checked against the hash of its plain bytes, so the bytes that were read from the source are stored.
     """
 
-    def __init__(self, compress, unpack, threads, pool):
+    def __init__(self, compress: Any, unpack: bool, threads: int, pool: Any) -> None:
         self.compress = compress
         self.unpack = unpack
         self.threads = threads
         self.pool = pool
 
-    def pack(self, segment, head, writer, progress):
+    def pack(self, segment: Segment, head: Any, writer: Writer, progress: Any) -> Any:
         """Write one segment with this head, with an index as it goes. progress (Progress) follows it."""
         with progress.segment(writer.segment(head, segment.disks)) as out:
             self._pack(segment, out)
 
-    def _pack(self, segment, out):
+    def _pack(self, segment: Segment, out: SegmentWriter) -> None:
         index = Builder(out)
         names = [disk["name"] for disk in segment.disks]
         with Ordered(lambda data: self._work(data, names), self.threads) as work:
             for frame in segment:
-                if frame.__class__ is not values.Data:
+                if type(frame) is not values.Data:
                     work.append((frame, None, None))
                 elif self.compress is None and frame.codec == "none":
                     # The bytes are in the processor's cache: their checksum costs less than waking a thread.
@@ -125,7 +133,7 @@ class Packer:
         index.finish()
         out.end()
 
-    def _work(self, data, names):
+    def _work(self, data: values.Data, names: list[str]) -> Any:
         plain = codec.plain(data, names[data.disk])
         if data.codec != "none":
             return (data, "none", plain) if self.unpack else (data, data.codec, data.payload)
@@ -133,7 +141,7 @@ class Packer:
             return data, "none", plain
         return data, *self.compress(plain)
 
-    def _write(self, out, index, frame, name, payload):
+    def _write(self, out: SegmentWriter, index: Any, frame: Any, name: str, payload: Any) -> None:
         if frame.__class__ is values.Data:
             place = out.data(frame.disk, frame.offset, frame.length, name, frame.hash, payload)
             index.data(frame.disk, frame.offset, frame.length, *place)

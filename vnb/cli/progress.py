@@ -32,6 +32,7 @@ from vnb.format.frame import DATA, HOLE, ZERO
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
 
@@ -52,20 +53,21 @@ class Progress:
     or auto. Raises UsageError for another one.
     """
 
-    def __init__(self, mode):
+    def __init__(self, mode: str) -> None:
         what, mode = ("--progress", mode) if mode else ("VNB_PROGRESS", os.environ.get("VNB_PROGRESS") or "auto")
         if mode not in MODES:
             raise UsageError(what, f'"{mode}" is not one of {", ".join(MODES)}')
         self._is_json = mode == "json"
         self._is_line = mode == "auto" and os.isatty(2) and not log.is_quiet()
         self._started = time.monotonic()
-        self._parts = {}  # frames (Segment or SegmentWriter): the share of all work that they are, or None
+        # {frames (Segment or SegmentWriter): the share of all work that they are, or None}
+        self._parts: dict[Any, Any] = {}
         self._whole = None  # the last of them that has come to its end: the extents of an increment end before the disk
         self._done = 0.0  # share of all work that is behind us
         self._since = self._started  # when what the fraction is of began
         self._totals = Totals()
-        self._head = {}
-        self._seen = {}  # disk: where it was when it was last shown
+        self._head: dict[Any, Any] = {}
+        self._seen: dict[Any, Any] = {}  # disk: where it was when it was last shown
         self._asked = False  # for the terminal
         self._shower = None  # the thread
         self._ending = threading.Event()
@@ -97,7 +99,7 @@ class Progress:
                 self._show()
 
     @contextlib.contextmanager
-    def segment(self, frames, share=None):
+    def segment(self, frames: Any, share: float | None = None) -> Iterator[Any]:
         """
         Show how far a segment is while this lasts.
 
@@ -127,7 +129,7 @@ class Progress:
         say = log.note if self._is_line else log.detail
         say(f'{head.get("domain")}: {head.get("point")}: {self._totals}, {seconds:.1f} s')
 
-    def state(self):
+    def state(self) -> Any:
         """(how far, from 0 to 1; bytes of data; the disks that went on since the last time)."""
         fraction, data, disks = self._done, self._totals.bytes[DATA], []
         for frames, share in tuple(self._parts.items()):
@@ -144,7 +146,7 @@ class Progress:
         return min(fraction, 1), data, disks
 
     @contextlib.contextmanager
-    def hidden(self):
+    def hidden(self) -> Iterator[str]:
         """Not in the way while this lasts; gives what has to be written in front of a line. See vnb.base.log."""
         with self._lock:
             if self._bar is not None:

@@ -39,6 +39,11 @@ from vnb.store.merge import Merge
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
     from typing import Any
 
 
@@ -80,7 +85,7 @@ def _plan(directory: str, counts: dict[str, int]) -> Plan:
     return Plan(segments, damaged, directory, counts, disks_now)
 
 
-def segments_of(directory):
+def segments_of(directory: str) -> Any:
     """(segments, damaged) of a set, see vnb.store.backupset.readable(). Raises Error where there are none with data."""
     segments, damaged = backupset.some([directory])
     for segment in segments:
@@ -89,7 +94,7 @@ def segments_of(directory):
     return segments, damaged
 
 
-def report(plan):
+def report(plan: Plan) -> Iterator[str]:
     """The lines of --dry-run, oldest point first: what happens, time, level, point, why."""
     into = {}
     for run in plan.merges:
@@ -115,11 +120,11 @@ def report(plan):
         yield f'{what:5} {head["created"][:19]}Z {level:9} {point}{"  " + why if why else ""}'
 
 
-def store(run, directory, progress, share):
+def store(run: Any, directory: str, progress: Any, share: Any) -> None:
     """
     Store one segment in the place of several. It is durable when this returns, and they are still there.
 
-    share (float): of all that is merged, for progress (vnb.cli.progress.Progress).
+    share: of all that is merged, for progress.
     """
     merged = Merge(run, directory, repack=True)
     merged.read_head()
@@ -133,7 +138,7 @@ def store(run, directory, progress, share):
         store.commit()
 
 
-def remove(plan, directory):
+def remove(plan: Plan, directory: str) -> None:
     """Remove the files that hold nothing which is needed, nor anything that came since the plan was made."""
     known = {segment.head["id"] for segment in plan.segments}
     with backupset.locked(directory) as directory_fd:  # nobody stores a segment meanwhile
@@ -167,7 +172,7 @@ def remove(plan, directory):
             raise os_error(error.filename or directory, error) from None
 
 
-def check_rest(rest, plan, directory):
+def check_rest(rest: Any, plan: Plan, directory: str) -> None:
     """Raise Error unless every kept point can be restored from the rest of the segments."""
     by_point = chain.points(rest)
     parents = {by_point[point].head["parent"] for point in plan.kept if point in by_point}
@@ -177,7 +182,7 @@ def check_rest(rest, plan, directory):
 
 
 @contextlib.contextmanager
-def only_one(directory):
+def only_one(directory: str) -> Iterator[None]:
     """Keep any other vnb-prune off a set for as long as this lasts."""
     path = os.path.join(directory, LOCK)
     try:

@@ -39,6 +39,11 @@ from vnb.nbd.endpoint import PATIENCE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from vnb.nbd.connection import Connection
+
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
     from typing import Any
 
 
@@ -71,8 +76,8 @@ def main(args: dict[str, Any]) -> None:
             read(segment, exports, out, pipeline, progress)
 
 
-def read(segment, exports, out, pipeline, progress):
-    """Write a segment (vnb.format.stream.Segment) with extents to out (vnb.format.writing.Writer), with their data."""
+def read(segment: Any, exports: Any, out: Any, pipeline: Pipeline, progress: Any) -> None:
+    """Write a segment with extents to out, with their data."""
     # Later stages have no use for the URIs of the exports.
     disks = [{key: value for key, value in disk.items() if key != "source"} for disk in segment.disks]
     with progress.segment(out.segment({**segment.head, "stage": "data"}, disks)) as written:
@@ -92,21 +97,21 @@ class Export:
     """
     The connections to one disk's export, which are made as they are needed, and the size of a request.
 
-    count (int): the most connections. request_size (int or None): bytes; None: there was no connection yet.
+    count: the most connections. request_size: bytes; None: there was no connection yet.
     """
 
-    def __init__(self, connections, disk, count, request_size):
+    def __init__(self, connections: Connections, disk: Any, count: int, request_size: int) -> None:
         name, source = disk["name"], disk.get("source", {})
         if not isinstance(source.get("uri"), str):
             raise Error(name, "the stream does not say where this disk is exported")
-        self.request_size = None
+        self.request_size: Any = None
         self._connections = connections
         self._disk = disk
         self._wanted_size = request_size
         self._most = count
-        self._ours = []  # the connections that are open, or were open when we last looked
+        self._ours: list[Connection] = []  # the connections that are open, or were open when we last looked
 
-    def open(self):
+    def open(self) -> Any:
         """A new connection. Raises Error."""
         name = self._disk["name"]
         first = self._connections.open(self._disk["source"]["uri"], name)
@@ -119,7 +124,7 @@ class Export:
                 self._most = 1
         return first
 
-    def next_connection(self):
+    def next_connection(self) -> Connection:
         """The connection that has the least to do, or a new one if there is none."""
         ready = []
         for connection in tuple(self._ours):
@@ -144,24 +149,25 @@ class Export:
 class Pipeline:
     """Reads in flight, and extents that wait behind them. All leave in the order in which they came."""
 
-    def __init__(self, connections, requests):
+    def __init__(self, connections: Connections, requests: int) -> None:
         self.connections = connections
         self.requests = requests
-        self.out = None
-        self.exports = []
+        self.out: Any = None
+        self.exports: list[Export] = []
         self.pool = Pool()
-        self.queue = collections.deque()  # (request, disk, offset, view), or (None, disk, runs, None)
+        # (request, disk, offset, view), or (None, disk, runs, None)
+        self.queue: collections.deque[Any] = collections.deque()
         self.in_flight = 0
         self.bytes_in_flight = 0
         self.waiting = 0  # numbers in lists that are in the queue
-        self.zeroes = None  # (disk, offset, end) of zeroes that were read and not yet written: more may follow
+        self.zeroes: Any = None  # (disk, offset, end) of zeroes that were read and not yet written: more may follow
 
-    def begin(self, out, exports):
-        """Begin with a segment (vnb.format.writing.SegmentWriter) with these exports (list of Export)."""
+    def begin(self, out: Any, exports: list[Export]) -> None:
+        """Begin with a segment with these exports (list of Export)."""
         self.out = out
         self.exports = exports
 
-    def wait_for(self, fd, event):
+    def wait_for(self, fd: int, event: int) -> None:
         """Return when a descriptor has input. Until then pass on the answers of the servers. See input.Input."""
         ready = self.connections.turn(0, fd, event)
         while fd not in ready:
@@ -174,9 +180,9 @@ class Pipeline:
             else:
                 ready = self.connections.turn(None, fd, event)
 
-    def add(self, frame):
+    def add(self, frame: values.Extents) -> None:
         """Take an Extents frame: start reads for its data, as many as may be in flight, and pass on the rest."""
-        kept = []
+        kept: list[int] = []
         for offset, length, state in frame:
             if state != DATA:
                 kept += (offset, length, state)
@@ -188,14 +194,14 @@ class Pipeline:
         if kept:
             self._pass_on(frame.disk, kept)
 
-    def _pass_on(self, disk, runs):
+    def _pass_on(self, disk: int, runs: list[int]) -> None:
         self.queue.append((None, disk, runs, None))
         self.waiting += LIST + len(runs)
         # Extents that wait behind reads have a limit too: a disk may have millions of zeroes and little data.
         while not self.in_flight and self.queue or self.waiting > MAX_WAITING:
             self._write_first()
 
-    def _read(self, disk, offset, end):
+    def _read(self, disk: int, offset: int, end: int) -> None:
         export = self.exports[disk]
         if export.request_size is None:
             export.open()
@@ -211,18 +217,18 @@ class Pipeline:
             self.bytes_in_flight += length
             offset += length
 
-    def drain(self):
+    def drain(self) -> None:
         """Write everything that is in the queue."""
         while self.queue:
             self._write_first()
         self._write_zeroes()
         self.out.writer.flush()
 
-    def _is_first_done(self):
+    def _is_first_done(self) -> bool:
         request = self.queue[0][0]
         return request is None or request[0].is_answered(request[1])
 
-    def _write_first(self):
+    def _write_first(self) -> None:
         request, disk, what, view = self.queue.popleft()
         if request is None:
             self._write_zeroes()
@@ -241,7 +247,7 @@ class Pipeline:
             self.out.data(disk, what, length, "none", hash_, view)
         self.pool.give(view)
 
-    def _add_zeroes(self, disk, offset, length):
+    def _add_zeroes(self, disk: int, offset: int, length: int) -> None:
         if self.zeroes is not None and self.zeroes[0] == disk and self.zeroes[2] == offset:
             offset, length = self.zeroes[1], offset + length - self.zeroes[1]
         else:
@@ -250,7 +256,7 @@ class Pipeline:
         if length >= MAX_ZEROES:
             self._write_zeroes()  # the next stage sees progress, and we notice if it has ended
 
-    def _write_zeroes(self):
+    def _write_zeroes(self) -> None:
         if self.zeroes is not None:
             disk, offset, end = self.zeroes
             self.zeroes = None
@@ -258,5 +264,5 @@ class Pipeline:
 
 
 @functools.lru_cache(maxsize=64)  # nearly all reads are of one length
-def _hash_of_zeroes(length):
+def _hash_of_zeroes(length: int) -> int:
     return xxh3_64_intdigest(bytes(length))

@@ -11,8 +11,14 @@ from vnb.base.errors import Error, one_line
 from vnb.cli.runner import show
 from vnb.store import backupset, chain
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
 
-def listed(operands):
+
+
+def listed(operands: Sequence[str]) -> int:
     """A table of each set; files that are no set have one together. Returns the exit status."""
     files = [operand for operand in operands if not os.path.isdir(operand)]
     tables = [[operand] for operand in operands if operand not in files] + ([files] if files else [])
@@ -33,7 +39,7 @@ def listed(operands):
     return status
 
 
-def _table(segments, damaged, name):
+def _table(segments: Any, damaged: Any, name: str) -> int:
     """Print the restore points, and which of them lead to the latest one. Returns the exit status."""
     rows = [("restore point", "level", "created", "bytes", "base")]
     for segment in sorted(segments, key=age):
@@ -61,5 +67,5 @@ def _table(segments, damaged, name):
     return 0
 
 
-def age(segment):
+def age(segment: Any) -> tuple[str, str]:
     return segment.head["created"], segment.head["point"]

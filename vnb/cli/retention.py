@@ -14,6 +14,11 @@ from vnb.virt import domxml
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
     from typing import Any
 
 
@@ -28,8 +33,8 @@ PERIODS = {
 }
 
 
-def disks_now(latest):
-    """The names (set of str) of the disks that the domain has by a set's latest segment, None where it does not say."""
+def disks_now(latest: Any) -> Any:
+    """The names of the disks that the domain has by a set's latest segment, None where it does not say."""
     with contextlib.closing(latest):
         xml = latest.open().head.get("domain_xml")
     with contextlib.suppress(Error):
@@ -41,16 +46,19 @@ class Plan:
     """
     What becomes of the segments of a set. Pure logic on heads; it opens nothing.
 
-    kept (dict): point: list of reasons. held (dict): point that stays because several points start from it: those.
+    kept: point: list of reasons. held: point that stays because several points start from it: those.
     merges (list of list of segment): each list, oldest first, becomes one segment for its last one's point.
-    needed (set of segment): those that stay as they are. left_alone (dict): point that can't be restored from this
-    set: the one that it lacks; they count for nothing and nothing happens to them. counts (dict): period: how many.
+    needed (set of segment): those that stay as they are. left_alone: point that can't be restored from this
+    set: the one that it lacks; they count for nothing and nothing happens to them. counts: period: how many.
     damaged (list of Damaged): files of the set that nobody can read: none of them goes, nor what they need.
     disks_now: a function of the latest segment, see disks_now().
     Raises Error for a set with a circle, or of two domains.
     """
 
-    def __init__(self, segments, damaged, name, counts, disks_now=lambda _: None):
+    def __init__(
+        self, segments: Any, damaged: Any, name: str, counts: dict[str, int],
+        disks_now: Callable[[Any], Any] = lambda _: None,
+    ) -> None:
         chain.check(segments, name)
         self.segments = segments
         self.damaged = damaged
@@ -75,17 +83,17 @@ class Plan:
             Merge(run, name)  # what can't be merged is found before anything is
 
     @property
-    def fixed(self):
-        """The points that stay, kept or held (list of str)."""
+    def fixed(self) -> Any:
+        """The points that stay, kept or held."""
         return [*self.kept, *self.held]
 
-    def _held(self):
+    def _held(self) -> Any:
         """
         Dropped points that more than one kept point starts from: to merge them into each would take more room.
 
         {point: list of the next points on the ways to kept ones}.
         """
-        children = {}
+        children: dict[str, list[Any]] = {}
         seen = set()
         for point in self.kept:
             while point is not None and point not in seen:
@@ -98,7 +106,7 @@ class Plan:
             if point is not None and len(nexts) > 1 and point not in self.kept
         }
 
-    def _run(self, point):
+    def _run(self, point: str) -> Any:
         """The segments from a point back to, not including, the next that stays, oldest first."""
         run = [self.by_point[point]]
         while (parent := run[-1].head["parent"]) is not None and parent not in self.kept and parent not in self.held:
@@ -106,14 +114,14 @@ class Plan:
         return run[::-1]
 
 
-def chosen(segments, counts):
+def chosen(segments: Any, counts: dict[str, int]) -> Any:
     """
     {point: list of the periods that it is kept for}, as restic has it.
 
     Going back in time, the first point of each period counts, until there were as many periods as wanted. If the
     oldest of all points comes before that, it is kept too, so that the history is as long as it can be.
     """
-    kept = {}
+    kept: dict[str, list[str]] = {}
     ordered = sorted(segments, key=age, reverse=True)
     for period, count in counts.items():
         last = None
@@ -128,14 +136,14 @@ def chosen(segments, counts):
     return kept
 
 
-def always(segments, disks_now):
+def always(segments: Any, disks_now: Any) -> Any:
     """
     Yield (reason, segment) of what always stays.
 
     The next backups need, of each chain, the latest restore point and the next base. And of each disk that the latest
     restore point lacks, though the domain has it (disks_now, see Plan), the last restore point with this disk stays.
     """
-    latest = chain.points(segments)[chain.latest(segments, None)]
+    latest = chain.points(segments)[chain.latest(segments, "the set")]
     yield "latest", latest
     seen, present = {disk["name"] for disk in latest.disks}, disks_now(latest)
     for segment in sorted(segments, key=age, reverse=True):
@@ -143,7 +151,7 @@ def always(segments, disks_now):
             seen.add(name)
             if present is None or name in present:
                 yield f"last with {name}", segment
-    chains = {}
+    chains: dict[Any, Any] = {}
     for segment in segments:
         chains.setdefault(segment.head.get("chain"), []).append(segment)
     for name, members in chains.items():
@@ -152,7 +160,7 @@ def always(segments, disks_now):
             yield "next base" if len(chains) == 1 else f"next base of chain {name}", tip
 
 
-def wanted_by(damaged, segments):
+def wanted_by(damaged: Any, segments: Any) -> Any:
     """
     Yield (reason, segment) of what a damaged file needs, or may need: a sound copy of it may come back.
 

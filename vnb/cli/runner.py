@@ -15,6 +15,12 @@ from vnb.cli import arguments
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
     pass
 
 
@@ -27,7 +33,7 @@ def command(name: str, module: str) -> None:
     sys.exit(outcome(name, module, sys.argv[1:]))
 
 
-def outcome(name, module, argv):
+def outcome(name: str, module: Any, argv: Sequence[str]) -> Any:
     """
     Run main() of a module and return the exit status; dies by a signal where that is the outcome.
 
@@ -115,7 +121,7 @@ def _parse(usage, argv, module):
 
 
 def _misuse(usage, argv, module, said):
-    """Why docopt refuses this command line. It said (str) so only where it is about one option."""
+    """Why docopt refuses this command line. It said so only where it is about one option."""
     from docopt import DocoptExit
 
     from vnb.cli import misuse

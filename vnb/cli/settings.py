@@ -23,6 +23,11 @@ from vnb.cli.usage import Usage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
     from typing import Any
 
 
@@ -49,14 +54,14 @@ def main(args: dict[str, Any]) -> None:
             show("".join(f"{line}\n" for line in lines(option, value, options[f"--{option}"], args["FILE"], where)))
 
 
-def sections(command, operands):
-    """The sections (list of str) that count, each more than those before. command: backup, backup-all or restore."""
+def sections(command: str, operands: Sequence[str]) -> Any:
+    """The sections that count, each more than those before. command: backup, backup-all or restore."""
     if command == "backup" and operands:
         return ["backup", f"backup {operands[0]}"]
     return [command.removesuffix("-all")]
 
 
-def known(usage):
+def known(usage: Any) -> Any:
     """{option with its dashes: whether it takes a value} of a vnb.cli.usage.Usage, and {short option: long option}."""
     found = {}
     for option in usage.options:
@@ -66,30 +71,32 @@ def known(usage):
     return found
 
 
-def split(words, options):
-    """(options (set, long ones), operands (list)) of a command line."""
-    typed, operands = set(), []
-    words = iter(words)
-    for word in words:
+def split(words: Sequence[str], options: Any) -> Any:
+    """(options (set, long ones), operands) of a command line."""
+    typed: set[str] = set()
+    operands: list[str] = []
+    rest = iter(words)
+    for word in rest:
         name, equals, _ = word.partition("=")
         if word == "--":
-            operands += words
+            operands += rest
         elif word.startswith("-") and word != "-":
             takes = options.get(name)
             if isinstance(takes, str):
                 name, takes = takes, options[takes]
             typed.add(name)
             if takes and not equals:
-                next(words, None)
+                next(rest, None)
         else:
             operands.append(word)
     return typed, operands
 
 
-def read(path, names):
+def read(path: str, names: Any) -> Any:
     """{option: (section, value or None)} of these sections of a file, each after the ones before. Raises Error."""
+    none: Any = None  # no section is the default of others
     parser = configparser.RawConfigParser(
-        delimiters=("=",), comment_prefixes=("#", ";"), allow_no_value=True, default_section=None, strict=True,
+        delimiters=("=",), comment_prefixes=("#", ";"), allow_no_value=True, default_section=none, strict=True,
     )
     try:
         with open(path, encoding="utf-8") as file:
@@ -109,8 +116,8 @@ def read(path, names):
     }
 
 
-def lines(option, value, takes, path, where):
-    """The option as words (list of str) of a command line; several for several lines of its value. Raises Error."""
+def lines(option: str, value: str, takes: Any, path: str, where: Any) -> Any:
+    """The option as words of a command line; several for several lines of its value. Raises Error."""
     if takes:
         values = [line for line in (value or "").splitlines() if line]
         if not values:

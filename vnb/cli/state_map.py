@@ -3,9 +3,17 @@
 Strips: what each segment says of each part of a disk, small enough to see. Pure: from rows of an index to text or SVG.
 """
 
+from __future__ import annotations
+
 from xml.sax.saxutils import escape
 
 from vnb.format.frame import DATA, HOLE, ZERO
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import Any
+
 
 MUCH, SOME, ZEROES, HOLES, NOTHING = tuple("#+0-.")
 MEANING = {
@@ -15,7 +23,7 @@ _COLOURS = {MUCH: "#1f5f9e", SOME: "#7fb0dd", ZEROES: "#e0a030", HOLES: "#e8e0d0
 _ROW, _STRIP, _LETTER = 18, 1024, 8  # pixels: height of a row, width of a strip, width of a letter
 
 
-def strip(rows, size, columns):
+def strip(rows: Iterable[Any], size: int, columns: int) -> str:
     """
     A string of columns characters, see MEANING: each stands for an equal part of [0, size).
 
@@ -32,7 +40,7 @@ def strip(rows, size, columns):
             counts[column] += min(border, end) - offset
             offset = max(offset, border)
             column += 1
-    text = []
+    text: list[str] = []
     for column in range(columns):
         width = -(-(column + 1) * size // columns) - -(-column * size // columns)
         data, zero, hole = (bytes_of[state][column] for state in (DATA, ZERO, HOLE))
@@ -47,7 +55,7 @@ def strip(rows, size, columns):
     return "".join(text)
 
 
-def text(disks, columns):
+def text(disks: dict[str, Any], columns: int) -> Iterator[str]:
     """
     Lines for a terminal. disks: {name: (size, [(label, strip)])}, labels are one line each.
     """
@@ -60,7 +68,7 @@ def text(disks, columns):
     yield "  ".join(f"{character} {meaning}" for character, meaning in MEANING.items())
 
 
-def svg(disks, columns):
+def svg(disks: dict[str, Any], columns: int) -> Iterator[str]:
     """Lines of an SVG image: one row a segment, below its disk's name. disks: see text()."""
     height = _ROW * (sum(2 + len(strips) for _, strips in disks.values()) + 2)
     left = 2 * _ROW + _LETTER * max((len(label) for _, strips in disks.values() for label, _ in strips), default=0)
@@ -86,7 +94,7 @@ def svg(disks, columns):
     yield "</svg>"
 
 
-def _boxes(drawn, size, columns, left, y):
+def _boxes(drawn: str, size: int, columns: int, left: int, y: int) -> Any:
     start = 0
     while start < columns:
         end = start + 1
@@ -100,5 +108,5 @@ def _boxes(drawn, size, columns, left, y):
         start = end
 
 
-def _text(x, y, content):
+def _text(x: int, y: int, content: str) -> str:
     return f'<text x="{x}" y="{y}">{escape(content)}</text>'

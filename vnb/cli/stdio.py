@@ -26,7 +26,7 @@ def stdin(
     """
     A Reader of standard input; see Reader. A terminal is refused: nobody types a stream. Its run is ours.
 
-    example (str or None): a command line with a stream, for whoever has none.
+    example: a command line with a stream, for whoever has none.
     """
     if os.isatty(0):
         raise Error("stdin", f"is a terminal, expected a stream{f', as in {example}' if example else ''}")

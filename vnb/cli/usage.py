@@ -11,7 +11,8 @@ import re
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Sequence
+    from typing import Any
 
 
 
@@ -57,7 +58,7 @@ class Usage:
         """The Option with a name (str, with dashes), or None."""
         return self._by_name.get(name)
 
-    def wrong_option(self, argv):
+    def wrong_option(self, argv: Sequence[str]) -> Any:
         """In words, which word of argv is no option of this text, or could be several; None where all are right."""
         for word in argv:
             if word == "--":  # no option follows

@@ -42,6 +42,11 @@ from vnb.store.index_check import RowCheck
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    pass
+
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
     from typing import Any
 
 
@@ -61,7 +66,7 @@ def main(args: dict[str, Any]) -> int | None:
     return 0
 
 
-def _filter(threads, progress):
+def _filter(threads: int, progress: Any) -> Any:
     """Standard input to standard output: byte for byte, each frame once it was checked."""
     out = None if os.isatty(1) else output.stdout()
     follow = chain.Follow("stdin")
@@ -84,7 +89,7 @@ def _filter(threads, progress):
             out.finish()  # of a damaged stream too: what is sound
 
 
-def _raise(error):
+def _raise(error: Error) -> None:
     raise error
 
 
@@ -186,7 +191,7 @@ def _check_files(files, checks, report, told):
     """
     Tell what keeps files from being restored: each as it is, and all together, in the order that vnb-cat gives them.
 
-    Their bases may be in a set that is checked with them. told (list of str): what was said of that.
+    Their bases may be in a set that is checked with them. told: what was said of that.
     """
     for file in checks[None]:
         if file.faults:
@@ -252,10 +257,10 @@ def _size(path):
 
 class _File:
     """
-    One file with segments. size (int): bytes of all files together, for progress (vnb.cli.progress.Progress).
+    One file with segments. size: bytes of all files together, for progress.
 
-    After check(): heads (list of _Head), of damaged segments too where their head is sound. faults (int): that were
-    told. is_damaged (bool): there are some in what the file holds. identity: see vnb.store.backupset.identity().
+    After check(): heads (list of _Head), of damaged segments too where their head is sound. faults: that were
+    told. is_damaged: there are some in what the file holds. identity: see vnb.store.backupset.identity().
     """
 
     def __init__(self, path, threads, report, progress, size):

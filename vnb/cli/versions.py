@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Which versions of other people's libraries are here, for --version: the first question about any trouble."""
 
+from __future__ import annotations
+
 import platform
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
-def libraries():
+
+
+def libraries() -> Any:
     """A line such as "Python 3.11.2, libvirt 9.0.0, no libnbd, ...": what is not installed is said to be so."""
     found = []
     for name, version_of in (

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Sequence
 
     from vnb.format.index import Builder, Rows
-    from vnb.format.types import Bytes, Disk, Row, Runs
+    from vnb.format.types import Bytes, Disk, Head, Row, Runs
     from vnb.format.writing import SegmentWriter
     from vnb.store.saved_segment import SavedSegment
     Place = tuple[SavedSegment, int]  # a segment, and the number of a disk in it
@@ -75,7 +75,7 @@ class Merge:
             if segment.head["stage"] != "data":
                 raise Error(segment.name, f'holds no data, but {segment.head["stage"]}')
         first, last = path[0].head, path[-1].head
-        self.head = {**heads.alone(last), "id": secrets.token_hex(16), "parent": first["parent"]}
+        self.head: Head = {**heads.alone(last), "id": secrets.token_hex(16), "parent": first["parent"]}
         if first["parent"] is None:
             self.head["level"] = "full"
         if "files" in last:
