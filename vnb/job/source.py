@@ -92,12 +92,15 @@ class Wanted:
 
 class Source(abc.ABC):
     """
-    kind: its name in records. is_gone: libvirt does not know the domain any more. name, uuid: of the domain.
-    uri: libvirt's, None without libvirt. is_local: its paths are paths of this host. needs_scratch: while it is read,
-    a guest may write to it. started: what was started for the job, for the record, or None. All methods raise Error.
+    kind: its name in records. option: which one of vnb.job.job.begin() means it, see of_options(); None for domains of
+    libvirt, of which vnb.job.sources knows whether they run. is_gone: libvirt does not know the domain any more.
+    name, uuid: of the domain. uri: libvirt's, None without libvirt. is_local: its paths are paths of this host.
+    needs_scratch: while it is read, a guest may write to it. started: what was started for the job, for the record,
+    or None. All methods raise Error.
     """
 
     kind: str
+    option: str | None = None
     is_gone = False
     name: str
     uuid: str
@@ -105,6 +108,16 @@ class Source(abc.ABC):
     is_local = True
     needs_scratch = False
     started: Any = None
+
+    @classmethod
+    def of_options(cls, options: Mapping[str, Any]) -> Source:
+        """The source that its option names."""
+        raise NotImplementedError
+
+    @classmethod
+    def of_record(cls, record: Record) -> Source:
+        """The source of a job, by a connection made now. Raises NoDomain where the domain is gone."""
+        raise NotImplementedError
 
     # What there is.
 

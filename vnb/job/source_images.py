@@ -26,7 +26,7 @@ class Images(Offline):
     Their identity is that of their paths: the same files are the same domain, and with others it would be another one.
     """
 
-    kind = "images"
+    kind = option = "images"
 
     def __init__(self, images: Mapping[str, str]) -> None:
         super().__init__()
@@ -35,8 +35,11 @@ class Images(Offline):
         self.uuid = heads.uuid_of("\n".join(f"{name}={path}" for name, path in sorted(self.images.items())))
 
     @classmethod
+    def of_options(cls, options: Mapping[str, Any]) -> Images:
+        return cls(options["images"])
+
+    @classmethod
     def of_record(cls, record: Record) -> Images:
-        """The same of a job's record."""
         return cls(record.images or {})
 
     def disks(self) -> list[Any]:

@@ -62,7 +62,6 @@ class Running(Source):
 
     @classmethod
     def of_record(cls, record: Record) -> Running:
-        """The same of a job's record. Raises NoDomain."""
         domain = domain_of(record)
         return cls(domain, ssh.Host.of_uri(domain.uri, **record.ssh))
 

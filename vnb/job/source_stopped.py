@@ -45,7 +45,6 @@ class Stopped(Offline):
 
     @classmethod
     def of_record(cls, record: Record) -> Stopped:
-        """The same of a job's record. Raises NoDomain."""
         return cls(domain_of(record))
 
     def close(self) -> None:

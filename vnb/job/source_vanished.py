@@ -37,7 +37,6 @@ class Gone(Source):
 
     @classmethod
     def of_record(cls, record: Record) -> Gone:
-        """The same of a job's record."""
         return cls(None if record.uri is None else Host.of_uri(record.uri, **record.ssh))
 
     def have(self) -> dict[str, dict[str, str]]:

@@ -25,8 +25,9 @@ SOURCES: dict[str, Any] = {source.kind: source for source in (Images, Running, S
 
 def open_source(options: dict[str, Any]) -> Source:
     """The Source that the options of vnb-checkpoint mean; see vnb.job.job.begin. Raises Error."""
-    if options["images"]:
-        return Images(options["images"])
+    for source in SOURCES.values():
+        if source.option is not None and options[source.option]:
+            return source.of_options(options)
     domain = Domain(options["uri"], options["domain"], options["user"], options["password_file"])
     domain.refuse_managed_save()
     host = ssh.Host.of_uri(domain.uri, **options["ssh"])
