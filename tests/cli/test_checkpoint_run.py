@@ -227,7 +227,7 @@ def test_a_new_set_is_said_to_be_one(image):
     said = image.run(store, "--set set --must-exist", status=1)
     assert said == (f"vnb-checkpoint: {image.path}/set: is not there, and --must-exist is given: is its file system "
                     "mounted?\n")
-    line = f"vnb-checkpoint: {image.path}/set: is not there yet: a new backup set is made\n"
+    line = f"vnb-checkpoint: {image.path}/set: is not there yet: a new backup set will be made\n"
     assert image.run(store, "--set set") == line
     assert image.run(store, "--set set --must-exist") == ""
 

@@ -86,7 +86,7 @@ def test_list(tmp_path):
     status, out, err = dump("--list", tmp_path / "set")
     assert (status, err) == (0, "")
     assert out.split("\n\n")[1].splitlines() == [
-        f"latest: {makers.point(2)}, from 3 segments", f"not needed for it: fork ({left})",
+        f"latest: {makers.point(2)}, from 3 segments", f"also restorable: fork ({left})",
     ]
     rows = [line.split() for line in out.splitlines()[1:5]]
     assert [row[0] for row in rows] == ["fork", *(makers.point(n) for n in range(3))] or rows[0][0] == makers.point(0)

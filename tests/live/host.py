@@ -44,13 +44,14 @@ def host(lab):
         (here / "bin" / name).write_text(text)
         (here / "bin" / name).chmod(stat.S_IRWXU)
     (here / "store").mkdir()
+    (here / "home").mkdir()
     (here / "examples").symlink_to(ROOT / "examples")
 
     def run(script, vm, check=True):
         script = script.replace("/images/vm1/", f"{vm.directory}/").replace("restore_vm1", f"restore_{vm.name}")
         script = re.sub(rf"(?<![\w.:])/(?={'|'.join(PLACES)})", f"{here}/", script)
         script = re.sub(r"\bvm1(?= |$)(?<!/vm1)", vm.name, script, flags=re.MULTILINE)
-        env = {"PATH": f"{here}/bin:{lab.env['PATH']}", "AWS_STORE": f"{here}/store"}
+        env = {"PATH": f"{here}/bin:{lab.env['PATH']}", "AWS_STORE": f"{here}/store", "HOME": f"{here}/home"}
         return lab.sh(f"set -e; cd {here}\n{script}", check=check, env=env)
 
     run.path = here

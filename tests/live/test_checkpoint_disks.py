@@ -91,7 +91,7 @@ def test_a_data_file_with_a_relative_name(lab, directory):
     vm = lab.domain(Disk("vda", path=path), start=False)
     for options, whose in ((f"--image vda={path}", ""), (vm.name, f"{vm.name}: ")):
         done = lab.sh(f"cd {made}; vnb-checkpoint begin --level full --set set {options}", check=False)
-        assert (done.returncode, done.stderr.partition("is made\n")[2]) == (  # of the set, which is new
+        assert (done.returncode, done.stderr.partition("will be made\n")[2]) == (  # of the set, which is new
             1, f"vnb-checkpoint: {whose}vda: {path} names its data file vda.data, which QEMU looks for in the "
             f'directory where it is started: there, qemu-img amend -f qcow2 -o data_file="$PWD/vda.data" {path} makes '
             "the name absolute\n"

@@ -76,7 +76,8 @@ def test_of_a_set(task, vm, saved, section):
 def test_one_file(task, vm, saved):
     task("One file back")
     assert (task.path / "restore/file").read_text() == "contents\n"
-    assert (task.path / "restore/the-file").read_text() == "contents\n"
+    assert (task.path / "home/the-file").read_text() == "contents\n"
+    assert sorted(os.listdir(task.path / "home")) == ["mine", "the-file"]
     assert os.listdir(task.path / "run") == []
 
 

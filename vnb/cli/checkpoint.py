@@ -121,7 +121,7 @@ def _options(args: dict[str, Any]) -> dict[str, Any]:
         if args["--must-exist"]:
             raise Error(args["--set"], "is not there, and --must-exist is given: is its file system mounted?")
         if args.get("begin") or args.get("run"):
-            log.note(f"{args['--set']}: is not there yet: a new backup set is made")
+            log.note(f"{args['--set']}: is not there yet: a new backup set will be made")
     checked: dict[str, Any] = {
         "domain": args["DOMAIN"],
         "images": _images(args),

@@ -94,7 +94,7 @@ def main(args: dict[str, Any]) -> None:
                 show(xml)
             if args["--keep-identity"] and not any(_bitmaps(restored.places).values()):
                 every = f"$(virsh checkpoint-list {shlex.quote(domain.name)} --name --topological | tac)"
-                log.note(f"{domain.name}: the restored disks have no checkpoints: if libvirt knows some of it, "
+                log.note(f"{domain.name}: if this libvirt has checkpoints of an earlier domain of this name, "
                          f"delete them before the next backup: {_forget_checkpoints(domain.name, None, every)}")
     finally:
         if restored is not None:

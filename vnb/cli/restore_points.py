@@ -63,7 +63,7 @@ def _table(segments: Any, damaged: Any, name: str) -> int:
     show(f'latest: {path[-1].head["point"]}, from {len(path)} segment{"s" * (len(path) > 1)}\n')
     for segment in chain.off_path(segments, path):
         if segment.head["point"] not in lacking:
-            show(f'not needed for it: {segment.head["point"]} ({segment.name})\n')
+            show(f'also restorable: {segment.head["point"]} ({segment.name})\n')
     return 0
 
 

@@ -149,7 +149,7 @@ class Plan:
                     raise
                 self.broken = True
                 for disk in broken:
-                    self._take_in_full(disk, error.reason)
+                    self._take_in_full(disk, error.reason, self.warn)
         if self.marks:
             self.head["checkpoint_xml"] = self.source.mark(self.head["checkpoint"])
         exports = self.source.exports(wanted)
@@ -200,7 +200,7 @@ class Plan:
         for disk in self.disks:
             if disk["name"] in names and disk["name"] not in found:
                 self.broken = True
-                self._take_in_full(disk, f"its bitmap of {self.parent} is missing or inconsistent")
+                self._take_in_full(disk, f"its bitmap of {self.parent} is missing or inconsistent", self.warn)
         full = [disk["name"] for disk in self.disks if disk["name"] not in found]
         return {**found, **self.source.allocated(full)}
 
@@ -320,8 +320,10 @@ class Plan:
         found["bitmap"] = self.marks and not without
         if self.level in ("inc", "diff"):
             why = self._in_full_because(disk, found["size"], without)
-            if why:
-                self._take_in_full(found, why)
+            if without and self.options["raw"]:
+                self._take_in_full(found, why, self.note)  # as its user wants it
+            elif why:
+                self._take_in_full(found, why, self.warn)
             else:
                 found["level"] = "inc"
         return found
@@ -372,9 +374,9 @@ class Plan:
         # By another path, through a link.
         return self.source.is_local and os.path.realpath(image) in map(os.path.realpath, layers)
 
-    def _take_in_full(self, disk: Any, why: str) -> None:
+    def _take_in_full(self, disk: Any, why: str | None, say: Callable[[str], Any]) -> None:
         disk["level"] = "full"
-        self.warn(f"{self.source.name}: {disk['name']}: full in this increment: {why}")
+        say(f"{self.source.name}: {disk['name']}: full in this increment: {why}")
 
     def _scratch(self, disk: Any) -> str:
         """Where the old data goes that the guest overwrites: beside the image, as libvirt itself would do."""
