@@ -320,10 +320,9 @@ class Plan:
         found["bitmap"] = self.marks and not without
         if self.level in ("inc", "diff"):
             why = self._in_full_because(disk, found["size"], without)
-            if without and self.options["raw"]:
-                self._take_in_full(found, why, self.note)  # as its user wants it
-            elif why:
-                self._take_in_full(found, why, self.warn)
+            if why:
+                meant = without and self.options["raw"]
+                self._take_in_full(found, why, self.note if meant else self.warn)
             else:
                 found["level"] = "inc"
         return found
@@ -374,7 +373,7 @@ class Plan:
         # By another path, through a link.
         return self.source.is_local and os.path.realpath(image) in map(os.path.realpath, layers)
 
-    def _take_in_full(self, disk: Any, why: str | None, say: Callable[[str], Any]) -> None:
+    def _take_in_full(self, disk: Any, why: str, say: Callable[[str], Any]) -> None:
         disk["level"] = "full"
         say(f"{self.source.name}: {disk['name']}: full in this increment: {why}")
 
